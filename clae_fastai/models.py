@@ -41,7 +41,20 @@ class CIFARResNet(nn.Module):
 def resnet8 (**kwargs): "He et al.'s family with `n=1`"; return CIFARResNet(1, **kwargs)
 def resnet20(**kwargs): "He et al.'s family with `n=3`"; return CIFARResNet(3, **kwargs)
 
-# %% ../nbs/05_models.ipynb #81e403f8
+# %% ../nbs/05_models.ipynb #307d7182
+def _parent(model, name):
+    parent,_,child = name.rpartition('.')
+    return model.get_submodule(parent),child
+
+def _drop_classifier(model):
+    for o in ('AuxLogits','aux1','aux2'):
+        if hasattr(model, o): setattr(model, o, None)
+    if hasattr(model, 'aux_logits'): model.aux_logits = False
+    layers = [(n, getattr(m, 'out_features', getattr(m, 'out_channels', None))) for n,m in model.named_modules() if isinstance(m, (nn.Linear,nn.Conv2d))]
+    if layers and layers[-1][0] and layers[-1][1] == 1000: setattr(*_parent(model, layers[-1][0]), nn.Identity())
+    return model
+
+# %% ../nbs/05_models.ipynb #f3e1d2be
 _ours = dict(resnet8=resnet8, resnet20=resnet20)
 
 def _timm_names():
@@ -59,7 +72,7 @@ def arch_name(
     return name if arch is known else ''
 
 def _build(arch, weights, n_in):
-    "The stock model of `arch`, with its classifier"
+    "The stock model of `arch` without its classifier"
     if isinstance(arch, str):
         tv = torchvision.models.list_models(module=torchvision.models)
         if   arch in _ours: arch = _ours[arch]
@@ -72,21 +85,7 @@ def _build(arch, weights, n_in):
             raise ValueError(f"There is no architecture {arch!r}.{f' Did you mean {chr(32).join(close)}?' if close else ''} Known names: {', '.join([*_ours, *tv])}"
                              + (f", and the {len(names)} of `timm.list_models()`." if names else "; with timm installed (pip install timm), its names as well."))
     if not callable(arch): raise ValueError(f"An architecture is a function, a name or an nn.Module, and this is a {type(arch).__name__}.")
-    if weights is not None: return arch(weights=weights)
-    return arch()
-
-# %% ../nbs/05_models.ipynb #cc0e0fb8
-def _last_layer(model): return L((n,m) for n,m in model.named_modules() if isinstance(m, (nn.Linear,nn.Conv2d)))[-1]
-
-def _parent(model, name):
-    parent,_,child = name.rpartition('.')
-    return model.get_submodule(parent),child
-
-def _drop_classifier(model):
-    for o in ('AuxLogits','aux1','aux2'):
-        if hasattr(model, o): setattr(model, o, None)
-    if hasattr(model, 'aux_logits'): model.aux_logits = False
-    setattr(*_parent(model, _last_layer(model)[0]), nn.Identity())
+    return _drop_classifier(arch() if weights is None else arch(weights=weights))
 
 # %% ../nbs/05_models.ipynb #e5a496cd
 def _set_n_in(model, n_in, keep_weights):
@@ -111,9 +110,9 @@ def _cifar_stem(model):
     c = model.conv1
     model.conv1,model.maxpool = nn.Conv2d(c.in_channels, c.out_channels, 3, 1, 1, bias=False),nn.Identity()
 
-# %% ../nbs/05_models.ipynb #1fa71da8
+# %% ../nbs/05_models.ipynb #8941d5cb
 def create_encoder(
-    arch, # Function such as `resnet18`, name (torchvision's, `resnet8`, `resnet20`, timm's), or `nn.Module` from images to features, used as it is
+    arch, # Function such as `resnet18` (a last layer with 1000 outputs is taken for a classifier and dropped), name (torchvision's, `resnet8`, `resnet20`, timm's), or `nn.Module` from images to features, used as it is
     stem:str='imagenet', # 'imagenet': the architecture's own; 'cifar': 3x3 convolution of stride 1 and no max-pooling (ResNet family)
     n_in:int=3, # Channels of the images
     pretrained:bool=False, # Start from the library's default weights? (downloads them)
@@ -122,10 +121,9 @@ def create_encoder(
     "The stock model of `arch` without its classifier"
     if stem not in ('imagenet','cifar'): raise ValueError(f"stem must be 'imagenet' or 'cifar', and it is {stem!r}.")
     if isinstance(arch, nn.Module): return arch
-    state = weights if isinstance(weights, Mapping) else None
+    state = weights if isinstance(weights, dict) else None
     given = None if state is not None else 'DEFAULT' if pretrained and weights is None else weights
     model = _build(arch, given, n_in)
-    if not (isinstance(arch, str) and arch not in _ours and not hasattr(torchvision.models, arch)): _drop_classifier(model)
     if stem == 'cifar':
         if not has_stem(model): raise ValueError(f"stem='cifar' exchanges `conv1` and `maxpool` of the ResNet family, and {arch_name(arch) or arch} has no such stem: use stem='imagenet', which keeps its own.")
         if given is not None: raise ValueError("The library's weights were trained with the ImageNet stem: use stem='imagenet' with them, or start from random weights.")

@@ -40,7 +40,7 @@ _cifar = (.4914,.4822,.4465),(.2023,.1994,.2010)
 _half  = (.5,.5,.5),(.5,.5,.5)
 view_presets = dict(plain=(_plain,_cifar), uel=(_plain,_cifar), simclr=(_simclr,_half), digits=(_digits,_half))
 
-# %% ../nbs/04_views.ipynb #c08967d5
+# %% ../nbs/04_views.ipynb #de34999f
 class TwoViews:
     "Two random augmentations of each image of a batch, then the normalisation, float32 out"
     def __init__(self,
@@ -64,7 +64,8 @@ class TwoViews:
         return cls(nn.Sequential(*aug(tuplify(size, match=(0,0)), n_in)), stats)
 
     def to_pixels(self, x):
-        "Floating point pixels in [0,1] from `x` (B,C,H,W), uint8 or floating point"
+        "Floating point pixels in [0,1], a plain tensor, from `x` (B,C,H,W), uint8 or floating point"
+        x = x.as_subclass(Tensor)
         if x.ndim != 4: raise ValueError(f"Views are made of a batch of images (B,C,H,W), and this is a tensor of shape {tuple(x.shape)}.")
         return x.float()/255 if x.dtype == torch.uint8 else at_least_float32(x)
 

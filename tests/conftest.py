@@ -1,0 +1,31 @@
+"What the tests share: small data, golden vectors, and real photographs where they are at hand."
+import os, subprocess, sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+
+matplotlib.use('Agg')
+here = Path(__file__).parent
+
+@pytest.fixture(scope='session')
+def golden(): return lambda name: np.load(here/'golden'/f'{name}.npz')
+
+@pytest.fixture(scope='session')
+def cifar_dir(tmp_path_factory):
+    "10,000 training and 2,000 test images of CIFAR-10 as an image folder; skipped where the file is not at hand"
+    data = here.parent.parent/'shared'/'data'
+    if not (data/'cifar10_12k.npz').exists(): pytest.skip('the CIFAR-10 images are not here')
+    out = tmp_path_factory.mktemp('cifar')
+    subprocess.run([sys.executable, data/'unpack_cifar10.py', out], check=True)
+    return out
+
+@pytest.fixture
+def cli(tmp_path):
+    "Run one of our commands in an empty folder: `cli('clae_train', '--epochs', '1')`"
+    def run(cmd, *args, timeout=900):
+        exe = Path(sys.executable).with_name(cmd)
+        return subprocess.run([exe, *map(str, args)], cwd=tmp_path, capture_output=True, text=True, timeout=timeout, env={**os.environ, 'PYTHONWARNINGS': 'ignore'})
+    run.cwd = tmp_path
+    return run

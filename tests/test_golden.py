@@ -1,0 +1,73 @@
+"The public pieces against numbers from the authors' code, in float64."
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from clae_fastai.all import (FGSM, Callback, CLAECallback, CLAELoss, ContrastiveModel, DataLoader, DataLoaders, Learner, NTXentLoss, OptimWrapper, PlainLoss, Recorder, UELLoss, adversarial_bn,
+                             convert_dual_bn, create_head, frozen_bn_stats, knn_predict, partial)
+
+losses = dict(plain=PlainLoss, uel=UELLoss, simclr=NTXentLoss)
+opts = dict(plain=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9), uel=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9), simclr=partial(OptimWrapper, opt=torch.optim.Adam))
+
+def small_encoder():
+    return nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, 8, 3, padding=1, bias=False), bn1=nn.BatchNorm2d(8), relu1=nn.ReLU(),
+                                     conv2=nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False), bn2=nn.BatchNorm2d(16), relu2=nn.ReLU()))
+
+def model_of(d, method):
+    "The golden network, in its initial state"
+    model = convert_dual_bn(ContrastiveModel(small_encoder(), create_head(16, 'mlp' if method == 'simclr' else 'linear', 8))).double()
+    state = {rename(k[5:]): torch.tensor(d[k]) for k in d if k.startswith('init/')}
+    model.load_state_dict(state)
+    return model
+
+def rename(k): return k if k.startswith('head') else f'encoder.{k}'
+
+def close(a, b): np.testing.assert_allclose(torch.as_tensor(a).detach().numpy(), b, rtol=0, atol=1e-9)
+
+@pytest.mark.parametrize('method', losses)
+def test_loss_and_its_gradients(golden, method):
+    d = golden(f'step_{method}')
+    for i in range(3):
+        z_q,z_p = (torch.tensor(d[f'loss{i}/{k}'], requires_grad=True) for k in ('z_q','z_p'))
+        loss = losses[method]()(z_q, z_p)
+        loss.backward()
+        close(loss, d[f'loss{i}/loss']); close(z_q.grad, d[f'loss{i}/grad_z_q']); close(z_p.grad, d[f'loss{i}/grad_z_p'])
+
+@pytest.mark.parametrize('method', losses)
+def test_attack(golden, method):
+    d = golden(f'step_{method}')
+    model = model_of(d, method).train()
+    with adversarial_bn(model), frozen_bn_stats(model): x_adv = FGSM(.03)(model, torch.tensor(d['step0/x_q']), losses[method]())
+    assert torch.equal(x_adv, torch.tensor(d['step0/x_adv']))
+
+@pytest.mark.parametrize('method', losses)
+def test_three_steps_of_training(golden, method):
+    "`CLAECallback` in a plain `Learner`: adversary, losses, gradients and parameters of each step"
+    d = golden(f'step_{method}')
+    t = lambda i, k: torch.tensor(d[f'step{i}/{k}'])
+    seen = []
+    def views(x): return t(learn.iter, 'x_q'),t(learn.iter, 'x_p')
+    class Record(Callback):
+        order = 20
+        def before_step(self): seen.append(dict(x_adv=self.learn.xb[2], loss_aug=self.loss_func.loss_aug, loss_adv=self.loss_func.loss_adv, **{f'grad/{k}': p.grad.clone() for k,p in self.model.named_parameters()}))
+        def after_step(self): seen[-1].update({f'param/{k}': p.detach().clone() for k,p in self.model.named_parameters()})
+    dls = DataLoaders(DataLoader([(torch.zeros(3,12,12),)]*48, bs=16), DataLoader([], bs=16), device='cpu')
+    learn = Learner(dls, model_of(d, method), CLAELoss(losses[method](), alpha=.7), opt_func=opts[method], cbs=[CLAECallback(views, FGSM(.03)), Record()], wd_bn_bias=True)
+    learn.remove_cb(Recorder) # which smooths losses in float32 only
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, lr=3e-4 if method == 'simclr' else .03, wd=0. if method == 'simclr' else 5e-4)
+    assert len(seen) == 3
+    for i,s in enumerate(seen):
+        names = [k for k in d if k.startswith(f'step{i}/') and not k.endswith(('x_q','x_p'))]
+        assert len(names) == 3 + 2*len(list(learn.model.parameters()))
+        for k in names:
+            part,_,name = k.partition('/')[2].partition('/')
+            close(s[f'{part}/{rename(name)}' if name else part], d[k])
+
+def test_knn(golden):
+    d = golden('knn')
+    a,y,b,t = (torch.tensor(d[k]) for k in ('train_features','train_labels','test_features','test_labels'))
+    for k in (1,5,200):
+        for temp in (.1,.5): close(100*(knn_predict(a, y, b, k, temp) == t).double().mean(), d[f'accuracy/k{k}_t{temp}'])

@@ -18,7 +18,7 @@ def _amount(name, value, low=0., high=math.inf):
 def _per_image(t, x): return t.view(-1, *[1]*(x.ndim-1))
 def _l2(x): return _per_image(x.flatten(1).norm(dim=1), x)
 
-# %% ../nbs/03_attacks.ipynb #8d1b7c31
+# %% ../nbs/03_attacks.ipynb #6d02ea85
 class Attack:
     "Base of the attacks: a new attack is one method, `delta(x, grad)`"
     stats = None # (mean, std), each (C,): the Normalize that made `x`; `CLAECallback` fills it in from its views
@@ -81,7 +81,7 @@ class Attack:
         n = _l2(delta)
         return torch.where(n > self.eps*(1 + 16*torch.finfo(n.dtype).eps), delta*(self.eps/n), delta) # a step of exactly eps stays as it is
 
-    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k,v in vars(self).items() if k in self.__stored_args__)})"
+    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k,v in vars(self).items() if k not in ('stats','generator') and k[0] != '_')})"
 
 # %% ../nbs/03_attacks.ipynb #712ba67b
 class _BatchGradient:

@@ -29,3 +29,26 @@ def cli(tmp_path):
         return subprocess.run([exe, *map(str, args)], cwd=tmp_path, capture_output=True, text=True, timeout=timeout, env={**os.environ, 'PYTHONWARNINGS': 'ignore'})
     run.cwd = tmp_path
     return run
+
+@pytest.fixture(scope='session')
+def digits_dir(tmp_path_factory):
+    "Handwritten digits as image folders: grey/<class>/*.png, rgb/<class>/*.png and flat/*.png"
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    out,d = tmp_path_factory.mktemp('digits'),load_digits()
+    for i,(x,y) in enumerate(zip(d.images[:240], d.target)):
+        im = Image.fromarray((x*255/16).astype(np.uint8)).resize((16,16), Image.BILINEAR)
+        for f,m in ((out/'grey'/str(y)/f'{i:03}.png','L'), (out/'rgb'/str(y)/f'{i:03}.png','RGB'), (out/'flat'/f'{i:03}.png','RGB')):
+            f.parent.mkdir(parents=True, exist_ok=True)
+            im.convert(m).save(f)
+    return out
+
+@pytest.fixture
+def quiet():
+    "A learner without progress bar and log"
+    def _quiet(learn):
+        from fastai.vision.all import ProgressCallback, noop
+        learn.remove_cb(ProgressCallback)
+        learn.logger = noop
+        return learn
+    return _quiet

@@ -1,0 +1,107 @@
+"`clae_train` as a process: what it leaves behind, and how it fails."
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+
+quick = ['--epochs', 1, '--limit', 128]
+
+def test_runs_twice_and_leaves_the_run_folder(cli):
+    for i in (1,2):
+        r = cli('clae_train', *quick)
+        assert r.returncode == 0, r.stderr
+        run = cli.cwd/'runs'/f'digits-simclr-{i}'
+        assert sorted(o.name for o in run.iterdir()) == ['encoder.safetensors','history.csv','loss.png','summary.json','views.png']
+    assert 'trained encoder' in r.stdout and 'raw pixels' in r.stdout and '\r' not in r.stdout
+    s = json.loads((run/'summary.json').read_text())
+    assert set(s) == {'settings','seed','versions','metrics'} and s['settings']['name'] == 'digits-simclr-2'
+    for row in ('raw','untrained','encoder'):
+        knn = s['metrics']['knn'][row]
+        assert {k: len(v['values']) for k,v in knn.items()} == {'1': 20, '5': 20, 'all': 1}
+        for v in knn.values(): assert v['mean'] == pytest.approx(np.mean(v['values'])) and 0 <= v['mean'] <= 1
+    hist = pd.read_csv(run/'history.csv')
+    assert list(hist) == ['epoch','train_loss','valid_loss','loss_aug','loss_adv','time'] and len(hist) == 1
+    assert Image.open(run/'views.png').size > (300,300) and Image.open(run/'loss.png').size > (300,300)
+    # the same seed gives the same encoder
+    a,b = (safetensors.torch.load_file(cli.cwd/'runs'/f'digits-simclr-{i}'/'encoder.safetensors') for i in (1,2))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+def test_baseline_and_methods(cli):
+    for args in (['--eps', 0], ['--method', 'plain', '--attack', 'pgd'], ['--method', 'uel', '--alpha', .5]):
+        r = cli('clae_train', *quick, *args, '--name', args[1] if isinstance(args[1], str) else 'base')
+        assert r.returncode == 0, r.stderr
+    assert 'loss_adv' not in pd.read_csv(cli.cwd/'runs'/'base'/'history.csv')
+
+def test_flat_folder_trains_and_says_that_it_cannot_evaluate(cli, digits_dir):
+    r = cli('clae_train', '--path', digits_dir/'flat', '--arch', 'resnet8', '--epochs', 1)
+    assert r.returncode == 0, r.stderr
+    assert 'no classes' in r.stdout
+    run = cli.cwd/'runs'/'flat-simclr-1'
+    assert 'knn' not in json.loads((run/'summary.json').read_text())['metrics'] and (run/'encoder.safetensors').exists()
+
+def test_help_documents_every_option(cli):
+    r = cli('clae_train', '--help')
+    for o in 'path arch method eps alpha attack epochs bs lr size limit seed name workers skip_bad'.split(): assert f'--{o}' in r.stdout.replace('skip-bad', 'skip_bad')
+    assert 'simclr' in r.stdout and 'default: 0.03' in r.stdout
+
+def fails(r, *words):
+    assert r.returncode == 2 and 'Traceback' not in r.stderr, (r.returncode, r.stderr)
+    lines = [o for o in r.stderr.splitlines() if o.startswith('clae_train: ')]
+    assert len(lines) == 1 and all(w in r.stderr for w in words), r.stderr
+
+@pytest.fixture
+def bad_images(digits_dir, tmp_path):
+    out = tmp_path/'images'
+    shutil.copytree(digits_dir/'rgb', out)
+    whole = (out/'1'/'001.png').read_bytes()
+    (out/'1'/'001.png').write_bytes(whole[:len(whole)//2])
+    (out/'2'/'notes.png').write_text('these are no pixels')
+    return out
+
+def test_bad_images_are_named_or_skipped(cli, bad_images):
+    args = ['--path', bad_images, '--arch', 'resnet8', '--epochs', 1, '--workers', 0]
+    fails(cli('clae_train', *args), '001.png', 'notes.png', '--skip-bad')
+    assert not (cli.cwd/'runs').exists()
+    r = cli('clae_train', *args, '--skip-bad')
+    assert r.returncode == 0 and 'Skipped 2 of 241 files' in r.stdout, r.stderr
+
+def test_empty_folder(cli):
+    (cli.cwd/'none').mkdir()
+    fails(cli('clae_train', '--path', 'none'), 'no image in none')
+
+def test_existing_run_is_not_overwritten(cli):
+    run = cli.cwd/'runs'/'mine'
+    run.mkdir(parents=True); (run/'summary.json').write_text('precious')
+    fails(cli('clae_train', *quick, '--name', 'mine'), 'runs/mine exists', 'mine-1')
+    assert [o.read_text() for o in run.iterdir()] == ['precious']
+
+@pytest.mark.parametrize('args,words', [(['--arch', 'resnte18'], ['resnet18','densenet121']), (['--method', 'byol'], ['plain','uel','simclr']), (['--attack', 'cw'], ['fgsm','pgd']), (['--eps', '-.1'], ['eps']),
+                                        (['--eps', 'nan'], ['eps']), (['--bs', 1], ['two images']), (['--limit', 20], ['fewer than one batch']), (['--name', '../out'], ['folder name'])])
+def test_bad_options(cli, args, words):
+    fails(cli('clae_train', *args), *words)
+    assert not (cli.cwd/'runs').exists()
+
+def test_non_finite_loss_stops_the_run(cli):
+    r = cli('clae_train', '--epochs', 3, '--limit', 128, '--lr', '1e30')
+    fails(r, 'epoch', 'batch', 'not finite')
+    assert (cli.cwd/'runs'/'digits-simclr-1'/'history.csv').exists()
+
+@pytest.mark.slow
+def test_photographs(cli, cifar_dir):
+    "One epoch of a ResNet-18 on CIFAR-10 images; the encoder is torchvision's"
+    r = cli('clae_train', '--path', cifar_dir, '--arch', 'resnet18', '--epochs', 2, '--limit', 1000, '--bs', 64)
+    assert r.returncode == 0, r.stderr
+    run, = (cli.cwd/'runs').iterdir()
+    hist = pd.read_csv(run/'history.csv')
+    assert hist.train_loss.is_monotonic_decreasing and hist.loss_aug.is_monotonic_decreasing
+    model = torchvision.models.resnet18()
+    model.fc = nn.Identity()
+    model.conv1,model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False),nn.Identity()
+    model.load_state_dict(safetensors.torch.load_file(run/'encoder.safetensors'), strict=True)

@@ -1,0 +1,164 @@
+"Everything a fastai user does with a `Learner`, on labelled and unlabelled data of one and three channels."
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from clae_fastai.all import (FGSM, CategoryBlock, CLAECallback, CLAELoss, ContrastiveModel, DataBlock, GradientAccumulation, GradientClip, ImageBlock, Learner, Normalize, NTXentLoss, PILImage,
+                             PILImageBW, RandomSplitter, TwoViews, accuracy, clae_learner, create_head, dual_bns, extract_features, get_dls, get_image_files, imagenet_stats, load_learner,
+                             num_features, parent_label, resnet8, resnet18, set_seed, split_normalize, vision_learner)
+
+def make_dls(digits_dir, labelled, n_in, normalize=True):
+    blocks = [ImageBlock(PILImage if n_in == 3 else PILImageBW)] + ([CategoryBlock] if labelled else [])
+    stats = imagenet_stats if n_in == 3 else ([.5],[.5])
+    block = DataBlock(blocks, get_items=get_image_files, get_y=parent_label if labelled else None, splitter=RandomSplitter(.2, seed=1), batch_tfms=[Normalize.from_stats(*stats)] if normalize else None)
+    return block.dataloaders(digits_dir/('rgb' if n_in == 3 else 'grey'), bs=32, num_workers=0, device='cpu')
+
+@pytest.mark.parametrize('n_in', [1,3])
+@pytest.mark.parametrize('labelled', [True,False])
+def test_life_of_a_learner(digits_dir, tmp_path, quiet, labelled, n_in):
+    set_seed(0)
+    dls = make_dls(digits_dir, labelled, n_in)
+    pipes = [list(dl.after_batch.fs) for dl in dls.loaders]
+    learn = quiet(clae_learner(dls, resnet8, views='digits', path=tmp_path))
+    assert learn.model.encoder.conv1.in_channels == n_in
+    learn.fit_one_cycle(1, 1e-3)
+    assert all(np.isfinite(learn.recorder.final_record))
+    assert learn.lr_find(num_it=5, show_plot=False).valley > 0
+    assert 'CLAELoss' in (text := learn.summary()) and 'BatchNorm2d' in text and 'CLAECallback' in text
+    assert len(learn.validate()) == 3 # valid_loss, loss_aug, loss_adv
+    dls.show_batch(max_n=2); learn.dls.show_batch(max_n=2)
+    z,y = learn.get_preds()
+    assert z.shape == (48,64)
+    assert torch.equal(y, torch.tensor([o[1] for o in dls.valid_ds])) if labelled else y in (None, (), [])
+    if labelled: assert torch.equal(learn.get_preds(with_loss=True)[2], torch.zeros(48))
+    # get_preds gives z of the un-augmented, normalised images
+    x = dls.valid.one_batch()[0].as_subclass(torch.Tensor)
+    with torch.no_grad(): torch.testing.assert_close(learn.model.eval()(x), z[:32], rtol=0, atol=1e-5)
+    torch.testing.assert_close(extract_features(learn, learn.dls.valid, 'z')[0], z, rtol=0, atol=1e-5)
+    torch.testing.assert_close(extract_features(learn, dls.valid, 'z')[0], z, rtol=0, atol=1e-5)
+    # saved and loaded
+    learn.save('half'); before = copy.deepcopy(learn.model.state_dict())
+    learn.fit(1, 1e-2)
+    learn.load('half')
+    assert all(torch.equal(before[k], v) for k,v in learn.model.state_dict().items())
+    learn.export('learner.pkl')
+    again = load_learner(tmp_path/'learner.pkl')
+    again.remove_cb(again.progress) if hasattr(again, 'progress') else None
+    torch.testing.assert_close(again.get_preds(dl=again.dls.test_dl(list(dls.valid_ds.items)))[0], z, rtol=0, atol=1e-5)
+    # the caller's dls is as it was, and goes on
+    assert [list(dl.after_batch.fs) for dl in dls.loaders] == pipes
+    if labelled:
+        vision = quiet(vision_learner(dls, resnet18, pretrained=False, n_in=n_in, metrics=accuracy, path=tmp_path, normalize=False))
+        vision.fit(1)
+        assert np.isfinite(vision.recorder.final_record[0])
+
+def test_predict(digits_dir, quiet):
+    for labelled in (True,False):
+        learn = quiet(clae_learner(make_dls(digits_dir, labelled, 1), resnet8, views='digits'))
+        f = learn.dls.valid_ds.items[3]
+        torch.testing.assert_close(learn.predict(f)[2], learn.get_preds()[0][3], rtol=0, atol=1e-5)
+
+def test_same_image_different_views(digits_dir, quiet):
+    "Two equal images in one batch get different random views"
+    learn = quiet(clae_learner(make_dls(digits_dir, False, 3), resnet8))
+    x = learn.dls.one_batch()[0]
+    x[1] = x[0]
+    x_q,x_p = learn.clae.views(x)
+    for a,b in ((x_q[0],x_q[1]), (x_p[0],x_p[1]), (x_q[0],x_p[0])): assert not torch.allclose(a, b, atol=1e-2)
+
+@pytest.mark.parametrize('accumulated', [False,True])
+def test_attack_leaves_no_trace(digits_dir, quiet, accumulated):
+    learn = quiet(clae_learner(make_dls(digits_dir, False, 3), resnet8))
+    model = learn.model.train()
+    model.encoder.layer1.eval()
+    if accumulated:
+        for p in model.parameters(): p.grad = torch.randn_like(p)
+    def state():
+        return [*(v.clone() for v in model.buffers()), *(None if p.grad is None else p.grad.clone() for p in model.parameters()),
+                *(m.training for m in model.modules()), *(m.use_adv for m in dual_bns(model)), *(p.requires_grad for p in model.parameters())]
+    def same(a, b): return len(a) == len(b) and all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x is y for x,y in zip(a, b))
+    before,x_q = state(),learn.clae.views(learn.dls.one_batch()[0])[0]
+    x_adv = learn.clae.adversarial_views(x_q)
+    assert same(before, state()) and not torch.equal(x_adv, x_q)
+    def fails(a, b): raise ZeroDivisionError('in the loss')
+    learn.loss_func = CLAELoss(fails)
+    with pytest.raises(ZeroDivisionError): learn.clae.adversarial_views(x_q)
+    assert same(before, state())
+
+@pytest.mark.parametrize('kw', [dict(eps=0.), dict(alpha=0.)])
+def test_baseline_is_the_plain_method(digits_dir, quiet, kw):
+    "eps=0 and alpha=0: no attack, no dual batch norm, the same weights bit for bit as without CLAE"
+    def train(make):
+        set_seed(3)
+        learn = quiet(make(make_dls(digits_dir, False, 1)))
+        learn.fit(2, 1e-3)
+        return learn
+    def plain(dls):
+        enc = resnet8(n_in=1); enc.fc = nn.Identity()
+        for dl in dls.loaders: dl.after_batch.fs = split_normalize(dl.after_batch)[0]
+        for _ in range(2): dls.train.new() # clae_learner's copies draw the seeds of their shuffling
+        dls.one_batch()
+        return Learner(dls, ContrastiveModel(enc, create_head(num_features(enc, 1, 16))), CLAELoss(NTXentLoss()), cbs=CLAECallback(TwoViews.from_preset('digits', 16, 1, ([.5],[.5]))))
+    runs = [train(lambda dls: clae_learner(dls, resnet8, views='digits', **kw)), train(lambda dls: clae_learner(dls, resnet8, views='digits', attack=None))]
+    a,b = (r.model.state_dict() for r in runs)
+    assert not dual_bns(runs[0].model) and list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+    assert list(a) == list(train(plain).model.state_dict())
+
+def test_same_views_at_every_eps(digits_dir, quiet):
+    "The attack draws from its own generator: the augmentations of a run do not depend on it"
+    def views_seen(**kw):
+        set_seed(5)
+        learn = quiet(clae_learner(make_dls(digits_dir, False, 1), resnet8, views='digits', **kw))
+        seen,make = [],learn.clae.views
+        learn.clae.views = lambda x: seen.append(make(x)) or seen[-1]
+        learn.clae.views.stats = make.stats
+        learn.fit(1, 0.)
+        return torch.cat([torch.cat(o) for o in seen if len(o[0]) == 32])
+    ref = views_seen(eps=0.)
+    for kw in (dict(eps=.03), dict(eps=.1), dict(attack='pgd'), dict(attack='random')): assert torch.equal(ref, views_seen(**kw)), kw
+
+def test_accumulation_and_clipping(digits_dir, quiet):
+    learn = quiet(clae_learner(make_dls(digits_dir, True, 1), resnet8, views='digits', cbs=[GradientAccumulation(64), GradientClip(.1)]))
+    learn.fit_one_cycle(2, 1e-3)
+    assert np.isfinite(learn.recorder.final_record[0])
+
+def test_validation_batch_of_one(digits_dir, quiet):
+    dls = get_dls('digits', bs=32, limit=64)
+    dls.loaders[1] = dls.valid.new([dls.valid_ds[i] for i in range(33)])
+    learn = quiet(clae_learner(dls, resnet8, views='digits'))
+    assert [len(b[0]) for b in learn.dls.valid] == [32,1]
+    learn.fit(1)
+    assert np.isfinite(learn.recorder.final_record[0])
+
+def test_no_validation_set(digits_dir, quiet):
+    learn = quiet(clae_learner(get_dls('folder', digits_dir/'flat', bs=32), resnet8))
+    learn.fit(1)
+    assert learn.recorder.final_record[1] is None and np.isfinite(learn.recorder.final_record[2])
+
+def test_training_batch_of_one(digits_dir, quiet):
+    dls = get_dls('digits', bs=32, limit=65, drop_last=False)
+    dls.loaders[0] = dls.train.new(drop_last=False)
+    with pytest.raises(ValueError, match='batch of one'): quiet(clae_learner(dls, resnet8)).fit(1)
+    assert not torch.is_autocast_enabled('cpu')
+
+def test_encoder_without_batch_norm(digits_dir, quiet, capsys):
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 16, 3, 2))
+    learn = quiet(clae_learner(make_dls(digits_dir, False, 1), net, views='digits'))
+    assert 'nothing to split' in capsys.readouterr().out
+    learn.fit(1)
+    assert np.isfinite(learn.recorder.final_record[0])
+
+def test_non_finite_loss_names_epoch_and_batch(digits_dir, quiet):
+    learn = quiet(clae_learner(make_dls(digits_dir, False, 1), resnet8, views='digits'))
+    base = learn.loss_func.base
+    learn.loss_func = CLAELoss(lambda a,b: base(a, b)*(float('nan') if (learn.epoch,learn.iter,learn.training) == (1,2,True) else 1))
+    with pytest.raises(FloatingPointError, match='epoch 1, batch 2'): learn.fit(3)
+
+def test_attack_instance_keeps_its_settings(digits_dir, quiet):
+    attack = FGSM(.2, norm='l2', space='pixel')
+    learn = quiet(clae_learner(make_dls(digits_dir, False, 3), resnet8, attack=attack))
+    learn.fit(1)
+    assert learn.clae.attack is attack and [o.item() for o in attack.stats[0]] == pytest.approx(imagenet_stats[0])

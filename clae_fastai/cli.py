@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['command', 'user_errors', 'clae_train']
 
-# %% ../nbs/13_cli.ipynb #764e9652
+# %% ../nbs/13_cli.ipynb #0315871e
 from fastai.vision.all import *
 from fastcore.script import anno_parser
 from functools import wraps
+from dataclasses import asdict, replace
 from torch.optim.swa_utils import update_bn
 import json, kornia, platform, torchvision, fastai
 from . import __version__
@@ -105,18 +106,21 @@ def _plain_log(learn):
     def _row(log): print(' '.join(f'{o:>12.4f}' if isinstance(o, float) else f'{o!s:>12}' for o in log), flush=True)
     with learn.no_bar(), contextmanager(replacing_yield)(learn, 'logger', _row): yield
 
-# %% ../nbs/13_cli.ipynb #23a2635c
+# %% ../nbs/13_cli.ipynb #edd63f8c
+_defaults = dict(method='simclr', eps=.03, alpha=1., attack='fgsm', epochs=20, bs=64, lr=3e-3)
+
 @command
 def clae_train(
     path:str=None, # Image folder: DIR/train/<class>/* and DIR/test, or DIR/<class>/*, or DIR/*. Without it: scikit-learn's handwritten digits
     arch:str=None, # Encoder: resnet8 (digits), resnet18 (folders), any name of torchvision or timm
-    method:str='simclr', # Contrastive method: plain, uel, simclr
-    eps:float=.03, # Strength of the attack, in normalised pixels; 0: the method without adversarial examples
-    alpha:float=1., # Weight of the adversarial loss
-    attack:str='fgsm', # Attack: fgsm, rfgsm, ffgsm, pgd, random
-    epochs:int=20, # Passes over the training images
-    bs:int=64, # Batch size
-    lr:float=3e-3, # Largest learning rate of the one-cycle schedule (Adam)
+    method:str=None, # Contrastive method: plain, uel, simclr (the default)
+    eps:float=None, # Strength of the attack, in normalised pixels, .03 by default; 0: the method without adversarial examples
+    alpha:float=None, # Weight of the adversarial loss, 1 by default
+    attack:str=None, # Attack: fgsm (the default), rfgsm, ffgsm, pgd, random
+    epochs:int=None, # Passes over the training images, 20 by default
+    bs:int=None, # Batch size, 64 by default
+    lr:float=None, # Largest learning rate of the one-cycle schedule, 3e-3 by default (a recipe's own schedule starts from it)
+    recipe:str=None, # The paper's settings by name, such as simclr-cifar10: method, views, stem, optimiser and schedule; other options given here go before it
     size:int=None, # Side of the images in pixels: 16 for digits; a folder's own up to 64, else 224
     limit:int=None, # Use this many training images
     seed:int=42, # Seed of everything random
@@ -125,8 +129,14 @@ def clae_train(
     skip_bad:bool=False, # Leave out files that cannot be read as images, and count them
 ):
     "Train an encoder without labels by contrastive learning with adversarial examples, and evaluate it"
-    settings = dict(locals())
+    given = dict(method=method, eps=eps, alpha=alpha, attack=attack, epochs=epochs, bs=bs, lr=lr, arch=arch, size=size)
+    where = dict(path=path, limit=limit, seed=seed, workers=workers, skip_bad=skip_bad, recipe=recipe)
     with user_errors('clae_train'):
+        given = {k:v for k,v in given.items() if v is not None}
+        r = None if recipe is None else replace(get_recipe(recipe), **given)
+        if r and path is None: raise ValueError(f"The recipe {recipe} is for {r.data}: give the folder of its images with --path.")
+        o = merge(dict(arch='resnet8' if path is None else 'resnet18', size=None, **_defaults), asdict(r) if r else {}, given)
+        method,eps,alpha,attack,epochs,bs,lr,arch,size = (o[k] for k in 'method eps alpha attack epochs bs lr arch size'.split())
         _check('epochs', epochs >= 1, epochs, '1 or more')
         _check('lr', 0 < lr < math.inf, lr, 'a finite number above 0')
         _check('seed', 0 <= seed < 2**32, seed, 'between 0 and 4294967295')
@@ -135,8 +145,7 @@ def clae_train(
         set_seed(seed)
         data,kw = ('digits',{}) if path is None else ('folder',dict(skip_bad=skip_bad, path=path))
         dls = get_dls(data, bs=bs, size=size, limit=limit, seed=seed, **kw, **({} if workers is None else dict(num_workers=workers)))
-        arch = ifnone(arch, 'resnet8' if path is None else 'resnet18')
-        learn = clae_learner(dls, arch, method, eps, alpha, attack, views='digits' if path is None else None)
+        learn = clae_learner(dls, **(r.learner_kwargs() if r else dict(arch=arch, method=method, eps=eps, alpha=alpha, attack=attack, views='digits' if path is None else None)))
         base = 'digits' if path is None else re.sub(r'[^\w.\-]', '_', Path(path).resolve().name) or 'images'
         run = _claim(name, f'{base}-{method}')
         learn.path = run
@@ -147,7 +156,9 @@ def clae_train(
         if labelled:
             raw,untrained = [extract_features(nn.Flatten(), dl) for dl in eval_dls],_untrained_features(learn, eval_dls)
         start = time.time()
-        with nullcontext() if sys.stdout.isatty() else _plain_log(learn): learn.fit_one_cycle(epochs, lr, cbs=CSVLogger())
+        with nullcontext() if sys.stdout.isatty() else _plain_log(learn):
+            if r: r.fit(learn, cbs=CSVLogger())
+            else: learn.fit_one_cycle(epochs, lr, cbs=CSVLogger())
         seconds = time.time() - start
         learn.export_encoder(run/'encoder.safetensors')
         _plot_loss(learn, run/'loss.png')
@@ -158,6 +169,6 @@ def clae_train(
             metrics['knn'] = {k: few_label_knn(*train, *test) for k,(train,test) in feats.items()}
             print(f"\n{_knn_table(metrics['knn'], n_test)}\n")
         else: print("There are no classes, or no test images, to evaluate with: the encoder was trained, and its accuracy is unknown.")
-        summary = dict(settings={**settings, 'arch': arch, 'name': run.name, 'size': learn.encoder_info['size'], 'device': str(learn.dls.device)}, seed=seed, versions=_versions(), metrics=metrics)
+        summary = dict(settings={**where, **{k: o[k] for k in [*_defaults, 'arch']}, 'name': run.name, 'size': learn.encoder_info['size'], 'device': str(learn.dls.device)}, seed=seed, versions=_versions(), metrics=metrics)
         (run/'summary.json').write_text(json.dumps(summary, indent=2))
         print(f"The encoder is {run/'encoder.safetensors'}; what the adversary does is in {run/'views.png'}.")

@@ -90,7 +90,7 @@ class UELLoss(TwoViewLoss):
         spread = log_1mp.sum(1) - log_1mp[idx, partner]
         return -(invariant + self.neg_weight*spread).view(2, n).mean(0)
 
-# %% ../nbs/01_losses.ipynb #a60ebae0
+# %% ../nbs/01_losses.ipynb #4262edcf
 class CLAELoss(nn.Module):
     "`base(z_q, z_p) + alpha*base(z_q, z_adv)` (eq. 16), as a fastai loss function"
     def __init__(self,
@@ -114,7 +114,7 @@ class CLAELoss(nn.Module):
         z2:Tensor # (B,D)
     ) -> Tensor: # Scalar, or (B,) if `reduction='none'`
         "`base(z1, z2)`, checked to be what a training step needs"
-        loss = self.base(z1, z2)
+        with torch.autocast(z1.device.type, enabled=False): loss = self.base(at_least_float32(z1), at_least_float32(z2))
         if self.reduction == 'none' and isinstance(loss, Tensor): return loss.expand(len(z1))
         if isinstance(loss, Tensor) and loss.ndim == 0: return loss
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"

@@ -13,7 +13,7 @@ from torchvision.models.resnet import BasicBlock
 from .losses import at_least_float32
 from .dualbn import adversarial_bn
 
-# %% ../nbs/05_models.ipynb #255d51d9
+# %% ../nbs/05_models.ipynb #b5b5ddcb
 class CIFARResNet(nn.Module):
     "The residual networks of He et al. (2016) for small images: `6n+2` layers; stages of `width`, `2*width` and `4*width` channels"
     def __init__(self,
@@ -24,7 +24,7 @@ class CIFARResNet(nn.Module):
     ):
         super().__init__()
         self.conv1 = nn.Conv2d(n_in, width, 3, padding=1, bias=False)
-        self.bn1,self.relu = nn.BatchNorm2d(width),nn.ReLU(inplace=True)
+        self.bn1,self.relu,self.maxpool = nn.BatchNorm2d(width),nn.ReLU(inplace=True),nn.Identity() # what is called the CIFAR stem elsewhere
         self.layer1 = self._stage(width, width, n, 1)
         self.layer2 = self._stage(width, 2*width, n, 2)
         self.layer3 = self._stage(2*width, 4*width, n, 2)
@@ -54,7 +54,7 @@ def _drop_classifier(model):
     if layers and layers[-1][0] and layers[-1][1] == 1000: setattr(*_parent(model, layers[-1][0]), nn.Identity())
     return model
 
-# %% ../nbs/05_models.ipynb #f3e1d2be
+# %% ../nbs/05_models.ipynb #ed699528
 _ours = dict(resnet8=resnet8, resnet20=resnet20)
 
 def _timm_names():
@@ -79,6 +79,7 @@ def _build(arch, weights, n_in):
         elif arch in tv:    arch = torchvision.models.get_model_builder(arch)
         elif arch.split('.')[0] in (names := _timm_names()):
             import timm
+            if weights not in (None,'DEFAULT'): raise ValueError(f"timm's weights go by the architecture's name, as in 'resnet18.a1_in1k' with pretrained=True, and weights is {weights!r}.")
             return timm.create_model(arch, pretrained=weights == 'DEFAULT', num_classes=0, in_chans=n_in)
         else:
             close = difflib.get_close_matches(arch, [*tv, *_ours, *names], n=3)
@@ -87,19 +88,35 @@ def _build(arch, weights, n_in):
     if not callable(arch): raise ValueError(f"An architecture is a function, a name or an nn.Module, and this is a {type(arch).__name__}.")
     return _drop_classifier(arch() if weights is None else arch(weights=weights))
 
-# %% ../nbs/05_models.ipynb #e5a496cd
+# %% ../nbs/05_models.ipynb #cb2d5b1b
+def _first_conv(model): return next(((n,m) for n,m in model.named_modules() if isinstance(m, nn.Conv2d)), (None,None))
+
 def _set_n_in(model, n_in, keep_weights):
-    name,old = next(((n,m) for n,m in model.named_modules() if isinstance(m, nn.Conv2d)), (None,None))
+    name,old = _first_conv(model)
     if old is None or old.in_channels == n_in: return
+    if keep_weights and old.in_channels != 3: raise ValueError(f"The given weights are for images of {old.in_channels} channels, and these have {n_in}: only weights for three channels can be adapted.")
     new = nn.Conv2d(n_in, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation, old.groups, old.bias is not None, old.padding_mode)
     if keep_weights:
         w = old.weight.data
-        new.weight.data = {1: lambda: w.sum(1, keepdim=True), 2: lambda: w[:,:2]*1.5}.get(n_in, lambda: torch.cat([w, w.new_zeros(len(w), n_in-3, *w.shape[2:])], 1))()
+        if   n_in == 1: w = w.sum(1, keepdim=True)
+        elif n_in == 2: w = w[:,:2]*1.5
+        else:           w = torch.cat([w, w.new_zeros(len(w), n_in-3, *w.shape[2:])], 1)
+        new.weight.data = w
         if old.bias is not None: new.bias.data = old.bias.data
     setattr(*_parent(model, name), new)
     if hasattr(model, 'transform_input'): model.transform_input = False # GoogLeNet, Inception v3: re-scales three colours
 
-# %% ../nbs/05_models.ipynb #5a2e01e4
+def _load_state(model, state, n_in):
+    "Load `state`, of the encoder or of the stock model with its classifier, and fit its first layer to `n_in` channels"
+    dropped = [n for n,m in model.named_modules() if isinstance(m, nn.Identity) and n]
+    state = {k: v for k,v in state.items() if k in model.state_dict() or not any(k.startswith(f'{n}.') for n in dropped)}
+    name,_ = _first_conv(model)
+    if f'{name}.weight' in state: _set_n_in(model, state[f'{name}.weight'].shape[1], keep_weights=False)
+    try: model.load_state_dict(state)
+    except RuntimeError as e: raise ValueError(f"The given weights do not fit the architecture: {e}") from None
+    _set_n_in(model, n_in, keep_weights=True)
+
+# %% ../nbs/05_models.ipynb #28111eb9
 def has_stem(
     model:nn.Module # A network
 ) -> bool: # Has it a stem that `stem='cifar'` can exchange?
@@ -113,10 +130,11 @@ def stem_of(
     return 'cifar' if has_stem(encoder) and isinstance(encoder.maxpool, nn.Identity) else 'imagenet'
 
 def _cifar_stem(model):
+    if stem_of(model) == 'cifar': return
     c = model.conv1
     model.conv1,model.maxpool = nn.Conv2d(c.in_channels, c.out_channels, 3, 1, 1, bias=False),nn.Identity()
 
-# %% ../nbs/05_models.ipynb #755d34ae
+# %% ../nbs/05_models.ipynb #85269a38
 def _choose_stem(model, size, given, state):
     "The stem when none is asked for: what given weights were trained with, else by the size of the images"
     if not has_stem(model) or given is not None: return 'imagenet'
@@ -128,7 +146,7 @@ def create_encoder(
     stem:str=None, # 'imagenet': the architecture's own; 'cifar': 3x3 convolution of stride 1 and no max-pooling (ResNet family); None: 'cifar' where that exists and `size` is at most 64
     n_in:int=3, # Channels of the images
     pretrained:bool=False, # Start from the library's default weights? (downloads them)
-    weights=None, # Start from a torchvision weight set (or its name), or from a state dict of the encoder
+    weights=None, # Start from a torchvision weight set (or its name), or from a state dict of the encoder or of the stock model
     size:int|tuple=None # Side of the images in pixels, or (height, width), for the choice of the stem
 ) -> nn.Module: # Maps images (B,n_in,H,W) to features (B,F) or maps (B,F,h,w)
     "The stock model of `arch` without its classifier"
@@ -142,8 +160,8 @@ def create_encoder(
             if not has_stem(model): raise ValueError(f"stem='cifar' exchanges `conv1` and `maxpool` of the ResNet family, and {arch_name(arch) or arch} has no such stem: use stem='imagenet', which keeps its own.")
             if given is not None: raise ValueError("The library's weights were trained with the ImageNet stem: use stem='imagenet' with them, or start from random weights.")
             _cifar_stem(model)
-        _set_n_in(model, n_in, keep_weights=given is not None)
-    if state is not None: model.load_state_dict(state)
+    if state is not None: _load_state(model, state, n_in)
+    elif not isinstance(arch, nn.Module): _set_n_in(model, n_in, keep_weights=given is not None)
     return model
 
 # %% ../nbs/05_models.ipynb #476ec300

@@ -1,0 +1,24 @@
+#!/usr/bin/env python3
+"Make README.md of nbs/index.ipynb: its prose, its code, and what that printed. No Quarto needed. `python tools/readme.py`"
+import json
+from pathlib import Path
+
+root = Path(__file__).parent.parent
+
+def text(o): return ''.join(o) if isinstance(o, list) else o
+
+def output(o):
+    data = o.get('data', {})
+    if 'text/markdown' in data: return text(data['text/markdown']).strip()
+    return '\n'.join('    ' + l for l in text(o.get('text') or data.get('text/plain', '')).rstrip().splitlines())
+
+def render(cell):
+    src = text(cell['source']).strip()
+    if cell['cell_type'] == 'markdown': return src
+    if cell['cell_type'] != 'code' or not src or '#| hide' in src: return ''
+    code = '\n'.join(l for l in src.splitlines() if not l.startswith('#|')).strip()
+    return '\n\n'.join(([] if '#| echo: false' in src else [f'```python\n{code}\n```']) + list(filter(None, map(output, cell['outputs']))))
+
+cells = json.loads((root/'nbs/index.ipynb').read_text())['cells']
+parts = [p for p in map(render, cells) if p]
+(root/'README.md').write_text('<!-- Made of nbs/index.ipynb by tools/readme.py: edit the notebook. -->\n\n' + '\n\n'.join(parts) + '\n')

@@ -13,6 +13,7 @@ import pandas as pd
 
 out = Path(__file__).parent.parent/'results'
 seeds = (0, 1, 2)
+rows_of = dict(raw='raw pixels', untrained='untrained encoder')
 labels = {'1': '1 label a class', '5': '5 labels a class', 'all': 'all labels'}
 
 def run(seed, eps, cwd):
@@ -28,7 +29,7 @@ def main():
                 s = run(seed, eps, cwd)
                 for enc,knn in s['metrics']['knn'].items():
                     if enc != 'encoder' and eps == 0: continue
-                    name = enc if enc != 'encoder' else 'CLAE (eps .03)' if eps else 'SimCLR (eps 0)'
+                    name = rows_of.get(enc) or ('CLAE (eps .03)' if eps else 'SimCLR (eps 0)')
                     rows += [dict(encoder=name, seed=seed, labels=n, accuracy=v['mean']) for n,v in knn.items()]
     df = pd.DataFrame(rows)
     df.to_csv(out/'digits.csv', index=False)

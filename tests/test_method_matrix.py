@@ -9,8 +9,8 @@ import torch
 import torchvision
 from torch import nn
 
-from clae_fastai.all import (CLAELoss, DataBlock, GradientClip, ImageBlock, TensorImage, TransformBlock, attacks, clae_learner, dual_bns, few_label_knn, extract_features, get_dls, methods, resnet8, resnet18,
-                             set_seed, strip_dual_bn)
+from clae_fastai.all import (FGSM, CLAELoss, DataBlock, DataLoaders, GradientClip, ImageBlock, IndexSplitter, NTXentLoss, PILImageBW, RandomSplitter, TensorImage, TfmdDL, TransformBlock,
+                             TwoViews, attacks, clae_learner, deepcopy, dual_bns, extract_features, few_label_knn, get_dls, get_files, methods, noop, resnet8, resnet18, set_seed, strip_dual_bn)
 
 tiny = nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU())
 
@@ -19,15 +19,13 @@ def dls():
     "Two batches of digits, labelled and not"
     labelled = get_dls('digits', bs=16, limit=32)
     items = [np.array(x) for x,_ in labelled.train_ds]
-    from clae_fastai.all import IndexSplitter, PILImageBW
     unlabelled = DataBlock([ImageBlock(PILImageBW)], splitter=IndexSplitter([])).dataloaders(items, bs=16, num_workers=0)
     return {True: labelled, False: unlabelled}
 
 @pytest.mark.parametrize('method,attack,norm,labelled', itertools.product(methods, attacks, ('linf','l2'), (True,False)))
 def test_two_steps_of_everything(dls, quiet, method, attack, norm, labelled):
-    import copy
     set_seed(0)
-    learn = quiet(clae_learner(dls[labelled], copy.deepcopy(tiny), method=method, attack=attacks[attack](.1, norm=norm), views='digits'))
+    learn = quiet(clae_learner(dls[labelled], deepcopy(tiny), method=method, attack=attacks[attack](.1, norm=norm), views='digits'))
     before = {k: v.clone() for k,v in learn.model.named_parameters()}
     learn.fit(1, 1e-2)
     assert learn.clae.n_batches == 2 and np.isfinite(learn.clae.mean_loss(0)) and np.isfinite(learn.clae.mean_loss(1))
@@ -56,7 +54,6 @@ def test_losses_of_other_libraries(dls, quiet, name, bf16):
     assert isinstance(direct.loss_func, CLAELoss) and np.isfinite(direct.recorder.final_record[0])
 
 def test_lightly_agrees_with_ours():
-    from clae_fastai.all import NTXentLoss
     a,b = torch.randn(2, 12, 8)
     torch.testing.assert_close(NTXentLoss(.5)(a, b), lightly.loss.NTXentLoss(.5)(a, b))
     torch.testing.assert_close(NTXentLoss(.5)(a, b), pml.SelfSupervisedLoss(pml.NTXentLoss(.5))(a, b))
@@ -65,10 +62,8 @@ def test_a_loss_that_is_no_number(dls, quiet):
     learn = quiet(clae_learner(dls[True], resnet8, method=lambda a,b: (a - b).pow(2).sum(1), views='digits'))
     with pytest.raises(ValueError, match=r'shape \(16,\)'): learn.fit(1)
 
-@pytest.mark.parametrize('space', ['pixel'])
-def test_pixel_space_needs_a_normalize(dls, quiet, space):
-    from clae_fastai.all import FGSM, TwoViews, noop
-    learn = quiet(clae_learner(dls[True], resnet8, attack=FGSM(.1, space=space), views=TwoViews(noop)))
+def test_pixel_space_needs_a_normalize(dls, quiet):
+    learn = quiet(clae_learner(dls[True], resnet8, attack=FGSM(.1, space='pixel'), views=TwoViews(noop)))
     with pytest.raises(ValueError, match='Normalize'): learn.fit(1)
 
 @pytest.mark.parametrize('precision,dtype', [('to_bf16', torch.bfloat16), ('to_fp16', torch.float16)])
@@ -117,7 +112,6 @@ def test_given_weights(quiet):
     state = {k: v.clone() for k,v in stock.state_dict().items()}
     x = torch.randn(8, 3, 32, 32)
     items = list(torch.rand(32, 3, 32, 32))
-    from clae_fastai.all import DataLoaders, TfmdDL
     dl = TfmdDL([(TensorImage(o),) for o in items], bs=16, shuffle=True, num_workers=0)
     learn = quiet(clae_learner(DataLoaders(dl, device='cpu'), resnet18, weights=state))
     stock.fc = nn.Identity()
@@ -130,7 +124,6 @@ def test_given_weights(quiet):
 @pytest.mark.parametrize('n_in', [1,2,5])
 def test_channels_other_than_three(tmp_path, quiet, n_in):
     "A folder of arrays, read by the user's own block"
-    from clae_fastai.all import RandomSplitter, get_files
     for i in range(40): np.save(tmp_path/f'{i}.npy', np.random.default_rng(i).random((n_in, 16, 16), dtype=np.float32))
     block = DataBlock(TransformBlock(type_tfms=lambda f: TensorImage(torch.from_numpy(np.load(f)))), get_items=lambda p: get_files(p, extensions='.npy'), splitter=RandomSplitter(.2, seed=0))
     state = torchvision.models.resnet18().state_dict()

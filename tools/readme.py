@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 "Make README.md of nbs/index.ipynb: its prose, its code, and what that printed. No Quarto needed. `python tools/readme.py`"
-import json
+import json, re
 from pathlib import Path
 
 root = Path(__file__).parent.parent
+pages = {re.sub(r'^\d+_', '', p.stem): p.relative_to(root).as_posix() for p in (root/'nbs').glob('*.ipynb')} # on GitHub a link to a page leads to its notebook
 
 def text(o): return ''.join(o) if isinstance(o, list) else o
 
@@ -14,7 +15,7 @@ def output(o):
 
 def render(cell):
     src = text(cell['source']).strip()
-    if cell['cell_type'] == 'markdown': return src
+    if cell['cell_type'] == 'markdown': return re.sub(r'\]\((\w+)\.html\)', lambda m: f"]({pages.get(m[1], f'{m[1]}.html')})", src)
     if cell['cell_type'] != 'code' or not src or '#| hide' in src: return ''
     code = '\n'.join(l for l in src.splitlines() if not l.startswith('#|')).strip()
     return '\n\n'.join(([] if '#| echo: false' in src else [f'```python\n{code}\n```']) + list(filter(None, map(output, cell['outputs']))))

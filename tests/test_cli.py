@@ -48,11 +48,11 @@ def test_flat_folder_trains_and_says_that_it_cannot_evaluate(cli, digits_dir):
 
 def test_help_documents_every_option(cli):
     r = cli('clae_train', '--help')
-    for o in 'path arch method eps alpha attack epochs bs lr size limit seed name workers skip_bad'.split(): assert f'--{o}' in r.stdout.replace('skip-bad', 'skip_bad')
+    for o in 'path data arch method eps alpha attack epochs bs lr size limit seed name workers skip_bad'.split(): assert f'--{o}' in r.stdout.replace('skip-bad', 'skip_bad')
     assert 'plain, uel, simclr (the default)' in ' '.join(r.stdout.split())
 
 def test_recipe(cli, digits_dir):
-    r = cli('clae_train', '--path', digits_dir/'rgb', '--recipe', 'plain-cifar10', '--arch', 'resnet8', '--size', 32, '--epochs', 1, '--bs', 32)
+    r = cli('clae_train', '--data', 'folder', '--path', digits_dir/'rgb', '--recipe', 'plain-cifar10', '--arch', 'resnet8', '--size', 32, '--epochs', 1, '--bs', 32)
     assert r.returncode == 0, r.stderr
 
 def fails(r, *words):
@@ -86,7 +86,7 @@ def test_existing_run_is_not_overwritten(cli):
     fails(cli('clae_train', *quick, '--name', 'mine'), 'runs/mine exists', 'mine-1')
     assert [o.read_text() for o in run.iterdir()] == ['precious']
 
-@pytest.mark.parametrize('args,words', [(['--arch', 'resnte18'], ['resnet18','densenet121']), (['--eps', 'nan'], ['eps']), (['--name', '../out'], ['folder name'])])
+@pytest.mark.parametrize('args,words', [(['--arch', 'resnte18'], ['resnet18','densenet121']), (['--eps', 'nan'], ['eps']), (['--name', '../out'], ['folder name']), (['--data', 'cifar11'], ['cifar10','tinyimagenet']), (['--data', 'imagenet100'], ['image-net.org'])])
 def test_bad_options(cli, args, words):
     fails(cli('clae_train', *args), *words)
     assert not (cli.cwd/'runs').exists()
@@ -102,6 +102,7 @@ def test_photographs(cli, cifar_dir):
     r = cli('clae_train', '--path', cifar_dir, '--arch', 'resnet18', '--epochs', 2, '--limit', 1000, '--bs', 64)
     assert r.returncode == 0, r.stderr
     run, = (cli.cwd/'runs').iterdir()
+    assert 'trained encoder' in r.stdout
     hist = pd.read_csv(run/'history.csv')
     assert hist.train_loss.is_monotonic_decreasing and hist.loss_aug.is_monotonic_decreasing
     model = torchvision.models.resnet18()

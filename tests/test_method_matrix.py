@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 
 from clae_fastai.all import (FGSM, CLAELoss, DataBlock, DataLoaders, GradientClip, ImageBlock, IndexSplitter, NTXentLoss, PILImageBW, RandomSplitter, TensorImage, TfmdDL, TransformBlock,
-                             TwoViews, attacks, clae_learner, deepcopy, dual_bns, extract_features, few_label_knn, get_dls, get_files, methods, noop, resnet8, resnet18, set_seed, strip_dual_bn)
+                             TwoViews, attacks, clae_learner, deepcopy, dual_bns, extract_features, few_label_knn, get_dls, get_files, methods, noop, partial, resnet8, resnet18, set_seed, strip_dual_bn)
 
 tiny = nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU())
 
@@ -95,13 +95,14 @@ def test_low_precision_is_as_good():
     dls = get_dls('digits', bs=64)
     def accuracy(precision, seed):
         set_seed(seed)
-        learn = clae_learner(get_dls('digits', bs=64), resnet8, views='digits', cbs=GradientClip(1.))
+        learn = clae_learner(get_dls('digits', bs=64), partial(resnet8, width=8), views='digits', cbs=GradientClip(1.))
         if precision: getattr(learn, precision)()
-        with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(8, 3e-3)
+        # oneDNN's float16 convolutions are a slow reference implementation on CPUs; PyTorch's own compute the same in float16
+        with learn.no_bar(), learn.no_logging(), torch.backends.mkldnn.flags(enabled=precision != 'to_fp16'): learn.fit_one_cycle(5, 3e-3)
         return few_label_knn(*extract_features(learn, dls.train), *extract_features(learn, dls.valid), ns=(5,))['5']['mean']
     mean = {p: np.mean([accuracy(p, s) for s in range(3)]) for p in (None,'to_bf16','to_fp16')}
     print(mean)
-    assert mean['to_bf16'] > mean[None] - .02 and mean['to_fp16'] > mean[None] - .02, mean
+    assert mean[None] > .65 and mean['to_bf16'] > mean[None] - .02 and mean['to_fp16'] > mean[None] - .02, mean
 
 def test_given_weights(quiet):
     "Before the first step the clean path gives the stock model's features, bit for bit; both batch norm sets start from the given values"

@@ -1,18 +1,14 @@
 #!/usr/bin/env python3
-"""How many of the attack's signs low precision changes, on a ResNet-18 and 32x32 photographs: `python benchmarks/signs.py DIR` (an image folder, CIFAR-10's for one).
+"""How many of the attack's signs low precision changes, on a ResNet-18 and 32x32 photographs: `python benchmarks/bench_signs.py DIR` (an image folder, CIFAR-10's for one).
 Writes results/signs.md: the share of sign(g) that differs from float32, and of g that underflows to 0, after 12 training steps."""
-import os
-import platform
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from clae_fastai import __version__
+import report
 from clae_fastai.all import adversarial_bn, clae_learner, frozen_bn_stats, get_dls, resnet18, set_seed
 
-out = Path(__file__).parent.parent/'results'
 seeds,steps,bs = (0, 1, 2),12,64
 kinds = {'bfloat16': (torch.bfloat16, 1.), 'float16, loss scaled by 2^16': (torch.float16, 2.**16), 'float16, unscaled': (torch.float16, 1.)}
 
@@ -37,9 +33,7 @@ def main():
     runs = [shares(sys.argv[1], s) for s in seeds]
     def _cell(k, i): return f"{100*np.mean([r[k][i] for r in runs]):.2f} ({', '.join(f'{100*r[k][i]:.2f}' for r in runs)})"
     lines = ['| precision of the attack | signs that differ from float32, % | gradients that underflow to 0, % |', '|---|---|---|', *[f'| {k} | {_cell(k, 0)} | {_cell(k, 1)} |' for k in kinds], '',
-             f"Mean over {len(seeds)} seeds (each seed's value), ResNet-18, batch {bs} of 32x32 photographs, {steps} training steps in; `python benchmarks/signs.py DIR` with CIFAR-10 images, on {os.cpu_count()} CPU cores ({platform.machine()}), "
-             f"clae_fastai {__version__}, torch {torch.__version__}."]
-    (out/'signs.md').write_text('\n'.join(lines) + '\n')
-    print('\n'.join(lines))
+             f"Mean over {len(seeds)} seeds (each seed's value), ResNet-18, batch {bs} of 32x32 photographs, {steps} training steps in."]
+    report.write('signs', 'python benchmarks/bench_signs.py DIR', lines)
 
 if __name__ == '__main__': main()

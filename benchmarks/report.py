@@ -1,0 +1,41 @@
+"What the benchmarks share: the machine in words, intervals of paired ratios, and the page that holds all tables."
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+import torch
+
+root = Path(__file__).parent.parent
+
+def machine():
+    "Hardware and versions, in a sentence"
+    model = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), '') if Path('/proc/cpuinfo').exists() else ''
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores ({' '.join(filter(None, (platform.machine(), model)))})"
+    names = 'clae_fastai fastai torch torchvision kornia scikit-learn'.split()
+    return f"{where}, Python {platform.python_version()}, " + ', '.join(f'{n} {importlib.metadata.version(n)}' for n in names) + '.'
+
+def ratio(a, b):
+    "Geometric mean of the paired ratios a/b and its 95 % interval (t, on logarithms), as text"
+    l = np.log(np.asarray(a)/np.asarray(b))
+    half = scipy.stats.t.ppf(.975, len(l)-1)*l.std(ddof=1)/len(l)**.5
+    return f'{np.exp(l.mean()):.2f} ({np.exp(l.mean()-half):.2f} to {np.exp(l.mean()+half):.2f})'
+
+def spread(x, fmt='.2f'):
+    "Median (smallest to largest), as text"
+    return f'{np.median(x):{fmt}} ({np.min(x):{fmt}} to {np.max(x):{fmt}})'
+
+titles = dict(step='A training step', loss='The losses: time and memory', views='Two views of each image', eval='Evaluation', signs="The attack's signs in low precision")
+
+def write(name, command, lines):
+    "Write results/NAME.md, and benchmarks/README.md, the page of all tables"
+    text = '\n'.join([*lines, '', f'`{command}` on {machine()}']) + '\n'
+    (root/'results'/f'{name}.md').write_text(text)
+    page = ['# Benchmarks', '', 'Ratios are of one run, in which what is compared took turns. Each table is made by the command below it; `DIR` is a folder of CIFAR-10 images.', '']
+    for n,t in titles.items():
+        f = root/'results'/f'{n}.md'
+        if f.exists(): page += [f'## {t}', '', f.read_text().strip(), '']
+    (root/'benchmarks'/'README.md').write_text('\n'.join(page))
+    print(text)

@@ -25,16 +25,14 @@ def before_fit(self:MixedPrecision):
     self.autocast = autocast(device, dtype=torch.bfloat16 if bf16 else torch.float16)
     self.learn.scaler,self.scales = GradScaler(device, **self.kwargs),L()
 
-# %% ../nbs/07_callback.ipynb #6410831d
+# %% ../nbs/07_callback.ipynb #7a84e3df
 def has_bf16(
     device:str|torch.device=None # Device, by default fastai's
 ) -> bool:
-    "Does the device compute in bfloat16 by instructions of its own?"
+    "Does the device have units of its own for bfloat16, so that it is faster than float32?"
     kind = torch.device(ifnone(device, default_device())).type
     if kind == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
-    if kind != 'cpu' or not hasattr(torch.cpu, 'get_capabilities'): return False # nobody to ask
-    found = torch.cpu.get_capabilities()
-    return any(found.get(o, False) for o in ('avx512_bf16','amx_bf16','bf16','sve_bf16'))
+    return kind == 'cpu' and hasattr(torch.cpu, 'get_capabilities') and torch.cpu.get_capabilities().get('amx_bf16', False)
 
 _precisions = dict(fp32=None, bf16=AMPMode.BF16, fp16=AMPMode.FP16)
 

@@ -107,7 +107,7 @@ def _plain_log(learn):
     def _row(log): print(' '.join(f'{o:>12.4f}' if isinstance(o, float) else f'{o!s:>12}' for o in log), flush=True)
     with learn.no_bar(), contextmanager(replacing_yield)(learn, 'logger', _row): yield
 
-# %% ../nbs/13_cli.ipynb #3e2d324c
+# %% ../nbs/13_cli.ipynb #e893200a
 _defaults = dict(method='simclr', eps=.03, alpha=1., attack='fgsm', epochs=20, bs=64, lr=3e-3)
 
 @command
@@ -128,7 +128,7 @@ def clae_train(
     limit:int=None, # Use this many training images
     seed:int=42, # Seed of everything random
     name:str=None, # Name of the run, whose folder is runs/NAME; the first free one by default
-    precision:str='fp32', # fp32, bf16, fp16, or auto: bf16 where the device has instructions for it
+    precision:str='fp32', # fp32, bf16, fp16, or auto: bf16 where the device has units for it
     channels_last:bool=False, # Channels-last memory order, faster for convolutions
     workers:int=None, # Processes that load images; by default none for digits, and one a core for folders
     skip_bad:bool=False, # Leave out files that cannot be read as images, and count them

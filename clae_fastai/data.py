@@ -71,7 +71,7 @@ def read_images(
     parallel(_read, range(len(files)), threadpool=True, n_workers=min(16, defaults.cpus), progress=False)
     return out
 
-# %% ../nbs/06_data.ipynb #1ca57499
+# %% ../nbs/06_data.ipynb #fd2ff6ad
 class MemoryImages:
     "A data set of images in one tensor, with or without labels"
     n_inp = 1
@@ -101,7 +101,7 @@ class MemoryImages:
     ):
         "A data set of other images, unlabelled, brought to this one's size and channels"
         _,c,h,w = self.images.shape
-        return type(self)(read_images(L(items), c, (w,h)), vocab=self.vocab)
+        return type(self)(read_images(L(items), c, (w,h)) if len(items) else self.images[:0].clone(), vocab=self.vocab)
 
 # %% ../nbs/06_data.ipynb #b3fdb5e1
 class MemoryDL(TfmdDL):

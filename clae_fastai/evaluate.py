@@ -99,7 +99,7 @@ def _check_data(train, test):
     unseen = test[1].unique()[~torch.isin(test[1].unique(), train[1])]
     if len(unseen): raise ValueError(f"{len(unseen)} classes of the test set are not in the training set, those numbered {_names(unseen)}: no classifier can know them. Take both from the same classes.")
 
-# %% ../nbs/09_evaluate.ipynb #1ec5bd64
+# %% ../nbs/09_evaluate.ipynb #977a6f11
 _steps = 2**30 # of the cosine, between 0 and 1
 
 def _nearest(x, bank, k, cols):
@@ -115,7 +115,7 @@ def _nearest(x, bank, k, cols):
 
 def _chunk_sizes(n, d, k, n_classes, budget):
     "Rows of the test set and of the bank for which `_nearest` and the vote take `budget` MiB or less"
-    free = int(.75*budget*2**17) # numbers of 8 bytes; a quarter is left to the allocator and to the libraries
+    free = int(.5*budget*2**17) # numbers of 8 bytes; the other half is left to the allocator and to the libraries
     cols = max(1, min(n, 8192, free//(6*d)))
     return max(1, (free - 3*d*cols)//(4*cols + 16*k + 2*n_classes + 3*d)),cols
 

@@ -70,7 +70,7 @@ def _attack(attack, eps):
     if eps is not None: raise ValueError("eps goes with an attack's name; an attack that is passed ready-made has its own.")
     return attack
 
-# %% ../nbs/08_learner.ipynb #91ab878a
+# %% ../nbs/08_learner.ipynb #25aa77cd
 @delegates(Learner.__init__, but='model,loss_func')
 def clae_learner(
     dls:DataLoaders, # Images, labelled or not; never changed
@@ -88,7 +88,7 @@ def clae_learner(
     stem:str=None, # 'cifar', 'imagenet', or None: 'cifar' for images up to 64 pixels where the architecture has such a stem
     pretrained:bool=False, # Start from the library's default weights?
     weights=None, # Start from a weight set, a state dict, or an encoder file
-    precision:str='fp32', # 'fp32', 'bf16', 'fp16', or 'auto': 'bf16' where the device has instructions for it
+    precision:str='fp32', # 'fp32', 'bf16', 'fp16', or 'auto': 'bf16' where the device is faster with it, see `has_bf16`
     channels_last:bool=False, # Keep images and weights in channels-last order? Faster for convolutions, equal up to rounding
     cbs:list=None, # More callbacks
     **kwargs

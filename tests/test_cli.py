@@ -11,6 +11,8 @@ import torchvision
 from PIL import Image
 from torch import nn
 
+from clae_fastai.all import has_bf16
+
 quick = ['--epochs', 1, '--limit', 128]
 
 def test_runs_twice_and_leaves_the_run_folder(cli):
@@ -46,9 +48,15 @@ def test_flat_folder_trains_and_says_that_it_cannot_evaluate(cli, digits_dir):
     run = cli.cwd/'runs'/'flat-simclr-1'
     assert 'knn' not in json.loads((run/'summary.json').read_text())['metrics'] and (run/'encoder.safetensors').exists()
 
+def test_precision_is_in_the_summary(cli):
+    r = cli('clae_train', *quick, '--precision', 'auto', '--channels-last', '--name', 'auto')
+    assert r.returncode == 0, r.stderr
+    s = json.loads((cli.cwd/'runs'/'auto'/'summary.json').read_text())['settings']
+    assert s['precision'] == ('bf16' if has_bf16('cpu') else 'fp32') and s['channels_last'] is True
+
 def test_help_documents_every_option(cli):
     r = cli('clae_train', '--help')
-    for o in 'path data arch method eps alpha attack epochs bs lr size limit seed name workers skip_bad'.split(): assert f'--{o}' in r.stdout.replace('skip-bad', 'skip_bad')
+    for o in 'path data arch method eps alpha attack epochs bs lr size limit seed name workers skip_bad channels precision channels_last'.split(): assert f'--{o}' in r.stdout.replace('skip-bad', 'skip_bad').replace('channels-last', 'channels_last')
     assert 'plain, uel, simclr (the default)' in ' '.join(r.stdout.split())
 
 def test_recipe(cli, digits_dir):

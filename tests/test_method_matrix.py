@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 
 from clae_fastai.all import (FGSM, CLAELoss, DataBlock, DataLoaders, GradientClip, ImageBlock, IndexSplitter, NTXentLoss, PILImageBW, RandomSplitter, TensorImage, TfmdDL, TransformBlock,
-                             TwoViews, attacks, clae_learner, deepcopy, dual_bns, extract_features, few_label_knn, get_dls, get_files, methods, noop, partial, resnet8, resnet18, set_seed, strip_dual_bn)
+                             TwoViews, attacks, clae_learner, deepcopy, dual_bns, extract_features, few_label_knn, get_dls, get_files, has_bf16, methods, noop, partial, resnet8, resnet18, set_seed, strip_dual_bn)
 
 tiny = nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU())
 
@@ -18,7 +18,7 @@ tiny = nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Con
 def dls():
     "Two batches of digits, labelled and not"
     labelled = get_dls('digits', bs=16, limit=32)
-    items = [np.array(x) for x,_ in labelled.train_ds]
+    items = [np.array(x[0]) for x,_ in labelled.train_ds]
     unlabelled = DataBlock([ImageBlock(PILImageBW)], splitter=IndexSplitter([])).dataloaders(items, bs=16, num_workers=0)
     return {True: labelled, False: unlabelled}
 
@@ -88,6 +88,27 @@ def test_channels_last(dls, quiet):
     learn = quiet(clae_learner(dls[True], resnet18, views='digits').to_channelslast(use_amp=False))
     learn.fit(1)
     assert learn.model.encoder.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last) and np.isfinite(learn.recorder.final_record[0])
+
+@pytest.mark.parametrize('precision', ['fp32','bf16','fp16','auto'])
+def test_precision_by_name(dls, quiet, precision):
+    learn = quiet(clae_learner(dls[True], resnet8, views='digits', precision=precision, channels_last=True))
+    assert learn.precision == (precision if precision != 'auto' else 'bf16' if has_bf16('cpu') else 'fp32')
+    seen = []
+    learn.model.encoder.layer1[0].conv1.register_forward_hook(lambda m, i, o: seen.append((o.dtype, o.is_contiguous(memory_format=torch.channels_last))))
+    learn.fit(1)
+    assert set(seen) == {(dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)[learn.precision], True)}
+
+@pytest.mark.parametrize('precision', ['fp32','bf16'])
+def test_attack_through_the_clean_batch_norm(dls, quiet, precision):
+    "The attack's own forward uses the chosen batch norm, the adversarial view's always the adversarial one, and the attack leaves both statistics alone"
+    for bn,want in (('adv', 2), ('clean', 1)):
+        learn = quiet(clae_learner(dls[True], resnet8, views='digits', attack_bn=bn, precision=precision))
+        calls = {'clean': 0, 'adv': 0}
+        d = dual_bns(learn.model)[0]
+        for k in calls: getattr(d, k).register_forward_hook(lambda m, i, o, k=k: calls.update({k: calls[k] + m.training}))
+        learn.fit(1)
+        assert calls == {'adv': 2*want, 'clean': 2*(4 - want)} # two batches of four forwards: of two views, of the attack, of x_adv
+        assert int(d.clean.num_batches_tracked) == 4 and int(d.adv.num_batches_tracked) == 2
 
 @pytest.mark.slow
 def test_low_precision_is_as_good():

@@ -67,7 +67,7 @@ def _claim(name, base):
         except FileExistsError: # somebody was faster
             if name is not None: _check_name(name)
 
-# %% ../nbs/13_cli.ipynb #64a0a0f6
+# %% ../nbs/13_cli.ipynb #853e11a3
 def _check(what, ok, value, need):
     if not ok: raise ValueError(f"{what} must be {need}, and it is {value}.")
 
@@ -100,6 +100,7 @@ def _plot_loss(learn, file):
     for c in ('train_loss','valid_loss','loss_aug','loss_adv'):
         if c in hist and hist[c].notna().any(): ax.plot(range(1, len(hist)+1), hist[c].astype(float), label=c, marker='.')
     ax.set(xlabel='epoch', ylabel='contrastive loss', title='Training'); ax.legend(); ax.grid(alpha=.3)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     fig.tight_layout(); fig.savefig(file, dpi=120); plt.close(fig)
 @contextmanager
 def _plain_log(learn):

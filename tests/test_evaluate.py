@@ -13,6 +13,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
+from test_data import pets
+
 from clae_fastai.all import (DataLoaders, KNNCallback, KNNClassifier, clae_learner, evaluate, export_onnx, extract_features, few_label_knn, get_dls, knn_predict, linear_probe,
                              load_encoder, resnet8, resnet18, set_seed, transfer)
 
@@ -191,8 +193,10 @@ def test_learner_and_file_evaluate_alike(trained):
 
 def test_transfer_runs_the_rest(trained, tmp_path):
     _,_,f = trained
-    t = transfer(f, ['flowers','pets'], tmp_path, download=False)
-    assert list(t.missing) == ['flowers','pets'] and not t.results and 'missing' in str(t)
+    pets(tmp_path)
+    t = transfer(f, ['flowers','pets'], tmp_path, download=False, k=3, solver='adam', epochs=2, num_workers=0)
+    assert list(t.missing) == ['flowers'] and list(t.results) == ['pets'] and 'missing' in str(t)
+    assert t.results['pets'].probe.metric == 'mean_per_class' and t.results['pets'].n_train == 6 and json.loads(t.to_json())['results']['pets']['dataset'] == 'pets'
 
 # bad input
 

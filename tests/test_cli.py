@@ -112,7 +112,7 @@ def test_photographs(cli, cifar_dir):
     run, = (cli.cwd/'runs').iterdir()
     assert 'trained encoder' in r.stdout
     hist = pd.read_csv(run/'history.csv')
-    assert hist.train_loss.is_monotonic_decreasing and hist.loss_aug.is_monotonic_decreasing
+    assert hist.train_loss.is_monotonic_decreasing and (hist.loss_aug + hist.loss_adv).is_monotonic_decreasing
     model = torchvision.models.resnet18()
     model.fc = nn.Identity()
     model.conv1,model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False),nn.Identity()

@@ -194,7 +194,7 @@ def test_learner_and_file_evaluate_alike(trained):
 def test_transfer_runs_the_rest(trained, tmp_path):
     _,_,f = trained
     pets(tmp_path)
-    t = transfer(f, ['flowers','pets'], tmp_path, download=False, k=3, solver='adam', epochs=2, num_workers=0)
+    t = transfer(f, ['flowers','pets'], tmp_path, download=False, k=3, solver='adam', epochs=2, bs=2, num_workers=0)
     assert list(t.missing) == ['flowers'] and list(t.results) == ['pets'] and 'missing' in str(t)
     assert t.results['pets'].probe.metric == 'mean_per_class' and t.results['pets'].n_train == 6 and json.loads(t.to_json())['results']['pets']['dataset'] == 'pets'
 

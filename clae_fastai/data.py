@@ -41,7 +41,7 @@ def check_images(
     good = found.filter(lambda o: not isinstance(o[1], Exception))
     return good.itemgot(0),good.itemgot(1).itemgot(0),good.itemgot(1).itemgot(1)
 
-# %% ../nbs/06_data.ipynb #4e8135e5
+# %% ../nbs/06_data.ipynb #e395e5a4
 def _to_image(
     o, # File, PIL image, array (H,W) or (H,W,C), or tensor (C,H,W)
     channels, # 1: grey, 3: RGB
@@ -62,10 +62,13 @@ def read_images(
     size:tuple=None # (width, height); the first image's by default, and then all must have it
 ) -> Tensor: # (N,channels,height,width), uint8
     "Decode images into one tensor, in threads"
-    first = _to_image(files[0], channels, size)
+    def _image(o):
+        try: return _to_image(o, channels, size)
+        except OSError as e: raise ValueError(f"{o} cannot be read as an image ({e}).") from None # PIL does not name a truncated file
+    first = _image(files[0])
     out = torch.empty(len(files), *first.shape, dtype=torch.uint8)
     def _read(i):
-        im = _to_image(files[i], channels, size)
+        im = _image(files[i])
         if im.shape != first.shape: raise ValueError(f"{files[i]} is {im.shape[2]}x{im.shape[1]} pixels, and {files[0]} is {first.shape[2]}x{first.shape[1]}: images in one tensor must have one size.")
         out[i] = im
     parallel(_read, range(len(files)), threadpool=True, n_workers=min(16, defaults.cpus), progress=False)
@@ -394,7 +397,7 @@ def datasets() -> pd.DataFrame:
     cols = 'name n_train n_test classes size source licence metric page'.split()
     return pd.DataFrame([[ifnone(getattr(o, c), '') for c in cols] for o in catalogue.values()], columns=cols).set_index('name')
 
-# %% ../nbs/06_data.ipynb #9f7ea58c
+# %% ../nbs/06_data.ipynb #b0228e26
 def _sample(
     items, # Items to choose from, a list or a `MemoryImages`
     limit, # How many, or None for all
@@ -419,6 +422,7 @@ def _read(entry, path, download, **kwargs):
             res = entry.read(_own_folder(path, entry.folders), **kwargs)
             missing = [] if entry.memory else [o.image for o in res[0] + res[1] if not o.image.exists()]
             if missing: raise FileNotFoundError(2, f'{len(missing)} listed images are missing', str(missing[0]))
+            if not entry.memory: check_images([o.image for o in res[0] + res[1]])
             return res
         except FileNotFoundError as e: return e
         except ValueError: raise

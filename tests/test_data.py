@@ -248,11 +248,14 @@ def test_a_pickle_bomb_is_not_executed(tmp_path):
     with pytest.raises(ValueError, match='no data file needs'): get_dls('cifar10', tmp_path, bs=2)
     assert not (tmp_path/'boom').exists()
 
-def test_corrupt_image_is_named(tmp_path):
-    tinyimagenet(tmp_path)
-    f = tmp_path/'tiny-imagenet-200'/'val'/'images'/'val_3.JPEG'
-    f.write_bytes(b'no image')
-    with pytest.raises(ValueError, match='val_3.JPEG'): get_dls('tinyimagenet', tmp_path, bs=2)
+@pytest.mark.parametrize('cut', [5,600])
+@pytest.mark.parametrize('write,name,file', [(tinyimagenet, 'tinyimagenet', 'tiny-imagenet-200/val/images/val_3.JPEG'), (dtd, 'dtd', 'dtd/dtd/images/banded/banded_val1.jpg')])
+def test_corrupt_image_is_named(tmp_path, write, name, file, cut):
+    "Truncated in its header or its pixels, before any training"
+    write(tmp_path)
+    f = tmp_path/file
+    f.write_bytes(f.read_bytes()[:-cut] if cut > 5 else b'no image')
+    with pytest.raises(ValueError, match=f.name): get_dls(name, tmp_path, bs=2, download=False)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('cached', [False,True])

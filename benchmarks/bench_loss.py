@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 "Time and peak memory of the losses, forward and backward, over the batch size: `python benchmarks/bench_loss.py`"
 import argparse
-import resource
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ def process(name, n, times):
     z = embeddings(n)
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
     for _ in range(times): loss(*z).backward()
-    print(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024)
+    print(report.peak_memory())
 
 def peak(name, n, times): return int(subprocess.run([sys.executable, __file__, '--process', name, str(n), str(times)], capture_output=True, text=True, check=True).stdout.split()[-1])
 

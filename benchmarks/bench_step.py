@@ -6,7 +6,6 @@ clae       ours, through fastai's Learner, with views, loss, optimiser and loggi
 simclr     the same Learner with eps=0: 6 units
 passes     the bare passes of a clae step, no views, no loss, no optimiser: the least it can take"""
 import argparse
-import resource
 import subprocess
 import sys
 import time
@@ -26,12 +25,13 @@ def sync():
 
 def images(): return torch.randint(0, 256, (bs,3,side,side), dtype=torch.uint8)
 
-def learner_step(eps, precision, channels_last):
-    "A fit of one epoch of one batch"
+def learner_step(eps, precision, channels_last, change=lambda learn: None, **kwargs):
+    "A fit of one epoch of one batch; `change` and `kwargs` are for `bench_tried.py`"
     ds = MemoryImages(images())
     dls = DataLoaders(MemoryDL(ds, bs=bs, shuffle=True, drop_last=True, after_batch=[IntToFloatTensor()], device=default_device()), device=default_device())
-    learn = clae_learner(dls, resnet18, eps=eps, precision=precision, channels_last=channels_last)
+    learn = clae_learner(dls, resnet18, eps=eps, precision=precision, channels_last=channels_last, **kwargs)
     learn.logger = lambda *a: None
+    change(learn)
     def _step():
         with learn.no_bar(): learn.fit(1, 3e-4)
     return _step
@@ -81,7 +81,7 @@ def peak_memory(name, kind, steps):
 def memory_process(name, kind, steps):
     step = make(name, kind)
     for _ in range(int(steps)): step()
-    print(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024)
+    print(report.peak_memory())
 
 def main():
     parser = argparse.ArgumentParser()

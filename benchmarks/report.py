@@ -2,6 +2,7 @@
 import importlib.metadata
 import os
 import platform
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,13 @@ def machine():
     names = 'clae_fastai fastai torch torchvision kornia scikit-learn'.split()
     return f"{where}, Python {platform.python_version()}, " + ', '.join(f'{n} {importlib.metadata.version(n)}' for n in names) + '.'
 
+def peak_memory():
+    "Largest resident memory of this process so far, or its peak of GPU memory, in bytes. (`ru_maxrss` starts from the parent's on Linux, /proc does not.)"
+    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
+    status = Path('/proc/self/status')
+    if status.exists(): return 1024*next(int(l.split()[1]) for l in status.open() if l.startswith('VmHWM'))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+
 def ratio(a, b):
     "Geometric mean of the paired ratios a/b and its 95 % interval (t, on logarithms), as text"
     l = np.log(np.asarray(a)/np.asarray(b))
@@ -27,7 +35,7 @@ def spread(x, fmt='.2f'):
     "Median (smallest to largest), as text"
     return f'{np.median(x):{fmt}} ({np.min(x):{fmt}} to {np.max(x):{fmt}})'
 
-titles = dict(step='A training step', loss='The losses: time and memory', views='Two views of each image', eval='Evaluation', signs="The attack's signs in low precision")
+titles = dict(step='A training step', tried='A faster step: what was tried', loss='The losses: time and memory', views='Two views of each image', eval='Evaluation', signs="The attack's signs in low precision")
 
 def write(name, command, lines):
     "Write results/NAME.md, and benchmarks/README.md, the page of all tables"

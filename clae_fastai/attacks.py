@@ -106,7 +106,7 @@ class FGSM(Attack):
     "Fast gradient sign method (Goodfellow et al. 2015; the paper's eq. 15): one step of size `eps`, one forward"
     def delta(self, x, grad): return self.eps*self.direction(grad())
 
-# %% ../nbs/03_attacks.ipynb #c5841533
+# %% ../nbs/03_attacks.ipynb #6abbdfd5
 class RandomAttack(Attack):
     "Base of the attacks that draw random numbers, from a generator of their own"
     def __init__(self,
@@ -119,7 +119,7 @@ class RandomAttack(Attack):
         self.generator = None
 
     def _draw(self, f, shape, x):
-        if self.generator is None or self.generator.device != x.device: self.generator = torch.Generator(x.device).manual_seed(self.seed)
+        if self.generator is None or self.generator.device != x.device: self.generator = torch.Generator(x.device).manual_seed(self.seed + rank_distrib())
         return f(shape, generator=self.generator, device=x.device, dtype=x.dtype)
 
     def random_direction(self, x):

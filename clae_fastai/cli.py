@@ -5,19 +5,21 @@
 # %% auto #0
 __all__ = ['command', 'user_errors', 'clae_train', 'clae_eval', 'clae_export']
 
-# %% ../nbs/13_cli.ipynb #c4d875cf
+# %% ../nbs/13_cli.ipynb #ae3d440d
 from fastai.vision.all import *
 from fastcore.script import anno_parser
 from contextlib import nullcontext
 from functools import wraps
 from dataclasses import asdict, replace
 from torch.optim.swa_utils import update_bn
-import json, kornia, platform, shutil, torchvision, fastai
+import contextlib, filelock, json, kornia, platform, shutil, torchvision, fastai
 from . import __version__
 from .attacks import attacks
+from .callback import *
 from .learner import *
 from .data import *
 from .evaluate import *
+from .checkpoint import *
 
 # %% ../nbs/13_cli.ipynb #22d25904
 def command(
@@ -36,17 +38,19 @@ def command(
         return func(**{k:v for k,v in opts.items() if k in inspect.signature(func).parameters})
     return _f
 
-# %% ../nbs/13_cli.ipynb #daba45f7
+# %% ../nbs/13_cli.ipynb #2208d05c
 @contextmanager
 def user_errors(
     prog:str # Name of the command
 ):
     "Print what a user can mend, without a traceback, and exit with code 2"
     try: yield
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as e:
+    except (ValueError, OSError, FloatingPointError) as e:
         text = str(e).rpartition('when calling event')[2].partition('\n\t')[2] if 'Exception occured in' in str(e) else str(e) # fastai's prefix
-        print(f'{prog}: {text}', file=sys.stderr)
+        if 'Original Traceback' in text: text = text.strip().rpartition('\n')[2].partition(': ')[2] # from a process that loads images
+        print(f"{prog}: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt: sys.exit(130)
 
 # %% ../nbs/13_cli.ipynb #75d3cbe2
 def _free_name(base):
@@ -67,7 +71,7 @@ def _claim(name, base):
         except FileExistsError: # somebody was faster
             if name is not None: _check_name(name)
 
-# %% ../nbs/13_cli.ipynb #853e11a3
+# %% ../nbs/13_cli.ipynb #a903ee96
 def _check(what, ok, value, need):
     if not ok: raise ValueError(f"{what} must be {need}, and it is {value}.")
 
@@ -102,13 +106,60 @@ def _plot_loss(learn, file):
     ax.set(xlabel='epoch', ylabel='contrastive loss', title='Training'); ax.legend(); ax.grid(alpha=.3)
     ax.xaxis.get_major_locator().set_params(integer=True)
     fig.tight_layout(); fig.savefig(file, dpi=120); plt.close(fig)
+
+class _History(Callback):
+    "Writes the training table to history.csv"
+    order,checkpoint_attrs = Recorder.order+5,('rows','seconds')
+    def __init__(self, file): self.file = file
+    def before_fit(self):
+        self.rows,self.seconds = [],0.
+        self._write()
+    def before_epoch(self): self.start = time.time()
+    def after_epoch(self):
+        self.rows.append([*self.recorder.log])
+        self.seconds += time.time() - self.start
+        self._write()
+    def _write(self):
+        if rank_distrib(): return
+        tmp = self.file.with_suffix('.tmp')
+        pd.DataFrame(self.rows, columns=list(self.recorder.metric_names)).to_csv(tmp, index=False)
+        tmp.replace(self.file)
+
 @contextmanager
 def _plain_log(learn):
     "A line an epoch and no progress bar, for output that goes into a file"
     def _row(log): print(' '.join(f'{o:>12.4f}' if isinstance(o, float) else f'{o!s:>12}' for o in log), flush=True)
     with learn.no_bar(), contextmanager(replacing_yield)(learn, 'logger', _row): yield
 
-# %% ../nbs/13_cli.ipynb #e893200a
+# %% ../nbs/13_cli.ipynb #d5ce289f
+def _unfinished(run, options):
+    "Folder and options of a run to go on with, or None if it is finished"
+    given = [k for k,p in inspect.signature(clae_train).parameters.items() if k != 'resume' and options[k] != p.default]
+    if given: raise ValueError(f"--resume goes on with the run's own settings: leave out {', '.join(f'--{k}' for k in given)}.")
+    folder = first([Path(run), Path('runs')/run], lambda o: (o/'settings.json').is_file())
+    if folder is None: raise FileNotFoundError(f"There is no run {run} to go on with: expected a run's name or folder, which holds settings.json.")
+    if (folder/'summary.json').exists(): return
+    try: return folder,_checked_options(json.loads((folder/'settings.json').read_text())['options'])
+    except (ValueError, KeyError, TypeError, RecursionError) as e: raise ValueError(f"{folder/'settings.json'} is damaged ({e}): start a new run.") from None
+
+def _checked_options(saved):
+    "`saved`, if it is what `clae_train` takes"
+    params = {k: p for k,p in inspect.signature(clae_train).parameters.items() if k != 'resume'}
+    if saved.keys() != params.keys(): raise ValueError(f"it has other options than this version: {', '.join(sorted(map(str, saved.keys() ^ params.keys())))}")
+    for k,p in params.items():
+        kind = (int,float) if p.annotation is float else p.annotation
+        if saved[k] is not None and (not isinstance(saved[k], kind) or isinstance(saved[k], bool) != (p.annotation is bool)): raise ValueError(f"{k} is {saved[k]!r}")
+        if saved[k] is None and p.default is not None: raise ValueError(f"{k} is missing")
+    return saved
+
+@contextmanager
+def _locked(run):
+    "Hold the run's lock, or say who does"
+    try:
+        with filelock.FileLock(run/'.lock', timeout=0): yield
+    except filelock.Timeout: raise ValueError(f"Another process is at work on {run}.") from None
+
+# %% ../nbs/13_cli.ipynb #d7a94c9a
 _defaults = dict(method='simclr', eps=.03, alpha=1., attack='fgsm', epochs=20, bs=64, lr=3e-3)
 
 @command
@@ -133,53 +184,95 @@ def clae_train(
     channels_last:bool=False, # Channels-last memory order, faster for convolutions
     workers:int=None, # Processes that load images; by default none for digits, and one a core for folders
     skip_bad:bool=False, # Leave out files that cannot be read as images, and count them
+    attack_bn:str='adv', # Batch norm that the attack looks through: adv (the paper's) or clean
+    on_nonfinite:str='stop', # When a loss or gradient is not finite: stop, or skip the step (at most ten in a row)
+    every_batches:int=None, # Batches from one checkpoint to the next inside an epoch; by default only at its end
+    resume:str=None, # Go on with this interrupted run (a name in runs/, or its folder), as if it had not been; takes no other option
 ):
     "Train an encoder without labels by contrastive learning with adversarial examples, and evaluate it"
-    given = dict(method=method, eps=eps, alpha=alpha, attack=attack, epochs=epochs, bs=bs, lr=lr, arch=arch, size=size)
-    where = dict(path=path, limit=limit, seed=seed, workers=workers, skip_bad=skip_bad, channels=channels, recipe=recipe, channels_last=channels_last)
-    with user_errors('clae_train'):
-        given = {k:v for k,v in given.items() if v is not None}
-        r = None if recipe is None else replace(get_recipe(recipe), **given)
-        data = ifnone(data, r.data if r else 'digits' if path is None else 'folder')
-        o = merge(dict(arch='resnet8' if data == 'digits' else 'resnet18', size=None, **_defaults), asdict(r) if r else {}, given)
-        method,eps,alpha,attack,epochs,bs,lr,arch,size = (o[k] for k in 'method eps alpha attack epochs bs lr arch size'.split())
-        _check('epochs', epochs >= 1, epochs, '1 or more')
-        _check('lr', 0 < lr < math.inf, lr, 'a finite number above 0')
-        _check('seed', 0 <= seed < 2**32, seed, 'between 0 and 4294967295')
-        _check('workers', workers is None or workers >= 0, workers, '0 or more')
-        if name is not None: _check_name(name)
-        set_seed(seed)
-        dls = get_dls(data, path, bs=bs, size=size, limit=limit, seed=seed, skip_bad=skip_bad, channels=channels, **({} if workers is None else dict(num_workers=workers)))
-        learn = clae_learner(dls, precision=precision, channels_last=channels_last,
-                             **(r.learner_kwargs() if r else dict(arch=arch, method=method, eps=eps, alpha=alpha, attack=attack, views='digits' if data == 'digits' else None)))
-        base = data if data != 'folder' else re.sub(r'[^\w.\-]', '_', Path(path).resolve().name) or 'images'
-        run = _claim(name, f'{base}-{method}')
-        learn.path = run
-        n_train,n_test = len(dls.train_ds),len(dls.valid_ds)
-        print(f"{run}: {arch} on {n_train} training images of {base}, {method}{'' if not learn.clae.attacking else f' with {learn.clae.attack}'}, on {learn.dls.device}")
-        labelled = len(dls.train_ds) and len(dls.train_ds[0]) > 1 and n_test > 0
-        eval_dls = [o.new(shuffle=False, drop_last=False) for o in dls.loaders]
-        if labelled:
-            raw,untrained = [extract_features(nn.Flatten(), dl) for dl in eval_dls],_untrained_features(learn, eval_dls)
-        start = time.time()
-        with nullcontext() if sys.stdout.isatty() else _plain_log(learn):
-            if r: r.fit(learn, cbs=CSVLogger())
-            else: learn.fit_one_cycle(epochs, lr, cbs=CSVLogger())
-        seconds = time.time() - start
-        learn.export_encoder(run/'encoder.safetensors')
-        _plot_loss(learn, run/'loss.png')
-        fig = learn.show_views(); fig.savefig(run/'views.png', dpi=100); plt.close(fig)
-        metrics = dict(train_seconds=seconds)
-        if labelled:
-            feats = dict(raw=raw, untrained=untrained, encoder=[extract_features(learn, dl) for dl in eval_dls])
-            metrics['knn'] = {k: few_label_knn(*train, *test, ns=(1,5)) for k,(train,test) in feats.items()}
-            print(f"\n{_knn_table(metrics['knn'], n_test)}\n")
-        else: print("There are no classes, or no test images, to evaluate with: the encoder was trained, and its accuracy is unknown.")
-        summary = dict(settings={**where, 'data': data, **{k: o[k] for k in [*_defaults, 'arch']}, 'name': run.name, 'size': learn.encoder_info['size'], 'device': str(learn.dls.device), 'precision': learn.precision}, seed=seed, versions=_versions(), metrics=metrics)
-        (run/'summary.json').write_text(json.dumps(summary, indent=2))
-        print(f"The encoder is {run/'encoder.safetensors'}; what the adversary does is in {run/'views.png'}.")
+    options = {k:v for k,v in locals().items() if k != 'resume'}
+    quiet = contextlib.redirect_stdout(io.StringIO()) if rank_distrib() else nullcontext() # of several processes the first one prints
+    with user_errors('clae_train'), quiet:
+        if resume is None: return _train(options)
+        if unfinished := _unfinished(resume, options): return _train(unfinished[1], unfinished[0])
+        print(f"The run {resume} is finished; nothing is left to do.")
 
-# %% ../nbs/13_cli.ipynb #e7eb1d26
+def _settings(o):
+    "The options with what is left open filled in: recipe first, then defaults"
+    given = {k: o[k] for k in 'method eps alpha attack epochs bs lr arch size'.split() if o[k] is not None}
+    r = None if o['recipe'] is None else replace(get_recipe(o['recipe']), **given)
+    data = ifnone(o['data'], r.data if r else 'digits' if o['path'] is None else 'folder')
+    o = merge(o, dict(arch='resnet8' if data == 'digits' else 'resnet18', size=None, **_defaults), {k:v for k,v in asdict(r).items() if k in o} if r else {}, given, dict(data=data))
+    _check('epochs', o['epochs'] >= 1, o['epochs'], '1 or more')
+    _check('lr', 0 < o['lr'] < math.inf, o['lr'], 'a finite number above 0')
+    _check('seed', 0 <= o['seed'] < 2**32, o['seed'], 'between 0 and 4294967295')
+    _check('bs', o['bs'] >= 2, o['bs'], '2 or more, as contrast needs two images')
+    _check('limit', o['limit'] is None or o['limit'] >= 2, o['limit'], '2 or more')
+    _check('size', o['size'] is None or 8 <= o['size'] <= 4096, o['size'], 'between 8 and 4096 pixels')
+    _check('workers', o['workers'] is None or 0 <= o['workers'] <= 256, o['workers'], 'between 0 and 256')
+    return o,r
+
+def _train(options, run=None):
+    "A run from its options; in the folder `run`, if it was begun there"
+    o,r = _settings(options)
+    if run is None and o['name'] is not None: _check_name(o['name'])
+    set_seed(o['seed'])
+    dls = get_dls(o['data'], o['path'], **{k: o[k] for k in 'bs size limit seed skip_bad channels'.split()}, **({} if o['workers'] is None else dict(num_workers=o['workers'])))
+    own = r.learner_kwargs() if r else dict(**{k: o[k] for k in 'arch method eps alpha attack'.split()}, views='digits' if o['data'] == 'digits' else None)
+    learn = clae_learner(dls, **own, **{k: o[k] for k in 'precision channels_last attack_bn on_nonfinite'.split()})
+    base = o['data'] if o['data'] != 'folder' else re.sub(r'[^\w.\-]', '_', Path(o['path']).resolve().name)[:60] or 'images'
+    checkpoint = Checkpoint('checkpoints', o['every_batches'])
+    if rank_distrib(): return _fit(learn, checkpoint, run, run is not None, o, r) # one of several processes: all but the first only train
+    resuming = run is not None
+    if not resuming: run = _claim(o['name'], f"{base}-{o['method']}")
+    with _locked(run):
+        if not resuming: (run/'settings.json').write_text(json.dumps(dict(options=options, versions=_versions()), indent=2))
+        _run(learn, run, checkpoint, resuming, base, o, r)
+
+def _fit(learn, checkpoint, run, resuming, o, r):
+    "Train, in as many processes as were launched; seconds that it took"
+    with learn.distributed(), nullcontext() if sys.stdout.isatty() else _plain_log(learn), checkpoint.guard():
+        if num_distrib() > 1: run = _from_first(run)
+        learn.path,checkpoint.folder = run,run/'checkpoints'
+        cbs = [checkpoint, history := _History(run/'history.csv')]
+        if resuming and checkpoints(checkpoint.folder): cbs.append(Resume(checkpoint.folder))
+        try:
+            if r: r.fit(learn, cbs=cbs)
+            else: learn.fit_one_cycle(o['epochs'], o['lr'], cbs=cbs)
+        except RuntimeError as e:
+            if 'DataLoader worker' not in str(e): raise
+            raise ValueError(f"A process that loads images died, perhaps for want of memory ({' '.join(str(e).split())}). Go on with --resume {run.name}, after freeing memory.") from e
+    return history.seconds
+
+def _from_first(o):
+    "What the first process has"
+    res = [o]
+    torch.distributed.broadcast_object_list(res)
+    return res[0]
+
+def _run(learn, run, checkpoint, resuming, base, o, r):
+    "Train, evaluate, and write all that a run leaves behind"
+    n_train,n_test = len(learn.dls.train_ds),len(learn.dls.valid_ds)
+    processes = f', in {num_distrib()} processes' if num_distrib() > 1 else ''
+    print(f"{run}: {o['arch']} on {n_train} training images of {base}, {o['method']}{'' if not learn.clae.attacking else f' with {learn.clae.attack}'}, on {learn.dls.device}{processes}")
+    labelled = n_train and len(learn.dls.train_ds[0]) > 1 and n_test > 0
+    eval_dls = [dl.new(shuffle=False, drop_last=False) for dl in learn.dls.loaders]
+    if labelled: raw,untrained = [extract_features(nn.Flatten(), dl) for dl in eval_dls],_untrained_features(learn, eval_dls)
+    metrics = dict(train_seconds=_fit(learn, checkpoint, run, resuming, o, r))
+    learn.export_encoder(run/'encoder.safetensors')
+    _plot_loss(learn, run/'loss.png')
+    fig = learn.show_views(); fig.savefig(run/'views.png', dpi=100); plt.close(fig)
+    if labelled:
+        feats = dict(raw=raw, untrained=untrained, encoder=[extract_features(learn, dl) for dl in eval_dls])
+        metrics['knn'] = {k: few_label_knn(*train, *test, ns=(1,5)) for k,(train,test) in feats.items()}
+        print(f"\n{_knn_table(metrics['knn'], n_test)}\n")
+    else: print("There are no classes, or no test images, to evaluate with: the encoder was trained, and its accuracy is unknown.")
+    summary = dict(settings={**o, 'name': run.name, 'size': learn.encoder_info['size'], 'device': str(learn.dls.device), 'precision': learn.precision, 'processes': max(1, num_distrib())}, seed=o['seed'], versions=_versions(), metrics=metrics)
+    tmp = run/'summary.json.tmp'
+    tmp.write_text(json.dumps(summary, indent=2)); tmp.replace(run/'summary.json') # it says that the run is finished, so it comes last and whole
+    print(f"The encoder is {run/'encoder.safetensors'}; what the adversary does is in {run/'views.png'}.")
+
+# %% ../nbs/13_cli.ipynb #448d1899
 def _encoder_file(run):
     "The encoder file that `run` means"
     files = [Path(run), Path(run)/'encoder.safetensors', Path('runs', run)/'encoder.safetensors']
@@ -209,7 +302,8 @@ def clae_eval(
 ):
     "Evaluate an encoder by nearest neighbours and a linear probe"
     with user_errors('clae_eval'):
-        _check('workers', workers is None or workers >= 0, workers, '0 or more')
+        _check('workers', workers is None or 0 <= workers <= 256, workers, 'between 0 and 256')
+        _check('bs', bs >= 1, bs, '1 or more')
         file = _encoder_file(run)
         e = evaluate(file, dataset, protocol, k=k, knn_on=knn_on, probe_on=probe_on, path=path, bs=bs, **({} if workers is None else dict(num_workers=workers)))
         out = _write_new(file.parent, f'eval-{dataset}-{protocol}', json.dumps({**e.to_dict(), 'versions': _versions()}, indent=2))

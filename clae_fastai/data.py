@@ -288,7 +288,7 @@ def _read_imagenet100(root, **_):
     def _part(o): return [ImageItem(f, c) for c in classes for f in _class_images(root/o/c)[0]]
     return _part('train'),_part('val'),classes
 
-# %% ../nbs/06_data.ipynb #ea972078
+# %% ../nbs/06_data.ipynb #ef3b193b
 class ResizeCenterCrop(DisplayedTransform):
     "Bring an image's shorter side to `size` (bicubic) and crop the centre"
     order = Resize.order
@@ -297,9 +297,14 @@ class ResizeCenterCrop(DisplayedTransform):
     ): self.size = size
     def encodes(self, x:Image.Image): return TF.center_crop(TF.resize(x, self.size, TF.InterpolationMode.BICUBIC), self.size)
 
+def _open_image(cls, file):
+    "`cls.create(file)`, with an error that names the file: it was readable when training began"
+    try: return cls.create(file)
+    except Exception as e: raise ValueError(f"{file} can no longer be read as an image ({type(e).__name__}: {e}). Restore or replace it.") from None
+
 def _file_dls(train, valid, classes, item_tfms, cls=PILImage, batch_tfms=None, path='.', **kwargs):
     "`DataLoaders` of `ImageItem`s; labelled if there are `classes`"
-    blocks = [ImageBlock(cls)] + ([CategoryBlock(vocab=classes, sort=False)] if classes else [])
+    blocks = [TransformBlock(type_tfms=partial(_open_image, cls), batch_tfms=IntToFloatTensor)] + ([CategoryBlock(vocab=classes, sort=False)] if classes else [])
     block = DataBlock(blocks, get_x=ItemGetter(0), get_y=ItemGetter(1) if classes else None, n_inp=1, item_tfms=item_tfms, batch_tfms=batch_tfms,
                       splitter=IndexSplitter(range(len(train), len(train)+len(valid))))
     return block.dataloaders([*train, *valid], path=path, **kwargs)

@@ -477,10 +477,11 @@ class KNNCallback(_Columns):
         _check_data(train, test)
         self.row = [float((knn_predict(*train, test[0], self.k, self.temperature) == test[1]).float().mean())]
 
-# %% ../nbs/09_evaluate.ipynb #2ef36b4a
+# %% ../nbs/09_evaluate.ipynb #ed8b2275
 class CollapseMonitor(_Columns):
     "Adds the standard deviation of `z`, alignment and uniformity to the training table"
     names,run_valid = ('z_std','alignment','uniformity'),False
+    checkpoint_attrs = ('sums','n_batches')
     def before_train(self):
         super().before_train()
         self.sums,self.n_batches = 0.,0

@@ -70,7 +70,7 @@ def _attack(attack, eps):
     if eps is not None: raise ValueError("eps goes with an attack's name; an attack that is passed ready-made has its own.")
     return attack
 
-# %% ../nbs/08_learner.ipynb #25aa77cd
+# %% ../nbs/08_learner.ipynb #4ab187ae
 @delegates(Learner.__init__, but='model,loss_func')
 def clae_learner(
     dls:DataLoaders, # Images, labelled or not; never changed
@@ -90,6 +90,7 @@ def clae_learner(
     weights=None, # Start from a weight set, a state dict, or an encoder file
     precision:str='fp32', # 'fp32', 'bf16', 'fp16', or 'auto': 'bf16' where the device is faster with it, see `has_bf16`
     channels_last:bool=False, # Keep images and weights in channels-last order? Faster for convolutions, equal up to rounding
+    on_nonfinite:str='stop', # When a loss or gradient is not finite: 'stop', or 'skip' the step, see `CheckFinite`
     cbs:list=None, # More callbacks
     **kwargs
 ) -> Learner:
@@ -108,7 +109,7 @@ def clae_learner(
     precision,fast = precision_cbs(precision, device)
     if channels_last: fast.append(ChannelsLast())
     model = ContrastiveModel(encoder, head, normalize=isinstance(loss, TwoViewLoss)).to(device)
-    learn = Learner(pixels, model, loss_func, cbs=[CLAECallback(views, attack, adv_momentum, attack_bn), StopOnNonFinite(), *fast, *L(cbs)], **kwargs)
+    learn = Learner(pixels, model, loss_func, cbs=[CLAECallback(views, attack, adv_momentum, attack_bn), CheckFinite(on_nonfinite), *fast, *L(cbs)], **kwargs)
     learn.precision = precision
     stats = getattr(views, 'stats', None)
     learn.encoder_info = dict(arch=arch_name(arch), stem=stem_of(encoder), channels=n_in, size=size, method=method if isinstance(method, str) else getattr(method, '__name__', type(method).__name__),
@@ -148,7 +149,7 @@ def show_views(self:Learner,
     fig.tight_layout()
     return fig
 
-# %% ../nbs/08_learner.ipynb #f89ca85d
+# %% ../nbs/08_learner.ipynb #3ddb534a
 _format = 'clae-encoder-1'
 
 @patch
@@ -170,10 +171,17 @@ def _read_encoder(file):
     if not file.is_file(): raise FileNotFoundError(f"There is no encoder file {file}.")
     try:
         with safetensors.safe_open(file, 'pt') as f: head,state = f.metadata() or {},{k: f.get_tensor(k) for k in f.keys()}
-    except safetensors.SafetensorError as e:
+    except (safetensors.SafetensorError, ValueError, LookupError) as e:
         raise ValueError(f"{file} is no safetensors file ({e}). Encoders are written by `learn.export_encoder`; pickles (.pth, .pkl) are not read, as loading one can execute code.") from None
     if head.get('format') != _format: raise ValueError(f"{file} is no encoder of this library: its header's format is {head.get('format')!r}, and {_format!r} was expected.")
-    return state,{k: v if k in ('format','version','arch','stem','method') else json.loads(v) for k,v in head.items()}
+    try: info = {k: v if k in ('format','version','arch','stem','method') else json.loads(v) for k,v in head.items()}
+    except (ValueError, RecursionError) as e: raise ValueError(f"The header of {file} is damaged ({e}).") from None
+    def _is(o, kind, n): return isinstance(o, list) and len(o) == n and all(isinstance(x, kind) and not isinstance(x, bool) and math.isfinite(x) for x in o)
+    n = info.get('channels')
+    good = dict(arch='arch' in info, stem=info.get('stem') in ('cifar','imagenet'), channels=_is([n], int, 1) and 0 < n < 10_000, size=_is(info.get('size'), int, 2) and min(info['size']) > 0)
+    if 'mean' in info or 'std' in info: good.update({k: _is(info.get(k), (int,float), n) and (k == 'mean' or min(info[k]) > 0) for k in ('mean','std')} if good['channels'] else {})
+    if wrong := [k for k,ok in good.items() if not ok]: raise ValueError(f"The header of {file} is damaged: {', '.join(f'{k} is {info.get(k)!r}' for k in wrong)}.")
+    return state,info
 
 def _key_difference(state, model):
     "Which keys of `state` do not fit `model`"
@@ -188,7 +196,8 @@ def load_encoder(
     "The encoder of a file"
     state,info = _read_encoder(file)
     if arch is None and not info['arch']: raise ValueError(f"{file} does not name its architecture, as it was trained from a function or module of the user's: pass `arch`.")
-    encoder = create_encoder(ifnone(arch, info['arch']), info['stem'], info['channels'])
+    try: encoder = create_encoder(ifnone(arch, info['arch']), info['stem'], info['channels'])
+    except ValueError as e: raise ValueError(f"{file} cannot be loaded. {e}") from None
     if diff := _key_difference(state, encoder): raise ValueError(f"{file}, written from the architecture {info['arch'] or 'of a module'}, does not fit {arch_name(arch) or info['arch'] or 'the given one'}: it {diff}.")
     encoder.load_state_dict(state)
     encoder.info = info

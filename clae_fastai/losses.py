@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['at_least_float32', 'TwoViewLoss', 'PlainLoss', 'NTXentLoss', 'UELLoss', 'CLAELoss']
 
-# %% ../nbs/01_losses.ipynb #479b2665
+# %% ../nbs/01_losses.ipynb #b5e09feb
 from fastai.basics import *
+from .distributed import gather, rank_offset
 
 # %% ../nbs/01_losses.ipynb #1d7c4711
 def at_least_float32(
@@ -15,7 +16,7 @@ def at_least_float32(
     "Promote half precision to float32"
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
-# %% ../nbs/01_losses.ipynb #c7902f72
+# %% ../nbs/01_losses.ipynb #a3117f73
 class TwoViewLoss(nn.Module):
     "Base of the contrastive losses: a loss is one method, `rows(z_q, z_p)`, which returns each image's loss"
     def __init__(self,
@@ -34,9 +35,16 @@ class TwoViewLoss(nn.Module):
         with torch.autocast(z_q.device.type, enabled=False): rows = self.rows(at_least_float32(z_q), at_least_float32(z_p))
         return rows.mean() if self.reduction == 'mean' else rows
 
+    def everybody(self,
+        z:Tensor # This process's embeddings (b,D)
+    ) -> Tensor: # All processes' (B,D); in one process `z` itself
+        "Embeddings of all processes with gradient, this one's first"
+        i = rank_offset(len(z))
+        return gather(z).roll(-i, 0) if i else gather(z)
+
     def extra_repr(self): return f'temperature={self.temperature}'
 
-# %% ../nbs/01_losses.ipynb #330dcec2
+# %% ../nbs/01_losses.ipynb #2b0caad4
 class PlainLoss(TwoViewLoss):
     "Plain contrastive loss (eq. 5): cross entropy over the batch, rows are anchors `z_q`, columns are weights `z_p`"
     def __init__(self,
@@ -45,9 +53,10 @@ class PlainLoss(TwoViewLoss):
     ): super().__init__(temperature, reduction)
 
     def rows(self, z_q, z_p):
-        return F.cross_entropy(z_q @ z_p.T / self.temperature, torch.arange(len(z_q), device=z_q.device), reduction='none')
+        sim = z_q @ self.everybody(z_p).T / self.temperature                     # (b,B)
+        return F.cross_entropy(sim, torch.arange(len(z_q), device=z_q.device), reduction='none')
 
-# %% ../nbs/01_losses.ipynb #ce3dbb93
+# %% ../nbs/01_losses.ipynb #ad48d032
 class NTXentLoss(TwoViewLoss):
     "Normalised temperature-scaled cross entropy (Chen et al. 2020): symmetric over the `2B` embeddings, cosine similarity"
     def __init__(self,
@@ -57,12 +66,12 @@ class NTXentLoss(TwoViewLoss):
 
     def rows(self, z_q, z_p):
         n = len(z_q)
-        z = F.normalize(torch.cat([z_q, z_p]), dim=1)                           # (2B,D)
-        sim = (z @ z.T / self.temperature).fill_diagonal_(-torch.inf)           # (2B,2B); nobody is its own negative
+        z = F.normalize(torch.cat([z_q, z_p]), dim=1)                                    # (2b,D)
+        sim = (z @ self.everybody(z).T / self.temperature).fill_diagonal_(-torch.inf)    # (2b,2B); nobody is its own negative
         partner = torch.arange(2*n, device=z.device).roll(n)
         return F.cross_entropy(sim, partner, reduction='none').view(2, n).mean(0)
 
-# %% ../nbs/01_losses.ipynb #2e934049
+# %% ../nbs/01_losses.ipynb #83c6135b
 class UELLoss(TwoViewLoss):
     "Unsupervised embedding learning (Ye et al., CVPR 2019): recognise the partner, and take no other image for it"
     def __init__(self,
@@ -76,14 +85,14 @@ class UELLoss(TwoViewLoss):
 
     def rows(self, z_q, z_p):
         n = len(z_q)
-        z = torch.cat([z_q, z_p])                                                # (2B,D)
-        keys = z.detach() if self.detach_keys else z
-        sim = (z @ keys.T / self.temperature).fill_diagonal_(-torch.inf)         # (2B,2B)
+        z = torch.cat([z_q, z_p])                                                # (2b,D)
+        keys = self.everybody(z.detach() if self.detach_keys else z)             # (2B,D)
+        sim = (z @ keys.T / self.temperature).fill_diagonal_(-torch.inf)         # (2b,2B)
         idx = torch.arange(2*n, device=z.device)
         partner = idx.roll(n)
         log_p = sim.log_softmax(1)
         invariant = log_p[idx, partner]
-        if n == 1: return -invariant.view(2, n).mean(0)                          # one image has no negatives
+        if len(keys) == 2: return -invariant.view(2, n).mean(0)                  # one image has no negatives
         top = sim.argmax(1, keepdim=True)
         others = log_p.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True)    # log(1-P) of each row's largest P
         log_1mp = torch.log1p(-log_p.scatter(1, top, -torch.inf).exp()).scatter(1, top, others)

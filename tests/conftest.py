@@ -9,6 +9,8 @@ import pytest
 matplotlib.use('Agg')
 here = Path(__file__).parent
 
+def pytest_addoption(parser): parser.addoption('--leak-minutes', type=float, default=1, help='length of the leak test')
+
 @pytest.fixture(scope='session')
 def golden(): return lambda name: np.load(here/'golden'/f'{name}.npz')
 

@@ -1,0 +1,229 @@
+"Broken input of every kind: a clear message, exit code 2, no traceback, nothing overwritten, nothing executed, nothing written where it does not belong."
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import struct
+import sys
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from clae_fastai import cli as cli_module
+from clae_fastai.all import *
+from clae_fastai.cli import clae_eval, clae_export, clae_train
+
+def tree(folder): return {str(f.relative_to(folder)): f.read_bytes() if f.is_file() else None for f in sorted(folder.rglob('*'))}
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    "A command in this process, as the shell would call it: `command(clae_train, '--eps', 'x')` asserts that it fails as it should, and returns the message"
+    def _command(func, *args):
+        monkeypatch.setattr(sys, 'argv', [func.__name__, *map(str, args)])
+        monkeypatch.chdir(tmp_path)
+        before = tree(tmp_path)
+        with pytest.raises(SystemExit) as e: func()
+        out,err = capsys.readouterr()
+        assert e.value.code == 2 and 'Traceback' not in err and err.strip(), (e.value.code, err)
+        assert err.strip().splitlines()[-1].startswith(f'{func.__name__}: '), err
+        assert tree(tmp_path) == before, 'something was written'
+        return err
+    return _command
+
+# Options
+
+wrong = ['abc', '', 'nan', '-1', '1e400', '--', '\u00bd', '1' + '0'*30]
+numbers = {'eps': [*wrong[:5], '-inf'], 'alpha': [*wrong[:5], 'inf'], 'lr': [*wrong[:5], '0', '-1e-9'], 'epochs': [*wrong[:5], '0', '1.5', '-99999999999999999999'],
+           'bs': [*wrong, '0', '1', '2.5'], 'limit': [*wrong[:6], '0', '1'], 'size': [*wrong, '0', '999999999'], 'seed': [*wrong, '1.5'], 'workers': [*wrong, '1000000'], 'every-batches': [*wrong[:6], '0']}
+
+@pytest.mark.parametrize('option,value', [(o,v) for o,vs in numbers.items() for v in vs])
+def test_numbers(command, option, value):
+    err = command(clae_train, f'--{option}={value}')
+    assert len(err) < 3000
+
+@pytest.mark.parametrize('option', ['arch','method','attack','recipe','data','precision','attack-bn','on-nonfinite','path','resume'])
+@pytest.mark.parametrize('value', ['', 'x', 'x'*5000, '\u202e\U0001f600', '../../etc/passwd', '__class__', 'a\nb'])
+def test_words(command, option, value): command(clae_train, f'--{option}={value}')
+
+bad_names = ['', '.', '..', '../x', '/tmp/x', 'a/b', '-x', '.x', 'x'*101, 'a b', 'a\nb', 'x\0y', '\u202ex', '\U0001f600'*50, 'runs/../../x']
+
+@pytest.mark.parametrize('name', bad_names)
+def test_names(command, name):
+    command(clae_train, f'--name={name}', '--epochs=1')
+    command(clae_eval, f'./{name}')
+    command(clae_export, f'./{name}')
+
+@pytest.mark.parametrize('args', [('--k=0',), ('--k=-5',), ('--k=99999999999',), ('--bs=0',), ('--dataset=x',), ('--protocol=x',), ('--knn-on=x',), ('--probe-on=x',), ('--path=nowhere', '--dataset=folder'), ('--workers=-1',)])
+def test_eval_options(command, encoder_file, tmp_path, args):
+    shutil.copy(encoder_file, tmp_path/'e.safetensors')
+    command(clae_eval, 'e.safetensors', *args)
+
+@pytest.mark.parametrize('args', [('--out=e.safetensors',), ('--out=no/folder/x',), ('--out=.',), ('--format=pickle',), ('--out=e.safetensors/x',), ('--out=' + 'x'*300,)])
+def test_export_options(command, encoder_file, tmp_path, args):
+    shutil.copy(encoder_file, tmp_path/'e.safetensors')
+    command(clae_export, 'e.safetensors', *args)
+
+@pytest.mark.parametrize('kind', ['file','dangling'])
+def test_runs_is_no_folder(command, tmp_path, kind):
+    if kind == 'file': (tmp_path/'runs').write_text('precious')
+    else: (tmp_path/'runs').symlink_to(tmp_path/'nowhere'/'else')
+    command(clae_train, '--limit=64', '--epochs=1')
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root may write everywhere')
+def test_read_only_folder(command, tmp_path):
+    tmp_path.chmod(0o500)
+    try: command(clae_train, '--limit=64', '--epochs=1')
+    finally: tmp_path.chmod(0o700)
+
+def test_read_only_file_system(monkeypatch, capsys):
+    "Where even root may not write"
+    if not Path('/proc/self').exists(): pytest.skip('no /proc here')
+    monkeypatch.setattr(sys, 'argv', ['clae_train', '--limit=64', '--epochs=1'])
+    monkeypatch.chdir('/proc')
+    with pytest.raises(SystemExit) as e: clae_train()
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and 'Traceback' not in err and 'runs' in err
+
+# Files
+
+def damaged(data, seed):
+    "`data` truncated, with bits flipped, or with a piece overwritten"
+    rng,data = random.Random(seed),bytearray(data)
+    kind = seed % 3
+    if kind == 0: return bytes(data[:rng.randrange(len(data))])
+    if kind == 1:
+        for _ in range(rng.choice([1,1,8])): data[rng.randrange(min(len(data), rng.choice([24,600,10**9])))] ^= 1 << rng.randrange(8)
+    else:
+        at = rng.randrange(min(len(data), rng.choice([24,600,10**9])))
+        data[at:at+8] = rng.randbytes(8)
+    return bytes(data)
+
+@pytest.fixture(scope='module')
+def image_bytes():
+    im,res = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16,16,3), dtype=np.uint8)),{}
+    for fmt in ('PNG','JPEG','BMP','GIF','TIFF','WEBP'):
+        im.save(b := io.BytesIO(), fmt)
+        res[fmt] = b.getvalue()
+    return res
+
+@pytest.mark.parametrize('seed', range(10))
+@pytest.mark.parametrize('fmt', ['PNG','JPEG','BMP','GIF','TIFF','WEBP'])
+def test_damaged_images(tmp_path, image_bytes, fmt, seed):
+    "Either it still is an image, or the error names it"
+    for i in range(12): (tmp_path/f'{i}.{fmt.lower()}').write_bytes(image_bytes[fmt])
+    bad = tmp_path/f'bad.{fmt.lower()}'
+    bad.write_bytes(damaged(image_bytes[fmt], seed))
+    try: get_dls('folder', tmp_path, bs=4, num_workers=0)
+    except (ValueError, FileNotFoundError) as e: assert bad.name in str(e) or 'channels' in str(e), e
+    dls = get_dls('folder', tmp_path, bs=4, skip_bad=True, num_workers=0, channels=3, size=16)
+    assert dls.train.n >= 12
+
+def test_an_image_that_claims_to_be_huge(tmp_path, image_bytes):
+    "A decompression bomb: 60,000 x 60,000 pixels in its header"
+    data = bytearray(image_bytes['PNG'])
+    data[16:24] = struct.pack('>II', 60000, 60000)
+    (tmp_path/'bomb.png').write_bytes(bytes(data)); (tmp_path/'1.png').write_bytes(image_bytes['PNG'])
+    with pytest.raises(ValueError, match='bomb.png'): get_dls('folder', tmp_path)
+
+@pytest.fixture(scope='module')
+def run_folder(tmp_path_factory):
+    "A short run, with its encoder, settings and checkpoints"
+    cwd = tmp_path_factory.mktemp('fuzz')
+    with working_directory(cwd): clae_train(limit=64, epochs=1, bs=32, name='run')
+    return cwd/'runs'/'run'
+
+@pytest.fixture(scope='module')
+def encoder_file(run_folder): return run_folder/'encoder.safetensors'
+
+@pytest.mark.parametrize('seed', range(40))
+def test_damaged_encoders(tmp_path, encoder_file, seed):
+    "Either it loads (a flipped bit of a weight is a weight), or the error names it"
+    f = tmp_path/'damaged.safetensors'
+    f.write_bytes(damaged(encoder_file.read_bytes(), seed))
+    try: load_encoder(f)
+    except ValueError as e: assert f.name in str(e), e
+
+headers = [dict(arch='x'), dict(arch='../x'), dict(arch='__init__'), dict(stem='x'), dict(channels='0'), dict(channels='-1'), dict(channels='"3"'), dict(channels='1e9'), dict(channels='[3]'), dict(channels='{'), dict(channels='null'),
+           dict(mean='[1]'), dict(std='[0]'), dict(std='{}'), dict(std='"x"'), dict(mean='NaN'), dict(size='-1'), dict(size='"x"'), dict(format='x'), dict(format='')]
+
+@pytest.mark.parametrize('change', [*headers, 'arch', 'stem', 'channels'], ids=str)
+def test_wrong_headers(command, tmp_path, encoder_file, change):
+    "Headers that are whole and wrong"
+    with safetensors.safe_open(encoder_file, 'pt') as f: head,state = f.metadata(),{k: f.get_tensor(k) for k in f.keys()}
+    if isinstance(change, str): del head[change]
+    else: head.update(change)
+    safetensors.torch.save_file(state, tmp_path/'e.safetensors', head)
+    with pytest.raises(ValueError, match='e.safetensors'): load_encoder(tmp_path/'e.safetensors')
+    command(clae_eval, 'e.safetensors')
+
+@pytest.mark.parametrize('seed', range(30))
+def test_damaged_checkpoints(tmp_path, run_folder, seed):
+    "The checksum finds every change"
+    f = tmp_path/'epoch0000.safetensors'
+    whole = checkpoints(run_folder/'checkpoints')[-1].read_bytes()
+    f.write_bytes(data := damaged(whole, seed))
+    if data == whole: return
+    with pytest.raises(ValueError, match=f.name): load_checkpoint(f)
+
+@pytest.mark.parametrize('seed', range(30))
+def test_damaged_settings(tmp_path, run_folder, monkeypatch, capsys, seed):
+    "Either they still are options of the right types, or the run is not resumed"
+    run = tmp_path/'runs'/'run'
+    shutil.copytree(run_folder, run); (run/'summary.json').unlink()
+    (run/'settings.json').write_bytes(damaged((run/'settings.json').read_bytes(), seed))
+    monkeypatch.chdir(tmp_path)
+    taken = []
+    monkeypatch.setattr(cli_module, '_train', lambda options, run: taken.append(options))
+    try: clae_train(resume='run')
+    except SystemExit as e: assert e.code == 2 and 'damaged' in capsys.readouterr().err
+    else: assert len(taken) == 1 and type(taken[0]['epochs']) in (int,type(None)) and type(taken[0]['skip_bad']) is bool
+
+@pytest.mark.parametrize('text', ['', 'null', '[]', '{}', '{"options": null}', '{"options": []}', '{"options": {"epochs": 1}}', '['*100000, '\x00', '{"options": 1e999}'], ids=range(10))
+def test_wrong_settings(command, tmp_path, text):
+    (tmp_path/'runs'/'x').mkdir(parents=True); (tmp_path/'runs'/'x'/'settings.json').write_text(text)
+    command(clae_train, '--resume=x')
+
+# Pickles
+
+class Bomb:
+    "Writes a file when it is unpickled"
+    def __init__(self, file): self.file = file
+    def __reduce__(self): return open, (str(self.file), 'w')
+
+@pytest.fixture(params=['pickle','torch.save','zip'])
+def bomb(tmp_path, request):
+    "Bytes of a bomb, and the file that must not come into being"
+    target,b = tmp_path/'executed',io.BytesIO()
+    if request.param == 'pickle': b.write(pickle.dumps(Bomb(target)))
+    else: torch.save(Bomb(target), b, _use_new_zipfile_serialization=request.param == 'zip')
+    yield b.getvalue()
+    assert not target.exists()
+
+def test_the_bomb_works(tmp_path):
+    pickle.loads(pickle.dumps(Bomb(tmp_path/'executed'))).close()
+    assert (tmp_path/'executed').exists()
+
+def test_bomb_as_encoder(command, tmp_path, bomb):
+    (tmp_path/'e.safetensors').write_bytes(bomb)
+    with pytest.raises(ValueError, match='e.safetensors'): load_encoder(tmp_path/'e.safetensors')
+    command(clae_eval, 'e.safetensors'); command(clae_export, 'e.safetensors')
+    with pytest.raises(ValueError, match='e.safetensors'): clae_learner(get_dls('digits', limit=64), resnet8, weights=tmp_path/'e.safetensors')
+
+def test_bomb_as_checkpoint(tmp_path, run_folder, bomb, capsys):
+    run = tmp_path/'runs'/'run'
+    shutil.copytree(run_folder, run); (run/'summary.json').unlink()
+    for f in checkpoints(run/'checkpoints'): f.write_bytes(bomb)
+    with working_directory(tmp_path), pytest.raises(SystemExit) as e: clae_train(resume='run')
+    assert e.value.code == 2 and 'start anew' in capsys.readouterr().err
+    (run/'settings.json').write_bytes(bomb)
+    with working_directory(tmp_path), pytest.raises(SystemExit): clae_train(resume='run')
+
+def test_bomb_as_image_cache(digits_dir, tmp_path, bomb):
+    data = shutil.copytree(digits_dir/'rgb', tmp_path/'data')
+    for name in ('.clae-images.safetensors', '.clae-images.safetensors.123'): (data/name).write_bytes(bomb)
+    assert get_dls('folder', data).train.n == 192

@@ -10,7 +10,7 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'random_state', 'set_random_sta
 from fastai.vision.all import *
 import hashlib, json, safetensors, safetensors.torch, signal, zlib
 
-# %% ../nbs/10_checkpoint.ipynb #8974a563
+# %% ../nbs/10_checkpoint.ipynb #4c48aaf8
 def _pack(o, tensors):
     "`o` in what JSON can hold; its tensors go to the dict `tensors`"
     def _put(kind, t):
@@ -20,7 +20,7 @@ def _pack(o, tensors):
     def _items(o): return [_pack(x, tensors) for x in o]
     if isinstance(o, Tensor): return _put('channels_last' if o.ndim == 4 and not o.is_contiguous() and o.is_contiguous(memory_format=torch.channels_last) else 'tensor', o)
     if isinstance(o, list) and len(o) > 8:
-        if all(type(x) is float for x in o): return _put('floats', tensor(o, dtype=torch.float64))
+        if all(type(x) is float for x in o): return _put('floats', torch.tensor(o, dtype=torch.float64))
         if all(isinstance(x, Tensor) and x.ndim == 0 and x.dtype == o[0].dtype for x in o): return _put('scalars', torch.stack(o))
     if isinstance(o, list): return _items(o)
     if isinstance(o, (tuple,L)): return {'kind': 'L' if isinstance(o, L) else 'tuple', 'items': _items(o)}
@@ -146,7 +146,7 @@ def set_run_state(
             mine.remove(cb)
             for k,v in attrs.items(): setattr(cb, k, to_device(v, device) if isinstance(v, Tensor) and v.ndim and not isinstance(cb, Recorder) else v)
 
-# %% ../nbs/10_checkpoint.ipynb #759eeef9
+# %% ../nbs/10_checkpoint.ipynb #744c3e0e
 _pattern = re.compile(r'epoch(\d+)(?:-batch(\d+))?\.safetensors')
 
 def checkpoints(
@@ -174,8 +174,8 @@ class Checkpoint(Callback):
         self.folder,self.best,self.signal,self.between = Path(folder),None,None,False
 
     def before_fit(self):
-        self.best,self.between = None,False
-        if rank_distrib(): return
+        self.best,self.between,self.run = None,False,not hasattr(self.learn, 'lr_finder')
+        if rank_distrib() or not self.run: return
         self.folder.mkdir(parents=True, exist_ok=True)
         for f in self.folder.glob('.epoch*.tmp'): f.unlink() # half a file of a process that was killed
 
@@ -189,7 +189,7 @@ class Checkpoint(Callback):
         self._stop()
 
     def after_epoch(self):
-        if not getattr(self, 'trained', False) or hasattr(self.learn, 'lr_finder'): return
+        if not getattr(self, 'trained', False): return
         self.between = False
         file = self._file(None)
         score = self._score()

@@ -255,7 +255,7 @@ class Checkpoint(Callback):
             self.signal = None
             for s,f in before.items(): signal.signal(s, f)
 
-# %% ../nbs/10_checkpoint.ipynb #ef35c7fc
+# %% ../nbs/10_checkpoint.ipynb #bd66a806
 def last_checkpoint(
     folder:str|Path # Of a `Checkpoint`
 ) -> tuple: # File, and what it holds
@@ -269,7 +269,7 @@ def last_checkpoint(
 
 class Resume(Callback):
     "Go on from the newest checkpoint in `folder`, in the same call of `fit` that was interrupted. Raises `ValueError` where the run is not the one that was saved"
-    order = 1001
+    order = Checkpoint.order-1 # what it restores, Checkpoint sees
     def __init__(self,
         folder:str|Path='checkpoints' # Of a `Checkpoint`
     ): self.folder = Path(folder)
@@ -288,16 +288,20 @@ class Resume(Callback):
         n = getattr(self.dls.train, 'n', None)
         if n != s['n_images']: raise ValueError(f"{self.file} is of a fit on {s['n_images']} images, and now there are {n}. Resume with the same data.")
 
+    def _inside(self): return self.epoch == self.start and self.state['batch'] is not None
     def _skipping(self): return len(self.learn.cbs) == 1 and hasattr(self, 'others')
 
     def before_epoch(self):
         if self.epoch < self.start: raise CancelEpochException
-        if self.epoch == self.start and self.state['batch'] is not None: self.learn._do_epoch_train = self._rest_of_epoch
+        if self._inside(): self.learn._do_epoch_train = self._rest_of_epoch
 
     def after_epoch(self):
         if self.epoch != self.start-1 or not self._skipping(): return
         self.learn.cbs = self.others
         if self.state['batch'] is None: self._restore()
+
+    def before_train(self):
+        if self._inside(): set_random_state(self.dls, self.state['at_start'])
 
     def _restore(self):
         set_run_state(self.learn, self.state)
@@ -314,7 +318,6 @@ class Resume(Callback):
         learn = self.learn
         learn.n_iter = len(learn.dl)
         done = round((self.state['batch'] + 1)/self.state['n_iter']*learn.n_iter) # another number of processes has another number of batches
-        set_random_state(learn.dls, self.state['at_start'])
         if done == 0: self._restore()
         for i,b in enumerate(learn.dl):
             if i >= done: learn.one_batch(i, b)

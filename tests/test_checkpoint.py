@@ -15,7 +15,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from clae_fastai.all import *
+from fastai.vision.all import Callback, ImageDataLoaders, OptimWrapper, PILImage, RandomCrop, Resize, aug_transforms, partial, ranger, set_seed
+
+from clae_fastai.attacks import PGD
+from clae_fastai.checkpoint import Checkpoint, Resume, checkpoints, load_checkpoint
+from clae_fastai.data import get_dls
+from clae_fastai.learner import clae_learner
+from clae_fastai.models import resnet8
 
 small = ['--limit', '320', '--epochs', '6', '--every-batches', '2']
 

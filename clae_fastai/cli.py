@@ -21,7 +21,7 @@ from .data import *
 from .evaluate import *
 from .checkpoint import *
 
-# %% ../nbs/13_cli.ipynb #22d25904
+# %% ../nbs/13_cli.ipynb #b3827909
 def command(
     func:Callable # Its arguments become options, its docments their help
 ) -> Callable: # `func`, which reads `sys.argv` when a script of its name calls it
@@ -35,6 +35,7 @@ def command(
             name,eq,value = arg.partition('=')
             return known.get(name.replace('_','-'), name) + eq + value
         opts = vars(parser.parse_args([_spell(o) if o.startswith('--') else o for o in sys.argv[1:]]))
+        if empty := [k for k,v in opts.items() if v == []]: parser.error(f"argument --{empty[0]}: '--' is no value") # argparse reads --bs=-- so
         return func(**{k:v for k,v in opts.items() if k in inspect.signature(func).parameters})
     return _f
 
@@ -52,7 +53,7 @@ def user_errors(
         sys.exit(2)
     except KeyboardInterrupt: sys.exit(130)
 
-# %% ../nbs/13_cli.ipynb #75d3cbe2
+# %% ../nbs/13_cli.ipynb #2f70a295
 def _free_name(base):
     "First of base-1, base-2, ... that is no folder in `runs`"
     return next(f'{base}-{i}' for i in itertools.count(1) if not Path('runs', f'{base}-{i}').exists())
@@ -63,10 +64,11 @@ def _check_name(name):
 
 def _claim(name, base):
     "Make the run's folder, which must be new; without a name the first free one"
+    Path('runs').mkdir(exist_ok=True)
     while True:
         run = Path('runs', ifnone(name, _free_name(base)))
         try:
-            run.mkdir(parents=True)
+            run.mkdir()
             return run
         except FileExistsError: # somebody was faster
             if name is not None: _check_name(name)
@@ -131,7 +133,7 @@ def _plain_log(learn):
     def _row(log): print(' '.join(f'{o:>12.4f}' if isinstance(o, float) else f'{o!s:>12}' for o in log), flush=True)
     with learn.no_bar(), contextmanager(replacing_yield)(learn, 'logger', _row): yield
 
-# %% ../nbs/13_cli.ipynb #d5ce289f
+# %% ../nbs/13_cli.ipynb #22a8bac3
 def _unfinished(run, options):
     "Folder and options of a run to go on with, or None if it is finished"
     given = [k for k,p in inspect.signature(clae_train).parameters.items() if k != 'resume' and options[k] != p.default]
@@ -145,6 +147,7 @@ def _unfinished(run, options):
 def _checked_options(saved):
     "`saved`, if it is what `clae_train` takes"
     params = {k: p for k,p in inspect.signature(clae_train).parameters.items() if k != 'resume'}
+    if not isinstance(saved, dict): raise TypeError("it has no options")
     if saved.keys() != params.keys(): raise ValueError(f"it has other options than this version: {', '.join(sorted(map(str, saved.keys() ^ params.keys())))}")
     for k,p in params.items():
         kind = (int,float) if p.annotation is float else p.annotation

@@ -1,5 +1,7 @@
 "`clae_train` as a process: what it leaves behind, and how it fails."
+import inspect
 import json
+import re
 import shutil
 
 import numpy as np
@@ -11,7 +13,8 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from clae_fastai.all import has_bf16
+from clae_fastai.callback import has_bf16
+from clae_fastai.cli import clae_train
 
 quick = ['--epochs', 1, '--limit', 128]
 
@@ -20,7 +23,7 @@ def test_runs_twice_and_leaves_the_run_folder(cli):
         r = cli('clae_train', *quick)
         assert r.returncode == 0, r.stderr
         run = cli.cwd/'runs'/f'digits-simclr-{i}'
-        assert sorted(o.name for o in run.iterdir()) == ['encoder.safetensors','history.csv','loss.png','summary.json','views.png']
+        assert sorted(o.name for o in run.iterdir()) == ['.lock','checkpoints','encoder.safetensors','history.csv','loss.png','settings.json','summary.json','views.png']
     assert 'trained encoder' in r.stdout and 'raw pixels' in r.stdout and '\r' not in r.stdout
     s = json.loads((run/'summary.json').read_text())
     assert set(s) == {'settings','seed','versions','metrics'} and s['settings']['name'] == 'digits-simclr-2'
@@ -56,7 +59,7 @@ def test_precision_is_in_the_summary(cli):
 
 def test_help_documents_every_option(cli):
     r = cli('clae_train', '--help')
-    for o in 'path data arch method eps alpha attack epochs bs lr size limit seed name workers skip_bad channels precision channels_last'.split(): assert f'--{o}' in r.stdout.replace('skip-bad', 'skip_bad').replace('channels-last', 'channels_last')
+    for o in inspect.signature(clae_train).parameters: assert re.search(rf'^  --{o}\b', r.stdout, re.M), o
     assert 'plain, uel, simclr (the default)' in ' '.join(r.stdout.split())
 
 def test_recipe(cli, digits_dir):

@@ -1,18 +1,23 @@
 "Several processes, started by torchrun on the CPU, against one."
-import os, subprocess, sys
+import json, os, subprocess, sys, time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
+from clae_fastai.checkpoint import checkpoints, load_checkpoint
 from distributed_worker import exact_learner, losses, n_images, steps
 
 here = Path(__file__).parent
 
-def launch(n, *args, timeout=600):
+def torchrun(n, *args, cwd=None, timeout=600):
+    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *map(str, args)]
+    return subprocess.run(cmd, cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
+
+def launch(n, *args):
     "Run the worker on `n` processes; its standard output"
-    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', here/'distributed_worker.py', *map(str, args)]
-    p = subprocess.run(cmd, capture_output=True, text=True, timeout=timeout, env={**os.environ, 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
+    p = torchrun(n, here/'distributed_worker.py', *args)
     assert p.returncode == 0, p.stdout[-3000:] + p.stderr[-6000:]
     return p.stdout
 
@@ -97,3 +102,39 @@ def test_without_accelerate():
     p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300, env={k: v for k,v in os.environ.items() if k not in ('WORLD_SIZE','RANK')})
     assert p.returncode == 0, p.stderr
     assert p.stdout.splitlines() == ['alone', 'Training on several processes needs accelerate: pip install accelerate']
+
+clae_train = Path(sys.executable).with_name('clae_train')
+short = ['--limit', 256, '--epochs', 3, '--every-batches', 1]
+
+@pytest.mark.slow
+def test_command_and_resuming_on_another_number_of_processes(cli):
+    "`torchrun clae_train`: one run folder, one log; killed, it goes on in one process"
+    p = torchrun(2, clae_train, *short, '--name', 'two', cwd=cli.cwd)
+    assert p.returncode == 0, p.stderr[-4000:]
+    run, = (cli.cwd/'runs').iterdir()
+    assert p.stdout.count('trained encoder') == 1 and p.stdout.count('in 2 processes') == 1 and len(pd.read_csv(run/'history.csv')) == 3
+    summary = json.loads((run/'summary.json').read_text())
+    assert summary['settings']['processes'] == 2
+    assert load_checkpoint(checkpoints(run/'checkpoints')[-1])['n_iter'] == 2 # of 128 images a process, by 64
+
+    (run/'summary.json').unlink() # as if it had died in the last epoch
+    for f in checkpoints(run/'checkpoints')[-1:]: f.unlink()
+    last, = checkpoints(run/'checkpoints')[-1:]
+    r = cli('clae_train', '--resume', 'two')
+    assert r.returncode == 0, r.stderr
+    s = json.loads((run/'summary.json').read_text())
+    assert s['settings']['processes'] == 1 and len(pd.read_csv(run/'history.csv')) == 3 and last.stem.startswith('epoch0002-batch')
+    assert s['metrics']['knn']['untrained'] == summary['metrics']['knn']['untrained']
+
+@pytest.mark.slow
+def test_command_on_one_and_on_two_processes(cli):
+    "Begun on one process, killed, gone on with on two; user errors are said once"
+    p = subprocess.Popen([clae_train, *map(str, short), '--name', 'one'], cwd=cli.cwd, env={**os.environ, 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1'}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = cli.cwd/'runs'/'one'/'checkpoints'
+    while not checkpoints(folder): assert p.poll() is None; time.sleep(.02)
+    p.kill(); p.wait()
+    r = torchrun(2, clae_train, '--resume', 'one', cwd=cli.cwd)
+    assert r.returncode == 0, r.stderr[-4000:]
+    assert json.loads((folder.parent/'summary.json').read_text())['settings']['processes'] == 2 and len(pd.read_csv(folder.parent/'history.csv')) == 3
+    r = torchrun(2, clae_train, '--eps', '-1', cwd=cli.cwd)
+    assert r.returncode != 0 and r.stderr.count('clae_train: ') == 1

@@ -1,22 +1,26 @@
 "Broken input of every kind: a clear message, exit code 2, no traceback, nothing overwritten, nothing executed, nothing written where it does not belong."
 import io
-import json
 import os
 import pickle
 import random
 import shutil
 import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from fastcore.all import working_directory
 from PIL import Image
 
 from clae_fastai import cli as cli_module
-from clae_fastai.all import *
+from clae_fastai.checkpoint import checkpoints, load_checkpoint
 from clae_fastai.cli import clae_eval, clae_export, clae_train
+from clae_fastai.data import get_dls
+from clae_fastai.learner import clae_learner, load_encoder
+from clae_fastai.models import resnet8
 
 def tree(folder): return {str(f.relative_to(folder)): f.read_bytes() if f.is_file() else None for f in sorted(folder.rglob('*'))}
 
@@ -149,7 +153,7 @@ def test_damaged_encoders(tmp_path, encoder_file, seed):
     except ValueError as e: assert f.name in str(e), e
 
 headers = [dict(arch='x'), dict(arch='../x'), dict(arch='__init__'), dict(stem='x'), dict(channels='0'), dict(channels='-1'), dict(channels='"3"'), dict(channels='1e9'), dict(channels='[3]'), dict(channels='{'), dict(channels='null'),
-           dict(mean='[1]'), dict(std='[0]'), dict(std='{}'), dict(std='"x"'), dict(mean='NaN'), dict(size='-1'), dict(size='"x"'), dict(format='x'), dict(format='')]
+           dict(mean='[1,2]'), dict(std='[0]'), dict(std='{}'), dict(std='"x"'), dict(mean='NaN'), dict(size='-1'), dict(size='"x"'), dict(format='x'), dict(format='')]
 
 @pytest.mark.parametrize('change', [*headers, 'arch', 'stem', 'channels'], ids=str)
 def test_wrong_headers(command, tmp_path, encoder_file, change):

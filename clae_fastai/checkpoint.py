@@ -146,7 +146,7 @@ def set_run_state(
             mine.remove(cb)
             for k,v in attrs.items(): setattr(cb, k, to_device(v, device) if isinstance(v, Tensor) and v.ndim and not isinstance(cb, Recorder) else v)
 
-# %% ../nbs/10_checkpoint.ipynb #744c3e0e
+# %% ../nbs/10_checkpoint.ipynb #cca11ba3
 _pattern = re.compile(r'epoch(\d+)(?:-batch(\d+))?\.safetensors')
 
 def checkpoints(
@@ -180,7 +180,7 @@ class Checkpoint(Callback):
         for f in self.folder.glob('.epoch*.tmp'): f.unlink() # half a file of a process that was killed
 
     def before_epoch(self): self.trained = False
-    def before_train(self): self.at_start = self._random()
+    def before_train(self): self.at_start,self.in_fit = self._random(),list(self.learn.cbs)
     def before_batch(self): self.between = False
 
     def after_batch(self):
@@ -239,7 +239,9 @@ class Checkpoint(Callback):
         if self.signal: raise SystemExit(128 + self.signal)
 
     @contextmanager
-    def guard(self):
+    def guard(self,
+        learn:Learner # Which has this callback while it lasts
+    ):
         "While it lasts, SIGTERM and Ctrl-C save after the batch at hand and exit (code 143 or 130), a second one at once; an error between two batches, such as a file that cannot be read, saves before it is raised"
         def _on(signum, frame):
             if self.signal: raise SystemExit(128 + signum)
@@ -247,10 +249,13 @@ class Checkpoint(Callback):
             print(f"\n{signal.Signals(signum).name}: saving after this batch, then stopping (once more: stop at once).", file=sys.stderr, flush=True)
         main = threading.current_thread() is threading.main_thread()
         before = {s: signal.signal(s, _on) for s in (signal.SIGTERM, signal.SIGINT)} if main else {}
-        try: yield self
-        except Exception:
-            if self.between and num_distrib() < 2: self.save(self.iter)
-            raise
+        try:
+            with learn.added_cbs(self):
+                try: yield self
+                except Exception:
+                    if self.between and num_distrib() < 2:
+                        with learn.added_cbs([cb for cb in self.in_fit if cb not in learn.cbs]): self.save(self.iter) # those of this fit alone have left
+                    raise
         finally:
             self.signal = None
             for s,f in before.items(): signal.signal(s, f)

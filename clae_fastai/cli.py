@@ -39,7 +39,7 @@ def command(
         return func(**{k:v for k,v in opts.items() if k in inspect.signature(func).parameters})
     return _f
 
-# %% ../nbs/13_cli.ipynb #2208d05c
+# %% ../nbs/13_cli.ipynb #a89d117f
 @contextmanager
 def user_errors(
     prog:str # Name of the command
@@ -51,7 +51,9 @@ def user_errors(
         if 'Original Traceback' in text: text = text.strip().rpartition('\n')[2].partition(': ')[2] # from a process that loads images
         print(f"{prog}: {' '.join(text.split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt: sys.exit(130)
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 # %% ../nbs/13_cli.ipynb #2f70a295
 def _free_name(base):
@@ -73,7 +75,7 @@ def _claim(name, base):
         except FileExistsError: # somebody was faster
             if name is not None: _check_name(name)
 
-# %% ../nbs/13_cli.ipynb #a903ee96
+# %% ../nbs/13_cli.ipynb #6b6a1ce6
 def _check(what, ok, value, need):
     if not ok: raise ValueError(f"{what} must be {need}, and it is {value}.")
 
@@ -121,6 +123,7 @@ class _History(Callback):
         self.rows.append([*self.recorder.log])
         self.seconds += time.time() - self.start
         self._write()
+    def after_fit(self): self._write() # of a run that was interrupted after its last epoch
     def _write(self):
         if rank_distrib(): return
         tmp = self.file.with_suffix('.tmp')
@@ -162,7 +165,7 @@ def _locked(run):
         with filelock.FileLock(run/'.lock', timeout=0): yield
     except filelock.Timeout: raise ValueError(f"Another process is at work on {run}.") from None
 
-# %% ../nbs/13_cli.ipynb #d7a94c9a
+# %% ../nbs/13_cli.ipynb #ebe14a0d
 _defaults = dict(method='simclr', eps=.03, alpha=1., attack='fgsm', epochs=20, bs=64, lr=3e-3)
 
 @command
@@ -170,6 +173,7 @@ def clae_train(
     path:str=None, # Folder of the data; by default where fastai keeps its data, and of images: DIR/train/<class>/* and DIR/test, or DIR/<class>/*, or DIR/*
     data:str=None, # Data set: digits (scikit-learn's handwritten digits; the default), folder (the default with --path), or a name of `datasets()`, such as cifar10
     arch:str=None, # Encoder: resnet8 (digits), resnet18 (all else), any name of torchvision or timm
+    n_out:int=None, # Dimensions of the embedding, the method's by default
     method:str=None, # Contrastive method: plain, uel, simclr (the default)
     eps:float=None, # Strength of the attack, in normalised pixels, .03 by default; 0: the method without adversarial examples
     alpha:float=None, # Weight of the adversarial loss, 1 by default
@@ -202,42 +206,48 @@ def clae_train(
 
 def _settings(o):
     "The options with what is left open filled in: recipe first, then defaults"
-    given = {k: o[k] for k in 'method eps alpha attack epochs bs lr arch size'.split() if o[k] is not None}
+    given = {k: o[k] for k in 'method eps alpha attack epochs bs lr arch size n_out'.split() if o[k] is not None}
     r = None if o['recipe'] is None else replace(get_recipe(o['recipe']), **given)
     data = ifnone(o['data'], r.data if r else 'digits' if o['path'] is None else 'folder')
-    o = merge(o, dict(arch='resnet8' if data == 'digits' else 'resnet18', size=None, **_defaults), {k:v for k,v in asdict(r).items() if k in o} if r else {}, given, dict(data=data))
+    o = merge(o, dict(arch='resnet8' if data == 'digits' else 'resnet18', size=None, n_out=None, **_defaults), {k:v for k,v in asdict(r).items() if k in o} if r else {}, given, dict(data=data))
     _check('epochs', o['epochs'] >= 1, o['epochs'], '1 or more')
     _check('lr', 0 < o['lr'] < math.inf, o['lr'], 'a finite number above 0')
     _check('seed', 0 <= o['seed'] < 2**32, o['seed'], 'between 0 and 4294967295')
     _check('bs', o['bs'] >= 2, o['bs'], '2 or more, as contrast needs two images')
+    _check('n-out', o['n_out'] is None or o['n_out'] >= 1, o['n_out'], '1 or more')
     _check('limit', o['limit'] is None or o['limit'] >= 2, o['limit'], '2 or more')
     _check('size', o['size'] is None or 8 <= o['size'] <= 4096, o['size'], 'between 8 and 4096 pixels')
     _check('workers', o['workers'] is None or 0 <= o['workers'] <= 256, o['workers'], 'between 0 and 256')
     return o,r
 
+def _learner(o, r):
+    "The learner of a run with settings `o`, as it is before training"
+    set_seed(o['seed'])
+    dls = get_dls(o['data'], o['path'], **{k: o[k] for k in 'bs size limit seed skip_bad channels'.split()}, **({} if o['workers'] is None else dict(num_workers=o['workers'])))
+    own = r.learner_kwargs() if r else dict(**{k: o[k] for k in 'arch method eps alpha attack n_out'.split()}, views='digits' if o['data'] == 'digits' else None)
+    return clae_learner(dls, **own, **{k: o[k] for k in 'precision channels_last attack_bn on_nonfinite'.split()})
+
 def _train(options, run=None):
     "A run from its options; in the folder `run`, if it was begun there"
     o,r = _settings(options)
     if run is None and o['name'] is not None: _check_name(o['name'])
-    set_seed(o['seed'])
-    dls = get_dls(o['data'], o['path'], **{k: o[k] for k in 'bs size limit seed skip_bad channels'.split()}, **({} if o['workers'] is None else dict(num_workers=o['workers'])))
-    own = r.learner_kwargs() if r else dict(**{k: o[k] for k in 'arch method eps alpha attack'.split()}, views='digits' if o['data'] == 'digits' else None)
-    learn = clae_learner(dls, **own, **{k: o[k] for k in 'precision channels_last attack_bn on_nonfinite'.split()})
+    learn = _learner(o, r)
     base = o['data'] if o['data'] != 'folder' else re.sub(r'[^\w.\-]', '_', Path(o['path']).resolve().name)[:60] or 'images'
-    checkpoint = Checkpoint('checkpoints', o['every_batches'])
-    if rank_distrib(): return _fit(learn, checkpoint, run, run is not None, o, r) # one of several processes: all but the first only train
+    if rank_distrib(): return _fit(learn, Checkpoint('checkpoints', o['every_batches']), run, run is not None, o, r) # one of several processes: all but the first only train
     resuming = run is not None
     if not resuming: run = _claim(o['name'], f"{base}-{o['method']}")
     with _locked(run):
-        if not resuming: (run/'settings.json').write_text(json.dumps(dict(options=options, versions=_versions()), indent=2))
-        _run(learn, run, checkpoint, resuming, base, o, r)
+        if not resuming: _write_settings(run, options)
+        _run(learn, run, resuming, base, o, r)
+
+def _write_settings(run, options): (run/'settings.json').write_text(json.dumps(dict(options=options, versions=_versions()), indent=2))
 
 def _fit(learn, checkpoint, run, resuming, o, r):
     "Train, in as many processes as were launched; seconds that it took"
-    with learn.distributed(), nullcontext() if sys.stdout.isatty() else _plain_log(learn), checkpoint.guard():
+    with learn.distributed(), nullcontext() if sys.stdout.isatty() else _plain_log(learn), checkpoint.guard(learn):
         if num_distrib() > 1: run = _from_first(run)
         learn.path,checkpoint.folder = run,run/'checkpoints'
-        cbs = [checkpoint, history := _History(run/'history.csv')]
+        cbs = [history := _History(run/'history.csv')]
         if resuming and checkpoints(checkpoint.folder): cbs.append(Resume(checkpoint.folder))
         try:
             if r: r.fit(learn, cbs=cbs)
@@ -253,15 +263,15 @@ def _from_first(o):
     torch.distributed.broadcast_object_list(res)
     return res[0]
 
-def _run(learn, run, checkpoint, resuming, base, o, r):
-    "Train, evaluate, and write all that a run leaves behind"
+def _run(learn, run, resuming, base, o, r, more=lambda learn: {}):
+    "Train, evaluate, and write all that a run leaves behind; `more(learn)` are further metrics"
     n_train,n_test = len(learn.dls.train_ds),len(learn.dls.valid_ds)
     processes = f', in {num_distrib()} processes' if num_distrib() > 1 else ''
     print(f"{run}: {o['arch']} on {n_train} training images of {base}, {o['method']}{'' if not learn.clae.attacking else f' with {learn.clae.attack}'}, on {learn.dls.device}{processes}")
     labelled = n_train and len(learn.dls.train_ds[0]) > 1 and n_test > 0
     eval_dls = [dl.new(shuffle=False, drop_last=False) for dl in learn.dls.loaders]
     if labelled: raw,untrained = [extract_features(nn.Flatten(), dl) for dl in eval_dls],_untrained_features(learn, eval_dls)
-    metrics = dict(train_seconds=_fit(learn, checkpoint, run, resuming, o, r))
+    metrics = dict(train_seconds=_fit(learn, Checkpoint('checkpoints', o['every_batches']), run, resuming, o, r))
     learn.export_encoder(run/'encoder.safetensors')
     _plot_loss(learn, run/'loss.png')
     fig = learn.show_views(); fig.savefig(run/'views.png', dpi=100); plt.close(fig)
@@ -270,6 +280,7 @@ def _run(learn, run, checkpoint, resuming, base, o, r):
         metrics['knn'] = {k: few_label_knn(*train, *test, ns=(1,5)) for k,(train,test) in feats.items()}
         print(f"\n{_knn_table(metrics['knn'], n_test)}\n")
     else: print("There are no classes, or no test images, to evaluate with: the encoder was trained, and its accuracy is unknown.")
+    metrics.update(more(learn))
     summary = dict(settings={**o, 'name': run.name, 'size': learn.encoder_info['size'], 'device': str(learn.dls.device), 'precision': learn.precision, 'processes': max(1, num_distrib())}, seed=o['seed'], versions=_versions(), metrics=metrics)
     tmp = run/'summary.json.tmp'
     tmp.write_text(json.dumps(summary, indent=2)); tmp.replace(run/'summary.json') # it says that the run is finished, so it comes last and whole

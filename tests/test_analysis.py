@@ -7,13 +7,14 @@ import pytest
 import scipy.linalg
 import scipy.stats
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from clae_fastai.all import (FGSM, Callback, CLAECallback, CLAELoss, ContrastiveModel, DataLoaders, IntToFloatTensor, Learner, MemoryDL, MemoryImages, Normalize, NTXentLoss, TwoViews,
-                             clae_learner, create_encoder, create_head, get_dls, partial, resnet8, set_seed)
-from clae_fastai.analysis import (adversarial_images, bn_distance, bn_statistics, classifier_vs_eps, confidence_interval, frechet_distance, intervals, loss_vs_eps, paired_intervals,
+from clae_fastai.all import (FGSM, Callback, CLAECallback, CLAELoss, ContrastiveModel, DataLoaders, DualBatchNorm, IntToFloatTensor, Learner, MemoryDL, MemoryImages, Normalize, NTXentLoss, TwoViews,
+                             adversarial_bn, clae_learner, create_encoder, create_head, extract_features, get_dls, linear_probe, partial, resnet8, set_seed)
+from clae_fastai.analysis import (_batches, _twin, adversarial_images, bn_distance, bn_statistics, classifier_vs_eps, confidence_interval, frechet_distance, intervals, loss_vs_eps, paired_intervals,
                                   plot_adversarial_images, plot_bn_statistics, plot_classifier_vs_eps, plot_loss_vs_eps)
 
 small = partial(resnet8, width=4)
@@ -140,20 +141,72 @@ def test_perturbations_have_their_size(kw, quiet):
     eps = .5 if 'norm' in kw else .02
     images = adversarial_images(make(quiet, attack=FGSM(eps, **kw)), 32)
     d = np.stack(images.difference).reshape(32, -1)*(1 if 'space' in kw else 2) # the views divide by a standard deviation of .5
+    fresh = make(quiet, fit=False, attack=FGSM(eps, **kw)) # nor need it have been trained to know its normalisation
+    assert len(adversarial_images(fresh, 2)) == 2 and fresh.clae.attack.stats is None
     size = np.linalg.norm(d, axis=1) if 'norm' in kw else np.abs(d).max(1)
     assert size.max() <= eps*(1 + 1e-4) and (images.linf if 'norm' not in kw else images.l2).to_numpy() == pytest.approx(size*(2 if 'space' in kw else 1), rel=1e-4)
     if 'space' not in kw: assert size == pytest.approx(eps, rel=1e-4)
 
 @pytest.mark.parametrize('kw', [dict(), dict(norm='l2'), dict(space='pixel')])
 def test_the_sweep_is_the_attack_at_each_strength(kw, quiet):
-    "One gradient for all strengths gives what an attack of each strength gives, and other strengths beside it change nothing"
-    learn = make(quiet, attack=FGSM(.03, **kw))
-    rows = loss_vs_eps(learn, (0,.03,.2), 3)
-    for e in (.03,.2):
-        alone = loss_vs_eps(learn, e, 3)
-        assert alone[alone.eps == e].loss.tolist() == rows[rows.eps == e].loss.tolist()
+    "One gradient for all strengths gives what an attack of each strength gives, and the loss is the second term of a training step's"
+    learn,eps = make(quiet, attack=FGSM(.03, **kw)),(0,.03,.2)
+    rows,slow = loss_vs_eps(learn, eps, 3, seed=5),[]
+    with _twin(learn, 5) as (clae,model,device), torch.no_grad():
+        model.train()
+        for x,*_ in _batches(clae.dls.train, device, 3):
+            x_q,x_p = clae.views(x)
+            for e in eps:
+                clae.attack = FGSM(e, **kw)
+                clae.attack.stats = clae.views.stats
+                loss = CLAELoss(learn.loss_func.base, 1.)
+                loss(model(x_q, x_p, clae.adversarial_views(x_q)))
+                slow.append((loss.loss_aug.item(), loss.loss_adv.item()))
+    assert rows[rows.kind == 'adversarial'].loss.tolist() == [o[1] for o in slow]
+    assert rows[rows.kind == 'augmentation'].loss.tolist() == [o[0] for o in slow[::3]]
     zero = rows[rows.eps == 0].pivot(index='batch', columns='kind', values='loss')
     assert (zero.adversarial == zero.random).all() and (zero.augmentation > zero.random).all()
+    assert loss_vs_eps(learn, .2, 3, seed=5).query("kind != 'augmentation'").loss.tolist() == rows[rows.eps == .2].loss.tolist() # other strengths beside it change nothing
+
+def test_bn_statistics_are_those_of_the_layers_inputs(quiet):
+    learn = make(quiet)
+    duals = {n.removeprefix('encoder.'): m for n,m in learn.model.named_modules() if isinstance(m, DualBatchNorm)}
+    trained,anew = bn_statistics(learn),bn_statistics(learn, True, 3, seed=4)
+    for (layer,kind),t in trained.groupby(['layer','kind']):
+        bn = getattr(duals[layer], kind)
+        assert t['mean'].tolist() == bn.running_mean.tolist() and t['var'].tolist() == bn.running_var.tolist()
+    seen,now = {},None
+    hooks = [m.register_forward_pre_hook(lambda m, x, n=n: now and seen.setdefault((n,now), []).append(x[0].transpose(0,1).flatten(1))) for n,m in duals.items()]
+    with _twin(learn, 4) as (clae,model,device), torch.no_grad():
+        model.train()
+        for x,*_ in list(_batches(clae.dls.train, device, 3)):
+            x_q,x_p = clae.views(x)
+            now = None; x_adv = clae.adversarial_views(x_q)
+            now = 'clean'; model(x_q)
+            now = 'clean_p'; model(x_p)
+            with adversarial_bn(model): now = 'adv'; model(x_adv)
+    for h in hooks: h.remove()
+    assert set(seen) == set(zip(anew.layer, anew.kind)) and set(k for _,k in seen) == {'clean','clean_p','adv'}
+    for (layer,kind),t in anew.groupby(['layer','kind']):
+        np.testing.assert_allclose(t['mean'], torch.stack([o.mean(1) for o in seen[layer,kind]]).mean(0), atol=1e-4)
+        np.testing.assert_allclose(t['var'], torch.stack([o.var(1) for o in seen[layer,kind]]).mean(0), atol=1e-4)
+
+def test_unperturbed_images_are_the_probes_own(quiet):
+    "At eps 0 the classifier is the linear probe, on the validation images in another order"
+    learn = make(quiet)
+    train,valid = (extract_features(learn, dl) for dl in learn.dls.loaders)
+    linear = linear_probe(train, valid, l2s=[1.]).linear.float()
+    ce = F.cross_entropy(linear(valid[0]), valid[1], reduction='none').detach()
+    dls = DataLoaders(learn.dls.train, learn.dls.valid.new(bs=90))
+    tables = [classifier_vs_eps(learn, (0,.05), dls=dls, seed=s, l2s=[1.]) for s in (0,1)]
+    wide = [t.pivot(index='image', columns=['kind','eps'], values='cross_entropy') for t in tables]
+    for w in wide:
+        for kind in ('adversarial','random','supervised'): np.testing.assert_allclose(sorted(w[kind][0]), ce.sort().values, atol=1e-3)
+        assert not np.allclose(w['random'][0], ce, atol=1e-2) # shuffled
+        assert w['supervised'][.05].mean() > max(w[k][.05].mean() for k in ('adversarial','random'))
+    assert not np.allclose(wide[0]['random'][0], wide[1]['random'][0])
+    assert not np.allclose(sorted(wide[0]['random'][.05]), sorted(wide[1]['random'][.05]), atol=1e-5)
+    assert tables[0].query("kind == 'random' and eps == 0").correct.mean() == pytest.approx(float((linear(valid[0]).argmax(1) == valid[1]).float().mean()))
 
 @pytest.mark.slow
 def test_the_adversary_is_harder_than_noise(quiet):
@@ -186,6 +239,20 @@ def test_any_attack(attack, quiet):
     learn = make(quiet, attack=attack)
     all_figures(learn)
     if callable(attack): assert adversarial_images(learn, 3).linf.tolist() == pytest.approx([.1]*3, rel=1e-4)
+
+def test_attacks_and_views_with_random_numbers_of_their_own(quiet):
+    class Noise:
+        def __init__(self): self.rng = torch.Generator().manual_seed(0)
+        def draw(self, x): return x + .1*torch.randn(x.shape, generator=self.rng)
+    class Attack_(Noise):
+        def __call__(self, embed, x, loss): return self.draw(x)
+    class Views(Noise):
+        def __call__(self, x): return self.draw(x.as_subclass(torch.Tensor)),self.draw(x.as_subclass(torch.Tensor))
+    attack,views = Attack_(),Views()
+    learn = make(quiet, attack=attack, views=views)
+    before = [o.rng.get_state() for o in (attack,views)]
+    all_figures(learn)
+    assert all(torch.equal(a, o.rng.get_state()) for a,o in zip(before, (attack,views)))
 
 def test_unlabelled_training_and_a_labelled_classifier(digits_dir, quiet):
     set_seed(1)
@@ -238,6 +305,10 @@ def test_drawings_show_what_the_tables_hold(quiet):
     assert [list(l.get_ydata()) for l in ax.lines[:2]] == [t.loc[k]['mean'].tolist() for k in ('adversarial','random')] and len(ax.collections) == 2
     band = ax.collections[0].get_paths()[0].vertices[:,1]
     assert band.min() == pytest.approx(t.loc['adversarial'].low.min()) and band.max() == pytest.approx(t.loc['adversarial'].high.max())
+    for mean,drawn in ((t['mean'].max(), True), (99., False)): # what is far above is named, and flattens nothing
+        other = rows.assign(loss=rows.loss.where(rows.kind != 'augmentation', mean))
+        ax = plot_loss_vs_eps(other)
+        assert (len(ax.patches) == 1) == drawn and ax.get_ylim()[1] < 9 and 'other augmentation' in ax.get_legend().get_texts()[2].get_text()
     given_ax = plt.subplots()[1]
     assert plot_loss_vs_eps(rows[rows.kind != 'augmentation'], ax=given_ax) is given_ax and len(given_ax.lines) == 2
     clf = classifier_vs_eps(learn, (0,.05), 2, l2s=[1.])

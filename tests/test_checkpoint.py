@@ -3,6 +3,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,8 @@ def finish(p):
     out,err = p.communicate(timeout=300)
     return p.returncode,out,err
 
+def newest(folder): return [f.name for f in checkpoints(folder)[-1:]]
+
 def outcome(run):
     "All that must not depend on interruptions"
     hist = pd.read_csv(run/'history.csv').drop(columns='time')
@@ -65,10 +68,9 @@ def whole(tmp_path_factory):
 def test_killed_ten_times(whole, tmp_path):
     "kill -9 at random moments, of one run that is resumed after each"
     folder,rng,args = tmp_path/'runs'/'killed'/'checkpoints',random.Random(0),[*small, '--name', 'killed']
-    def newest(): return [f.name for f in checkpoints(folder)[-1:]]
     for _ in range(10):
-        before,p = newest(),start(tmp_path, *args)
-        while newest() == before: time.sleep(.01); assert p.poll() is None
+        before,p = newest(folder),start(tmp_path, *args)
+        while newest(folder) == before: time.sleep(.01); assert p.poll() is None
         time.sleep(rng.uniform(0, .3))
         p.kill()
         assert p.wait() == -signal.SIGKILL
@@ -78,6 +80,7 @@ def test_killed_ten_times(whole, tmp_path):
     assert_same(tmp_path/'runs'/'killed', whole())
     assert not [f for f in (tmp_path/'runs'/'killed').rglob('*.tmp')]
 
+@pytest.mark.slow
 @pytest.mark.parametrize('precision', ['fp32','bf16'])
 def test_terminated_and_interrupted(whole, tmp_path, precision):
     "SIGTERM and Ctrl-C save in the middle of an epoch, at any batch"
@@ -86,8 +89,8 @@ def test_terminated_and_interrupted(whole, tmp_path, precision):
     for sig,code in ((signal.SIGTERM,143), (signal.SIGINT,130)):
         p = start(tmp_path, *args)
         folder = tmp_path/'runs'/'stopped'/'checkpoints'
-        seen = len(checkpoints(folder))
-        while p.poll() is None and len(checkpoints(folder)) == seen: time.sleep(.02)
+        before = newest(folder)
+        while p.poll() is None and newest(folder) == before: time.sleep(.02)
         time.sleep(.25)
         p.send_signal(sig)
         got,_,err = finish(p)
@@ -111,6 +114,14 @@ def test_damaged_newest_and_two_at_once(whole, tmp_path):
     code,_,err = finish(start(tmp_path, '--resume', 'torn'))
     assert code == 0 and newest.name in err and 'The one before it is used' in err, err
     assert_same(tmp_path/'runs'/'torn', whole())
+
+def test_killed_after_the_last_epoch(whole, tmp_path):
+    run = tmp_path/'runs'/'late'
+    shutil.copytree(whole(), run)
+    for o in ('summary.json','encoder.safetensors','history.csv'): (run/o).unlink()
+    code,_,err = finish(start(tmp_path, '--resume', 'late'))
+    assert code == 0, err
+    assert_same(run, whole())
 
 def learner(dls, cbs=None, **kwargs): return clae_learner(dls, resnet8, views='digits', cbs=cbs, **kwargs)
 

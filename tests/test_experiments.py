@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
 from clae_fastai import experiments
-from clae_fastai.experiments import aggregate, cells, figure, grids, markdown, paired, results, sweep, table, trial_name
+from clae_fastai.experiments import aggregate, figure, grids, paired, sweep, table, trial_name
 
 worker = Path(__file__).with_name('experiments_worker.py')
 
@@ -102,6 +103,17 @@ def test_a_failing_trial_is_tried_once_named_and_tried_again_next_time(swept):
 def test_a_sweep_whose_workers_all_died_says_so(tmp_path):
     with pytest.raises(ValueError, match='Of 1 trials 1 were left undone'): sweep(trials(1, does='always die'), fake, tmp_path, workers=2)
 
+def test_what_somebody_finished_in_the_meantime_is_not_done_again(tmp_path, monkeypatch):
+    locked = experiments._locked
+    @contextmanager
+    def late(d): # between the look at the folder and the lock
+        d.mkdir(parents=True)
+        (d/'summary.json').write_text('{}')
+        with locked(d) as ours: yield ours
+    monkeypatch.setattr(experiments, '_locked', late)
+    sweep(trials(1), fake, tmp_path)
+    assert not events(tmp_path)
+
 @pytest.mark.slow
 def test_a_ray_cluster_gives_the_same_table(tmp_path, monkeypatch):
     pytest.importorskip('ray', reason='Ray, an optional package, is not installed')
@@ -145,8 +157,8 @@ def test_different_settings_have_different_names(a, b):
     assert (trial_name(a) == trial_name(b)) == (key(a) == key(b))
 
 def test_names_are_the_same_in_every_process():
-    code = "from clae_fastai.experiments import *; print(*[trial_name({**o, 'seed': 7}) for s in ('small','smoke','paper') for g in ('table1','fig7','strong') for _,o in cells(grids(s)[g], s)])"
-    here = [trial_name({**o, 'seed': 7}) for s in ('small','smoke','paper') for g in ('table1','fig7','strong') for _,o in cells(grids(s)[g], s)]
+    code = "from clae_fastai.experiments import *; print(*[trial_name({**o, 'seed': 7}) for s in ('small','smoke','paper') for g in ('table1','fig7','strong') for _,o in grids(s)[g].cells(s)])"
+    here = [trial_name({**o, 'seed': 7}) for s in ('small','smoke','paper') for g in ('table1','fig7','strong') for _,o in grids(s)[g].cells(s)]
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, env={'PYTHONHASHSEED': '5', 'LC_ALL': 'C', 'HOME': str(Path.home())}, check=True).stdout
     assert out.split() == here
     assert trial_name(dict(data='digits', method='simclr', eps=.03, alpha=1., epochs=2, seed=0)) == 'digits-simclr-eps0.03-seed0-9e72275cba' # as it was on the first day
@@ -217,7 +229,7 @@ def test_table1(tmp_path):
 @pytest.mark.parametrize('which', ['5a','5b','5c','6a','6b','6c','7'])
 def test_figures(tmp_path, which):
     file = figure(which, 'smoke', seeds=2, out=tmp_path, run=fake)
-    n = len(cells(grids('smoke')[f'fig{which}'], 'smoke'))
+    n = len(grids('smoke')[f'fig{which}'].cells('smoke'))
     assert len(pd.read_csv(file.with_suffix('.csv'))) == 2*n and 'not run' not in file.read_text()
     w,h = Image.open(file.with_suffix('.png')).size
     assert w > 700 and h > 300
@@ -254,13 +266,13 @@ def test_other_files_stay(tmp_path):
 
 def test_folders_as_data(tmp_path):
     for o in ('a/cifar10','b/cifar10'): (tmp_path/o).mkdir(parents=True)
-    (_,o),*_ = cells(grids()['table1'], data=[tmp_path/'a'/'cifar10'])
+    (_,o),*_ = grids()['table1'].cells(data=[tmp_path/'a'/'cifar10'])
     assert o['data'] == 'folder' and o['path'] == str(tmp_path/'a'/'cifar10')
-    assert trial_name({**o, 'seed': 0}) == trial_name({**cells(grids()['table1'], data=tmp_path/'b'/'cifar10')[0][1], 'seed': 0})
-    with pytest.raises(ValueError, match='one name'): cells(grids()['table1'], data=[tmp_path/'a'/'cifar10', tmp_path/'b'/'cifar10'])
+    assert trial_name({**o, 'seed': 0}) == trial_name({**grids()['table1'].cells(data=tmp_path/'b'/'cifar10')[0][1], 'seed': 0})
+    with pytest.raises(ValueError, match='one name'): grids()['table1'].cells(data=[tmp_path/'a'/'cifar10', tmp_path/'b'/'cifar10'])
     file = table('1', 'small', [tmp_path/'a'/'cifar10'], out=tmp_path/'out', run=fake)
     for f in (file, file.with_suffix('.csv'), tmp_path/'out'/'trials.csv'): assert str(tmp_path) not in f.read_text()
-    assert cells(grids('paper')['table1'], 'paper', ['tinyimagenet=here'])[0][1]['path'] == str(Path('here').resolve())
+    assert grids('paper')['table1'].cells('paper', ['tinyimagenet=here'])[0][1]['path'] == str(Path('here').resolve())
 
 def test_wrong_arguments(tmp_path):
     for f,word in ((lambda: table('3', out=tmp_path), '1, 2, random'), (lambda: figure('8', out=tmp_path), '5a, 5b'), (lambda: table('1', 'huge', out=tmp_path), 'paper, small, smoke'), (lambda: table('1', seeds=0, out=tmp_path), 'seeds'),
@@ -274,7 +286,7 @@ def test_figures_of_other_modules(tmp_path, monkeypatch):
 
 def test_markdown_of_some_seeds():
     g = grids('smoke')['fig6b']
-    cs = cells(g, 'smoke')
+    cs = g.cells('smoke')
     rows = pd.DataFrame([dict(trial=trial_name({**o, 'seed': s}), knn=.2 + .1*s + .05*(o['eps'] > 0), linear=math.nan) for s,(_,o) in ((0,cs[0]),(1,cs[0]),(1,cs[1]))])
-    md = markdown(g, results(g, cs, rows, 2))
+    md = g.markdown(g.results(cs, rows, 2))
     assert '| 0 | 25.0 ± 7.1 | not run |' in md and '| 0.03 | 35.0 | not run |' in md and '| 35.00 | +5.0 (one seed) |' in md

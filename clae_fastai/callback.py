@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['has_bf16', 'precision_cbs', 'CLAECallback', 'CheckFinite']
 
-# %% ../nbs/07_callback.ipynb #5b466895
+# %% ../nbs/07_callback.ipynb #1e50c410
 from fastai.vision.all import *
 from contextlib import nullcontext
 from torch.amp import autocast, GradScaler
+from .distributed import *
 from .losses import *
 from .dualbn import *
 from .attacks import *
@@ -56,7 +57,7 @@ def precision_cbs(
     if precision not in _precisions: raise ValueError(f"precision must be 'auto', {', '.join(map(repr, _precisions))}, and it is {precision!r}.")
     return precision,[MixedPrecision(_precisions[precision])] if _precisions[precision] else []
 
-# %% ../nbs/07_callback.ipynb #8181d1e2
+# %% ../nbs/07_callback.ipynb #12c34797
 class CLAECallback(Callback):
     "Train on two views of each image and, with an `attack`, on an adversarial one through its own batch norm"
     order = MixedPrecision.order+1
@@ -141,6 +142,8 @@ class CLAECallback(Callback):
         self.n_batches += 1
         for i,l in enumerate((self.loss_func.loss_aug, self.loss_func.loss_adv)):
             if l is not None: self.sums[i] = self.sums[i] + l
+
+    def after_train(self): self.sums = [gather(s.reshape(1)).mean() if isinstance(s, Tensor) else s for s in self.sums] # each rank has seen its own batches
 
     def mean_loss(self, i):
         "Mean over the last training epoch's batches of `loss_aug` (0) or `loss_adv` (1), or None before one"

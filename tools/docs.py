@@ -1,0 +1,254 @@
+#!/usr/bin/env python3
+"""Render the documentation without Quarto: `python tools/docs.py`, then open `_docs/index.html`.
+
+nbdev processes the notebooks (signatures, links), this script writes them as Markdown, and MkDocs with the Material theme makes
+the site: sidebar, search, phone and dark layouts, all of it also from `file://` and without a network. nbconvert has none of
+that, and Jupyter Book 2 and Sphinx bring far more machinery along. LaTeX becomes MathML, which browsers draw themselves."""
+import ast, html, io, json, os, posixpath, re, shutil, tempfile, tokenize
+from base64 import b64decode
+from pathlib import Path
+from textwrap import fill
+import yaml
+from fastcore.script import call_parse
+
+root = Path(__file__).resolve().parent.parent
+nbs,proc,assets = root/'nbs',root/'_proc',root/'tools'/'docs'
+nbsp = '\xa0'
+
+def text(o): return ''.join(o) if isinstance(o, list) else o or ''
+
+class Page:
+    "A processed notebook, and where it goes"
+    def __init__(self, path): # relative to `nbs`
+        self.path,self.nb = path,json.loads((proc/path).read_text())
+        front = self.nb['cells'][0]
+        self.meta = yaml.safe_load(text(front['source']).strip().strip('-')) if front['cell_type'] == 'raw' else {}
+        self.out = path.with_name(re.sub(r'^\d+[a-z0-9]*_', '', path.stem.lower()) + '.md') # as nbdev names its html
+        self.title = self.meta.get('title', self.out.stem)
+        code = '\n'.join(text(c['source']) for c in json.loads((nbs/path).read_text())['cells'] if c['cell_type'] == 'code')
+        mod = re.search(r'^#\| *default_exp +(\S+)', code, re.M)
+        self.src = (root/'clae_fastai'/f'{mod[1].replace(".", "/")}.py').read_text() if mod else ''
+        self.functions = functions(self.src)
+
+# Links: to our own pages they are relative ones, whichever of its names a page is called by
+
+def relink(md, page, pages, cfg):
+    site,repo = cfg.doc_host + cfg.doc_baseurl + '/', f'{cfg.git_url}/blob/{cfg.branch}/'
+    def target(m):
+        url,_,anchor = m[1].partition('#')
+        if not url or ('://' in url and not url.startswith(site)) or url.startswith('mailto:'): return m[0]
+        path = url[len(site):] if url.startswith(site) else posixpath.normpath(f'{page.path.parent.as_posix()}/{url}')
+        anchor = anchor and '#' + anchor
+        if (to := pages.get(re.sub(r'\.(html|ipynb)$', '', path))): return f'](' + posixpath.relpath(to.out.as_posix(), page.out.parent.as_posix()) + anchor + ')'
+        inside = posixpath.normpath(f'nbs/{path}')
+        return f']({repo}{inside}{anchor})' if path.startswith('..') and (root/inside).is_file() else m[0] # a file beside the notebooks: on GitHub
+    return re.sub(r'\]\(([^)\s]+)\)', target, md)
+
+def type_link(typ, lookup):
+    "`typ` as code, linked to its documentation where that is known"
+    if '[' not in typ and '|' in typ: return r' \| '.join(type_link(o.strip(), lookup) for o in typ.split('|'))
+    typ = re.sub(r'torch\.nn\.modules\.\w+\.', 'nn.', typ)
+    url = lookup.doc(typ)
+    if typ in ('Tensor', 'torch.Tensor'): url = 'https://docs.pytorch.org/docs/stable/tensors.html#torch.Tensor'
+    elif re.fullmatch(r'(torch\.)?(nn|optim)\.\w+', typ): url = f'https://docs.pytorch.org/docs/stable/generated/torch.{typ.removeprefix("torch.")}.html'
+    return f'[`{typ}`]({url})' if url else f'`{typ}`'
+
+# What `show_doc` wrote: heading, source, signature with the docments as comments, docstring
+
+def arguments(f, src):
+    "`name: (type, default, comment)` of the arguments of the function `f` and of its result, as they stand in `src`"
+    notes = {t.start[0]: t.string[1:].strip() for t in tokenize.generate_tokens(io.StringIO(src).readline) if t.type == tokenize.COMMENT}
+    a,text_of = f.args, lambda o: ast.get_source_segment(src, o) if o else ''
+    pos = a.posonlyargs + a.args
+    args = [(o.arg, o, d) for o,d in zip(pos + a.kwonlyargs, [None]*(len(pos) - len(a.defaults)) + a.defaults + a.kw_defaults)]
+    if a.vararg: args.insert(len(pos), (f'*{a.vararg.arg}', a.vararg, None))
+    if a.kwarg: args.append((f'**{a.kwarg.arg}', a.kwarg, None))
+    res = {n: (text_of(o.annotation), text_of(d), notes.get(o.lineno, '')) for n,o,d in args if n != 'self'}
+    if f.returns: res['returns'] = (text_of(f.returns), '', notes.get(f.returns.end_lineno, '') if not args or f.returns.end_lineno > args[-1][1].lineno else '')
+    return res
+
+def heading(level, name): return f'<h{level} id="{name.lower()}" class="api" markdown="span">{name.replace("_", chr(92) + "_")}</h{level}>'
+
+re_heading = re.compile(r'<h(\d) id="(\S+)" class="api" markdown="span">(.+?)</h\d>')
+
+def functions(src):
+    "The functions of a module by the names that `show_doc` gives them; a class is its `__init__`, its own or its base's"
+    res = {}
+    for n in ast.parse(src).body:
+        if isinstance(n, ast.FunctionDef): res[n.name] = n
+        if isinstance(n, ast.ClassDef):
+            methods = {o.name: o for o in n.body if isinstance(o, ast.FunctionDef)}
+            res[n.name] = methods.get('__init__') or next((res[b.id] for b in n.bases if isinstance(b, ast.Name) and b.id in res), None)
+            res.update({f'{n.name}.{k}': o for k,o in methods.items()})
+    return res
+
+def api(md, page, lookup):
+    m = re.fullmatch(r'---\n\n(?:\[source\]\((?P<src>[^)]*)\)\{.*?\}\n\n)?(?P<h>#+) (?P<name>.+?)\n\n```python\n(?P<sig>.*?)```\s*(?P<doc>.*)', md.strip(), re.S)
+    if not m: return md
+    name,sig,table = m['name'].replace('\\', ''),m['sig'].rstrip(),''
+    try: tree = ast.parse(sig := re.sub('=<[^<>]*>', '=...', re.sub(r'^def [\w.]+', 'def f', sig)) + '\n    pass') # a dataclass has `=<factory>`
+    except SyntaxError: sig = m['sig'].removeprefix('def ').rstrip() # some other repr that is no Python
+    else:
+        args,f = arguments(tree.body[0], sig),page.functions.get(name) or page.functions.get(name.split('.')[-1])
+        if f: # types and defaults as they were written; arguments that come from elsewhere (`delegates`), and links, as nbdev has them
+            own = arguments(f, page.src)
+            args = {n: (own[n][0] or t, own[n][1] or d, c if own[n][2] else '') if n in own else (t,d,c) for n,(t,d,c) in args.items()}
+            kw = next((n for n in own if n.startswith('**')), None) # fastcore gives their comment to the result
+            if kw in args and own[kw][2]: args[kw] = (*args[kw][:2], own[kw][2])
+        args = {n: (t if t != 'NoneType' else '', d, c) for n,(t,d,c) in args.items() if (n,t,c) != ('returns','None','')} # said of every `x=None`, of every `__init__`
+        typ = args.get('returns', ('',))[0]
+        parts = [n + (t and f':{t}') + (d and f'={d}') for n,(t,d,_) in args.items() if n != 'returns']
+        sig = f'{name}({", ".join(parts)})' + (typ and f' -> {typ}')
+        if len(sig) > 84: sig = fill(f'{name}({", ".join(o.replace(" ", nbsp) for o in parts)})' + (typ and f'{nbsp}->{nbsp}{typ}'), 84, subsequent_indent=' '*4, break_long_words=False, break_on_hyphens=False).replace(nbsp, ' ')
+        rows = [[n if n == 'returns' else f'`{n}`', t and type_link(t, lookup), d and f'`{d}`', re.sub(r'(?<!\\)\|', r'\|', c)] for n,(t,d,c) in args.items()]
+        cols = [i for i in range(4) if i == 0 or any(r[i] for r in rows)]
+        if 3 in cols: table = '<div class="args" markdown>\n\n' + '\n'.join('| ' + ' | '.join(r[i] for i in cols) + ' |' for r in [['argument', 'type', 'default', 'meaning'], ['---']*4, *rows]) + '\n\n</div>'
+    source = f'[source]({m["src"]}){{ .source }}\n\n' if m['src'] else ''
+    return f'{heading(len(m["h"]), name)}\n\n{source}```python\n{sig}\n```\n\n{m["doc"].strip().strip("*")}\n\n{table}'
+
+def constants(page, shown):
+    "What a module exports besides functions and classes: `show_doc` says nothing of it"
+    body = {n.targets[0].id: n for n in ast.parse(page.src).body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)}
+    names = [n for n in ast.literal_eval(body['__all__'].value) if n.lower() not in shown] if '__all__' in body else []
+    parts = [f'{heading(3, n)}\n\n````python\n{ast.get_source_segment(page.src, body[n])}\n````' for n in names if n in body]
+    return ['## Constants', *parts] if parts else []
+
+# Cells
+
+def callouts(md):
+    "Quarto's callouts as MkDocs' admonitions; its other divs only style"
+    def note(m):
+        kind,attrs,body = m.groups()
+        title = re.search('title="(.*?)"', attrs) or re.match(r'\s*#+ +(.*)\n', body) # as an attribute, or as the first heading
+        body = body[title.end():] if title and title.re.pattern[0] != 't' else body
+        return f'!!! {kind} "{title[1] if title else kind.title()}"\n\n' + re.sub('^', '    ', body.strip(), flags=re.M) + '\n'
+    md = re.sub(r'^:::+ *\{ *\.callout-(\w+)(.*?)\} *\n(.*?)^:::+ *$', note, md, flags=re.M|re.S)
+    return re.sub(r'^:::+.*$', '', md, flags=re.M)
+
+def fence(s, kind): return f'````{{ {kind} }}\n{s.rstrip()}\n````'
+
+def output(o, save, page, lookup):
+    data = o.get('data', {})
+    if 'text/markdown' in data: return api(text(data['text/markdown']), page, lookup)
+    if 'image/png' in data: return f'![Output of the code above]({save(b64decode(text(data["image/png"])), "png")}){{ .figure }}'
+    if 'image/svg+xml' in data: return f'![Output of the code above]({save(text(data["image/svg+xml"]).encode(), "svg")}){{ .figure }}'
+    if 'text/html' in data: # blank lines would end the HTML; a pandas table gets the site's style instead of its own
+        h = re.sub(r'<style.*?</style>|(?<=<table) border="1" class="dataframe"|(?<=<tr) style="[^"]*"', '', text(data['text/html']), flags=re.S)
+        return '<div class="output-html">\n' + re.sub(r'\n\s*\n', '\n', h) + '\n</div>'
+    s = text(o.get('text') or data.get('text/plain')) or '\n'.join(o.get('traceback', []))
+    return fence(re.sub(r'\x1b\[[0-9;]*m', '', s), '.text .output') if s.strip() else ''
+
+def merge_headings(parts):
+    "A heading that only names the symbol documented below it is that symbol's; and no two have the same id (a function `grid`, a class `Grid`)"
+    res,seen = [],set()
+    for p in parts:
+        if m := re_heading.match(p):
+            level,id,name = m[1],m[2],m[3].replace('\\', '')
+            if res and (h := re.fullmatch(r'(#+) \[?`?(.+?)`?(?:\]\(\S*\))?', res[-1])) and h[2] == name: level = len(h[1]); res.pop()
+            if id in seen: id = name
+            seen.add(id)
+            p = f'<h{level} id="{id}" class="api" markdown="span">{m[3]}</h{level}>' + p[m.end():]
+        res.append(p)
+    return res
+
+def markdown(page, pages, cfg, lookup, out):
+    files = []
+    def save(data, ext):
+        f = page.out.with_name(f'{page.out.stem}_{len(files)}.{ext}'); files.append(f)
+        (out/f).write_bytes(data)
+        return f.name
+    parts = [f'# {page.title}', page.meta.get('description', '') and page.meta['description'] + '\n{ .lead }']
+    for c in page.nb['cells']:
+        src = text(c['source']).strip('\n')
+        if c['cell_type'] == 'markdown': parts.append(callouts(src))
+        if c['cell_type'] != 'code': continue
+        opts = dict(re.findall(r'^#\| *([\w-]+): *(.*?) *$', src, re.M))
+        src = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip()
+        if opts.get('include') == 'false': continue
+        if src and opts.get('echo') != 'false':
+            code = fence(src, '.python')
+            fold = opts.get('code-fold')
+            if fold in ('true', 'show'): code = f'???{"+" if fold == "show" else ""} code "{opts.get("code-summary", "Code").strip(chr(34))}"\n\n' + re.sub('^', '    ', code, flags=re.M)
+            parts.append(code)
+        if opts.get('output') != 'false': parts += [output(o, save, page, lookup) for o in c.get('outputs', [])]
+    if page.src: parts += constants(page, {m[2] for p in parts if (m := re_heading.match(p))})
+    parts = merge_headings([p for p in parts if p])
+    front = yaml.dump({'title': page.title, 'description': page.meta.get('description', '').replace('`', '')})
+    return f'---\n{front}---\n' + relink('\n\n'.join(parts), page, pages, cfg)
+
+def on_page_content(page_html, **kwargs): # MkDocs calls it on each page: see `hooks` in mkdocs.yml
+    from latex2mathml.converter import convert
+    def math(m):
+        res = convert(html.unescape(m[2]), display='block' if m[1] == 'div' else 'inline')
+        return re.sub(r'(?:<mi mathvariant="normal">\w</mi>)+', lambda w: '<mi mathvariant="normal">' + re.sub('<.*?>', '', w[0]) + '</mi>', res) # `\mathrm{sign}` is one word
+    return re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', math, page_html, flags=re.S)
+
+# The site
+
+def process():
+    "`nbdev_proc_nbs`, which would install Quarto: the notebooks with their links and `show_doc`s, in `_proc`"
+    from nbdev.config import get_config
+    from nbdev.serve import proc_nbs
+    os.chdir(root)
+    cfg = get_config()
+    stale = proc.exists() and (cfg.lib_path/'_modidx.py').stat().st_mtime > proc.stat().st_mtime # links come from there
+    proc_nbs(n_workers=2, force=stale)
+    return cfg
+
+def build(out):
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+    from nbdev.doclinks import NbdevLookup
+    cfg,lookup = process(),NbdevLookup()
+    found = [Page(p.relative_to(nbs)) for p in sorted(nbs.rglob('*.ipynb')) if not re.search(r'(^|/)[._]', p.relative_to(nbs).as_posix())]
+    found.sort(key=lambda p: (p.path.parent, p.path.stem != 'index')) # else in the order of their names
+    pages = {n.as_posix(): p for p in found for n in (p.path.with_suffix(''), p.out.with_suffix(''))}
+    nav = [{'Home': 'index.md'}]
+    for p in found:
+        if p.path.stem == 'index' and p.path.parent == Path('.'): continue
+        section = 'Library' if p.path.parent == Path('.') else p.path.parent.name.title()
+        if section not in nav[-1]: nav.append({section: []})
+        nav[-1][section].append({p.title: p.out.as_posix()})
+    with tempfile.TemporaryDirectory() as tmp:
+        tmp = Path(tmp)
+        shutil.copytree(assets/'static', tmp/'static')
+        for p in nbs.rglob('*'):
+            if p.suffix in ('.png', '.jpg', '.svg', '.gif'): (tmp/p.relative_to(nbs)).parent.mkdir(parents=True, exist_ok=True); shutil.copy(p, tmp/p.relative_to(nbs))
+        for p in found:
+            (tmp/p.out).parent.mkdir(parents=True, exist_ok=True)
+            (tmp/p.out).write_text(markdown(p, pages, cfg, lookup, tmp))
+        build(load_config(str(assets/'mkdocs.yml'), docs_dir=str(tmp), site_dir=str(out), nav=nav, site_name=cfg.title, site_description=cfg.description,
+                          repo_url=cfg.git_url, repo_name=f'{cfg.user}/{cfg.repo}', copyright=f'{cfg.copyright}. Apache-2.0.'))
+    (out/'404.html').unlink(missing_ok=True) # its links start at the server's root
+    return found
+
+def browser(play):
+    "Debian's, Google's or playwright's own Chromium"
+    exe = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    return play.chromium.launch(executable_path=exe)
+
+def take_screenshots(site, out, names):
+    from playwright.sync_api import sync_playwright
+    out.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as play:
+        b = browser(play)
+        for scheme in ('light', 'dark'):
+            for width in (1280, 390):
+                page = b.new_page(viewport={'width': width, 'height': 900}, color_scheme=scheme)
+                for n in names:
+                    page.goto((site/f'{n}.html').as_uri())
+                    page.screenshot(path=out/f'{n.replace("/", "-")}-{width}-{scheme}.png', full_page=scheme == 'light')
+        b.close()
+
+@call_parse
+def main(
+    out:str='_docs', # Folder of the site; what is in it goes
+    screenshots:str=None, # Folder for pictures of home, an API page and the first tutorial, on a desktop and on a phone
+):
+    "Render the documentation"
+    site,shots = Path(out).resolve(),screenshots and Path(screenshots).resolve() # before the working directory changes
+    found = build(site)
+    print(f'{len(found)} pages: {site/"index.html"}')
+    if shots:
+        tutorials = [p.out.with_suffix('').as_posix() for p in found if p.path.parent != Path('.')]
+        take_screenshots(site, shots, ['index', 'attacks', *tutorials[:1]])

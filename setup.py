@@ -25,7 +25,7 @@ setup(
     packages=find_packages(include=[cfg['lib_path'] + '*']),
     include_package_data=True,
     install_requires=cfg['requirements'].split(),
-    extras_require={'test': test, 'dev': test + cfg['dev_requirements'].split(), 'timm': ['timm'], 'onnx': ['onnx', 'onnxscript']},
+    extras_require={'test': test, 'dev': test + cfg['dev_requirements'].split(), 'timm': ['timm'], 'ray': ['ray'], 'onnx': ['onnx', 'onnxscript']},
     entry_points={'console_scripts': cfg['console_scripts'].split(),
                   'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,

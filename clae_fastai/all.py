@@ -11,3 +11,4 @@ from clae_fastai.callback import *
 from clae_fastai.learner import *
 from clae_fastai.evaluate import *
 from clae_fastai.checkpoint import *
+from clae_fastai.analysis import *

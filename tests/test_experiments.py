@@ -280,10 +280,6 @@ def test_wrong_arguments(tmp_path):
         with pytest.raises(ValueError, match=word): f()
     assert not [*tmp_path.iterdir()]
 
-def test_figures_of_other_modules(tmp_path, monkeypatch):
-    monkeypatch.setitem(experiments.figures, '4', lambda **kwargs: kwargs)
-    assert figure('4', 'smoke', out=tmp_path) == dict(scale='smoke', data=None, seeds=None, workers=1, ray=None, out=tmp_path, run=None)
-
 def test_markdown_of_some_seeds():
     g = grids('smoke')['fig6b']
     cs = g.cells('smoke')

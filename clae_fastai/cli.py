@@ -166,7 +166,7 @@ def _locked(run):
         with filelock.FileLock(run/'.lock', timeout=0): yield
     except filelock.Timeout: raise ValueError(f"Another process is at work on {run}.") from None
 
-# %% ../nbs/13_cli.ipynb #ebe14a0d
+# %% ../nbs/13_cli.ipynb #faa04d8e
 _defaults = dict(method='simclr', eps=.03, alpha=1., attack='fgsm', epochs=20, bs=64, lr=3e-3)
 
 @command
@@ -234,7 +234,9 @@ def _train(options, run=None):
     if run is None and o['name'] is not None: _check_name(o['name'])
     learn = _learner(o, r)
     base = o['data'] if o['data'] != 'folder' else re.sub(r'[^\w.\-]', '_', Path(o['path']).resolve().name)[:60] or 'images'
-    if rank_distrib(): return _fit(learn, Checkpoint('checkpoints', o['every_batches']), run, run is not None, o, r) # one of several processes: all but the first only train
+    if rank_distrib(): # one of several processes: all but the first only train
+        _fit(learn, Checkpoint('checkpoints', o['every_batches']), run, run is not None, o, r)
+        return
     resuming = run is not None
     if not resuming: run = _claim(o['name'], f"{base}-{o['method']}")
     with _locked(run):

@@ -95,7 +95,7 @@ def learner(out):
     after = [type(m) for m in learn.model.modules()],learn.dls.loaders,[type(c) for c in learn.cbs]
     one = learn.get_preds() if rank == 0 else None # alone
     if rank == 0: learn.show_views(2)
-    save('digits', first=first, state=state(learn), **{k: getattr(learn.batches, k) for k in ('seen','n_iter','draws')}, same=[before[0] == after[0], before[1] is after[1], sorted(map(str, before[2])) == sorted(map(str, after[2]))],
+    save('digits', first=first, state=state(learn), **{k: getattr(learn.batches, k) for k in ('seen','n_iter','draws')}, same=[before[0] == after[0], all(a is b for a,b in zip(before[1], after[1], strict=True)), sorted(map(str, before[2])) == sorted(map(str, after[2]))],
          group=dist.is_initialized(), values=values, valid=list(valid), preds=preds, one=one, labels=[o[1] for o in learn.dls.valid_ds])
     with learn.distributed(): learn.fit(1)
     save('again', state=state(learn))

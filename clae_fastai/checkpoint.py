@@ -109,7 +109,7 @@ def set_random_state(
     if 'cuda' in own and torch.cuda.is_available(): torch.cuda.set_rng_state(own['cuda'])
     if 'mps' in own and torch.backends.mps.is_available(): torch.mps.set_rng_state(own['mps'])
 
-# %% ../nbs/10_checkpoint.ipynb #5365b1a5
+# %% ../nbs/10_checkpoint.ipynb #7dc15855
 _fastai_attrs = {Recorder: ('lrs','iters','losses','values'), ParamScheduler: ('hps',), GradientAccumulation: ('count',)}
 
 def _attrs(cb): return getattr(type(cb), 'checkpoint_attrs', None) or next((v for k,v in _fastai_attrs.items() if isinstance(cb, k)), ())
@@ -122,7 +122,7 @@ def run_state(
     smooth,scaler = learn.recorder.smooth_loss,getattr(learn, 'scaler', None)
     return dict(model=get_model(learn.model).state_dict(), opt=learn.opt.state_dict(),
         loss_func=learn.loss_func.state_dict() if isinstance(learn.loss_func, nn.Module) else None, scaler=None if scaler is None else scaler.state_dict(),
-        epoch=learn.epoch, n_epoch=learn.n_epoch, n_iter=len(learn.dls.train), n_images=getattr(learn.dls.train, 'n', None), train_iter=learn.train_iter, pct_train=learn.pct_train,
+        epoch=learn.epoch, n_epoch=learn.n_epoch, n_iter=len(learn.dls.train), n_images=getattr(_loader(learn.dls.train), 'n', None), train_iter=learn.train_iter, pct_train=learn.pct_train,
         smooth_loss=(smooth.count, smooth.val), callbacks=[(type(cb).__name__, {a: getattr(cb, a) for a in _attrs(cb) if a in vars(cb) or hasattr(type(cb), a)}) for cb in _stateful(learn)])
 
 def set_run_state(
@@ -260,7 +260,7 @@ class Checkpoint(Callback):
             self.signal = None
             for s,f in before.items(): signal.signal(s, f)
 
-# %% ../nbs/10_checkpoint.ipynb #bd66a806
+# %% ../nbs/10_checkpoint.ipynb #5551acce
 def last_checkpoint(
     folder:str|Path # Of a `Checkpoint`
 ) -> tuple: # File, and what it holds
@@ -290,7 +290,7 @@ class Resume(Callback):
         differ = [k for k in own.keys() | s['model'].keys() if k not in s['model'] or own.get(k) != s['model'][k].shape]
         if differ: raise ValueError(f"{self.file} is of another model: {len(differ)} of its tensors differ, such as {min(differ)}. Make the learner as it was.")
         if s['n_epoch'] != self.n_epoch: raise ValueError(f"{self.file} is of a fit of {s['n_epoch']} epochs, and this one has {self.n_epoch}. A schedule depends on its length: resume with the same number.")
-        n = getattr(self.dls.train, 'n', None)
+        n = getattr(_loader(self.dls.train), 'n', None)
         if n != s['n_images']: raise ValueError(f"{self.file} is of a fit on {s['n_images']} images, and now there are {n}. Resume with the same data.")
 
     def _inside(self): return self.epoch == self.start and self.state['batch'] is not None

@@ -116,22 +116,25 @@ def clae_learner(
                               **({} if stats is None else dict(mean=stats[0].tolist(), std=stats[1].tolist())))
     return learn
 
-# %% ../nbs/08_learner.ipynb #88d0695f
+# %% ../nbs/08_learner.ipynb #0efce0e8
 @patch
 def show_views(self:Learner,
     n:int=6, # Number of images
-    imsize:float=1.6 # Size of each, in inches
+    imsize:float=1.6, # Size of each, in inches
+    seed:int=0 # Of the images and their views; the training's own random numbers are not touched
 ) -> plt.Figure:
     "Draw the views of `n` training images, one row each: `x_q`, `x_p` and, with an attack, `x_adv` and the amplified difference (the paper's Fig. 2)"
-    clae,device = self.clae,next(self.model.parameters()).device
-    x_q,x_p = clae.views(to_device(self.dls.train.one_batch()[0], device))
-    cols = dict(x_q=x_q, x_p=x_p)
-    if clae.attacking:
-        modes = [(m,m.training) for m in self.model.modules()]
-        self.model.train()
-        try: cols['x_adv'] = clae.adversarial_views(x_q)
-        finally:
-            for m,t in modes: m.training = t
+    clae,device = copy(self.clae),next(self.model.parameters()).device
+    clae.attack = deepcopy(clae.attack)
+    with no_random(seed, reproducible=False):
+        x_q,x_p = clae.views(to_device(self.dls.train.new().one_batch()[0], device))
+        cols = dict(x_q=x_q, x_p=x_p)
+        if clae.attacking:
+            modes = [(m,m.training) for m in self.model.modules()]
+            self.model.train()
+            try: cols['x_adv'] = clae.adversarial_views(x_q)
+            finally:
+                for m,t in modes: m.training = t
     cols = {k: getattr(clae.views, 'denormalize', noop)(v) for k,v in cols.items()}
     if clae.attacking:
         d = cols['x_adv'] - cols['x_q']

@@ -129,7 +129,7 @@ def learner(out):
     try:
         with learn.distributed(): learn.fit(1, cbs=Fail())
     except RuntimeError as e: message = str(e)
-    save('fail', message=message, unwrapped=isinstance(learn.model, ContrastiveModel) and learn.dls.loaders is loaders and not dist.is_initialized())
+    save('fail', message=message, unwrapped=isinstance(learn.model, ContrastiveModel) and all(a is b for a,b in zip(learn.dls.loaders, loaders, strict=True)) and not dist.is_initialized())
 
 def fastai(out):
     "fastai's own context, as it is"

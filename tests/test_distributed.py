@@ -116,7 +116,7 @@ def test_command_and_resuming_on_another_number_of_processes(cli):
     p = torchrun(2, clae_train, *short, '--name', 'two', cwd=cli.cwd)
     assert p.returncode == 0, p.stderr[-4000:]
     run, = (cli.cwd/'runs').iterdir()
-    assert p.stdout.count('trained encoder') == 1 and p.stdout.count('in 2 processes') == 1 and len(pd.read_csv(run/'history.csv')) == 3
+    assert p.stdout.count('\ntrained encoder') == 1 and p.stdout.count('in 2 processes') == 1 and len(pd.read_csv(run/'history.csv')) == 3
     summary = json.loads((run/'summary.json').read_text())
     assert summary['settings']['processes'] == 2
     assert load_checkpoint(checkpoints(run/'checkpoints')[-1])['n_iter'] == 2 # of 128 images a process, by 64

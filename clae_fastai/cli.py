@@ -40,12 +40,13 @@ def command(
         return func(**{k:v for k,v in opts.items() if k in inspect.signature(func).parameters})
     return _f
 
-# %% ../nbs/13_cli.ipynb #a89d117f
+# %% ../nbs/13_cli.ipynb #03c300d5
 @contextmanager
 def user_errors(
     prog:str # Name of the command
 ):
     "Print what a user can mend, without a traceback, and exit with code 2"
+    if rank_distrib(): prog += f' (process {rank_distrib()})'
     try: yield
     except (ValueError, OSError, FloatingPointError) as e:
         text = str(e).rpartition('when calling event')[2].partition('\n\t')[2] if 'Exception occured in' in str(e) else str(e) # fastai's prefix

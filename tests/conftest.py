@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 matplotlib.use('Agg')
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1') # two processes with all threads each are many times slower
 here = Path(__file__).parent
 
 def pytest_addoption(parser): parser.addoption('--leak-minutes', type=float, default=1, help='length of the leak test')

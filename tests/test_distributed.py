@@ -132,7 +132,7 @@ def test_command_and_resuming_on_another_number_of_processes(cli):
 
 @pytest.mark.slow
 def test_command_on_one_and_on_two_processes(cli):
-    "Begun on one process, killed, gone on with on two; user errors are said once"
+    "Begun on one process, killed, gone on with on two; user errors say which process they are from"
     p = subprocess.Popen([clae_train, *map(str, short), '--name', 'one'], cwd=cli.cwd, env={**os.environ, 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1'}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     folder = cli.cwd/'runs'/'one'/'checkpoints'
     while not checkpoints(folder): assert p.poll() is None; time.sleep(.02)

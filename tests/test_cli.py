@@ -110,7 +110,7 @@ def test_non_finite_loss_stops_the_run(cli):
 @pytest.mark.slow
 def test_photographs(cli, cifar_dir):
     "One epoch of a ResNet-18 on CIFAR-10 images; the encoder is torchvision's"
-    r = cli('clae_train', '--path', cifar_dir, '--arch', 'resnet18', '--epochs', 2, '--limit', 1000, '--bs', 64)
+    r = cli('clae_train', '--path', cifar_dir, '--arch', 'resnet18', '--epochs', 2, '--limit', 512, '--bs', 64)
     assert r.returncode == 0, r.stderr
     run, = (cli.cwd/'runs').iterdir()
     assert 'trained encoder' in r.stdout

@@ -10,9 +10,7 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import torch
-from torch import nn
 
 import report
 from clae_fastai.all import ContrastiveModel, MemoryDL, MemoryImages, DataLoaders, IntToFloatTensor, NTXentLoss, TwoViews, adversarial_bn, clae_learner, convert_dual_bn, create_encoder, create_head, default_device, frozen_bn_stats, resnet18, set_seed

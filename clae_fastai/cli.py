@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['command', 'user_errors', 'clae_train', 'clae_eval', 'clae_export', 'clae_table', 'clae_figure']
 
-# %% ../nbs/13_cli.ipynb #0abe2c98
+# %% ../nbs/13_cli.ipynb #cc111761
 from fastai.vision.all import *
 from fastcore.script import anno_parser
 from contextlib import nullcontext
@@ -14,7 +14,6 @@ from dataclasses import asdict, replace
 from torch.optim.swa_utils import update_bn
 import contextlib, filelock, json, kornia, platform, shutil, torchvision, fastai
 from . import __version__
-from .attacks import attacks
 from .callback import *
 from .learner import *
 from .data import *

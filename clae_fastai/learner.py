@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['methods', 'recipes', 'clae_learner', 'load_encoder', 'Recipe', 'get_recipe', 'encoder_learner', 'export_onnx']
 
-# %% ../nbs/08_learner.ipynb #dd770229
+# %% ../nbs/08_learner.ipynb #500cb2fb
 from fastai.vision.all import *
 from fastai.vision.learner import create_head as fastai_head, default_split
 import json, safetensors, safetensors.torch
 from importlib.util import find_spec
-from dataclasses import dataclass, asdict, fields, replace
+from dataclasses import dataclass, asdict
 from . import __version__
 from .losses import *
 from .dualbn import *

@@ -8,7 +8,7 @@ import torch
 from torch import distributed as dist, nn
 
 from clae_fastai.all import (FGSM, Callback, CLAECallback, CLAELoss, ContrastiveModel, DataBlock, DataLoader, DataLoaders, ImageBlock, IndexSplitter, Learner, NTXentLoss, OptimWrapper, PILImageBW,
-                             PlainLoss, ProgressCallback, Recorder, UELLoss, clae_learner, create_head, dual_bns, gather, get_dls, np, num_distrib, partial, rank_distrib, rank_offset, resnet8, set_seed, world_size)
+                             PlainLoss, ProgressCallback, Recorder, UELLoss, clae_learner, create_head, dual_bns, gather, get_dls, np, num_distrib, partial, rank_distrib, rank_offset, resnet8, set_seed)
 
 losses = dict(plain=PlainLoss, uel=UELLoss, uel_full=partial(UELLoss, detach_keys=False), simclr=NTXentLoss)
 n_images,steps = 48,3
@@ -54,7 +54,7 @@ def exact(out):
 
 def gathered():
     "`gather` by itself: order, gradient, twice in one step, tensors without gradient, dtypes"
-    r,w = dist.get_rank(),world_size()
+    r = dist.get_rank()
     z = (torch.arange(6.).view(3,2) + 10*r).requires_grad_()
     every = gather(z)
     ((r+1)*every).sum().backward(retain_graph=True)
@@ -81,7 +81,7 @@ def digits_learner(**kwargs):
     return clae_learner(get_dls('digits', bs=16, limit=149), partial(resnet8, width=4), views='digits', cbs=Batches(), **kwargs)
 
 def learner(out):
-    res,rank = {},rank_distrib()
+    rank = rank_distrib()
     def save(name, **kw): torch.save(kw, out/f'{name}-{rank}.pt')
 
     learn = digits_learner() # batch norm, all the usual callbacks, twice

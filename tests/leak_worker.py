@@ -2,7 +2,14 @@
 import sys
 import time
 
-from clae_fastai.all import *
+from fastai.vision.all import Callback, CancelFitException, noop
+
+from clae_fastai.attacks import RFGSM
+from clae_fastai.checkpoint import Checkpoint
+from clae_fastai.data import get_dls
+from clae_fastai.evaluate import CollapseMonitor, KNNCallback
+from clae_fastai.learner import clae_learner
+from clae_fastai.models import resnet8
 
 def peak(): return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('VmHWM'))
 

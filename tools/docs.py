@@ -39,7 +39,7 @@ def relink(md, page, pages, cfg):
         if not url or ('://' in url and not url.startswith(site)) or url.startswith('mailto:'): return m[0]
         path = url[len(site):] if url.startswith(site) else posixpath.normpath(f'{page.path.parent.as_posix()}/{url}')
         anchor = anchor and '#' + anchor
-        if (to := pages.get(re.sub(r'\.(html|ipynb)$', '', path))): return f'](' + posixpath.relpath(to.out.as_posix(), page.out.parent.as_posix()) + anchor + ')'
+        if (to := pages.get(re.sub(r'\.(html|ipynb)$', '', path))): return '](' + posixpath.relpath(to.out.as_posix(), page.out.parent.as_posix()) + anchor + ')'
         inside = posixpath.normpath(f'nbs/{path}')
         return f']({repo}{inside}{anchor})' if path.startswith('..') and (root/inside).is_file() else m[0] # a file beside the notebooks: on GitHub
     return re.sub(r'\]\(([^)\s]+)\)', target, md)

@@ -106,10 +106,14 @@ class MemoryImages:
         _,c,h,w = self.images.shape
         return type(self)(read_images(L(items), c, (w,h)) if len(items) else self.images[:0].clone(), vocab=self.vocab)
 
-# %% ../nbs/06_data.ipynb #b3fdb5e1
+# %% ../nbs/06_data.ipynb #7ca2be20
 class MemoryDL(TfmdDL):
     "`DataLoader` of a `MemoryImages`"
-    def __init__(self, dataset, num_workers=0, **kwargs): super().__init__(dataset, num_workers=num_workers, **kwargs)
+    def __init__(self,
+        dataset:MemoryImages, # What to load
+        num_workers:int=0, # Processes; none are needed to index a tensor
+        **kwargs
+    ): super().__init__(dataset, num_workers=num_workers, **kwargs)
 
     def create_batches(self, samps):
         if self.after_item.fs or self.before_batch.fs: yield from super().create_batches(samps) # somebody's item transforms

@@ -1,0 +1,53 @@
+"What goes into the wheel and the source distribution, and that the wheel works outside the repository."
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).parent.parent
+
+@pytest.fixture(scope='module')
+def dist(tmp_path_factory):
+    "Wheel and sdist of the files under version control"
+    pytest.importorskip('build', reason="needs pip install -e '.[test]'")
+    src,out = tmp_path_factory.mktemp('src'),tmp_path_factory.mktemp('dist')
+    for f in subprocess.run(['git','ls-files','-z'], cwd=root, capture_output=True, text=True, check=True).stdout.split('\0'):
+        if f and (root/f).is_file():
+            (src/f).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root/f, src/f)
+    p = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', out, src], capture_output=True, text=True)
+    assert p.returncode == 0, p.stdout[-2000:] + p.stderr[-4000:]
+    return out
+
+def test_contents(dist):
+    wheel, = dist.glob('*.whl')
+    names = zipfile.ZipFile(wheel).namelist()
+    modules = {f'clae_fastai/{f.name}' for f in (root/'clae_fastai').glob('*.py')}
+    assert {o for o in names if '.dist-info/' not in o} == modules | {'clae_fastai/imagenet100.txt'}
+    sdist, = dist.glob('*.tar.gz')
+    inside = {o.partition('/')[2] for o in tarfile.open(sdist).getnames()}
+    assert modules | {'clae_fastai/imagenet100.txt','settings.ini','setup.py','README.md','LICENSE'} <= inside
+    assert not [o for o in inside if o.startswith(('tests/','results/','benchmarks/','nbs/')) or o.endswith(('.npz','.png','.csv'))]
+
+@pytest.mark.slow
+def test_the_wheel_runs_outside_the_repository(dist, tmp_path):
+    "In an environment of its own, which borrows only the dependencies"
+    wheel, = dist.glob('*.whl')
+    env = tmp_path/'env'
+    venv.create(env, with_pip=True)
+    python = env/'bin'/'python'
+    subprocess.run([python, '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', wheel], check=True)
+    site = next(env.glob('lib/python*/site-packages'))
+    (site/'borrowed.pth').write_text(sysconfig.get_path('purelib') + '\n')
+    clean = {k: v for k,v in os.environ.items() if k != 'PYTHONPATH'}
+    where = subprocess.run([python, '-W', 'ignore', '-c', 'import clae_fastai; print(clae_fastai.__file__)'], cwd=tmp_path, capture_output=True, text=True, env=clean).stdout
+    assert where.strip().startswith(str(site)), where
+    p = subprocess.run([env/'bin'/'clae_train', '--limit', '64', '--epochs', '1'], cwd=tmp_path, capture_output=True, text=True, env={**clean, 'PYTHONWARNINGS': 'ignore'})
+    assert p.returncode == 0 and (tmp_path/'runs'/'digits-simclr-1'/'encoder.safetensors').exists(), p.stderr

@@ -260,7 +260,7 @@ class Checkpoint(Callback):
             self.signal = None
             for s,f in before.items(): signal.signal(s, f)
 
-# %% ../nbs/10_checkpoint.ipynb #5551acce
+# %% ../nbs/10_checkpoint.ipynb #e31ec5d4
 def last_checkpoint(
     folder:str|Path # Of a `Checkpoint`
 ) -> tuple: # File, and what it holds
@@ -303,6 +303,7 @@ class Resume(Callback):
     def after_epoch(self):
         if self.epoch != self.start-1 or not self._skipping(): return
         self.learn.cbs = self.others
+        if bar := getattr(getattr(self.learn, 'progress', None), 'mbar', None): bar.update(0) # it has not seen an epoch begin
         if self.state['batch'] is None: self._restore()
 
     def before_train(self):

@@ -166,7 +166,7 @@ def _locked(run):
         with filelock.FileLock(run/'.lock', timeout=0): yield
     except filelock.Timeout: raise ValueError(f"Another process is at work on {run}.") from None
 
-# %% ../nbs/13_cli.ipynb #faa04d8e
+# %% ../nbs/13_cli.ipynb #736011b0
 _defaults = dict(method='simclr', eps=.03, alpha=1., attack='fgsm', epochs=20, bs=64, lr=3e-3)
 
 @command
@@ -215,7 +215,8 @@ def _settings(o):
     _check('lr', 0 < o['lr'] < math.inf, o['lr'], 'a finite number above 0')
     _check('seed', 0 <= o['seed'] < 2**32, o['seed'], 'between 0 and 4294967295')
     _check('bs', o['bs'] >= 2, o['bs'], '2 or more, as contrast needs two images')
-    _check('n-out', o['n_out'] is None or o['n_out'] >= 1, o['n_out'], '1 or more')
+    _check('n_out', o['n_out'] is None or o['n_out'] >= 1, o['n_out'], '1 or more')
+    _check('every_batches', o['every_batches'] is None or o['every_batches'] >= 1, o['every_batches'], '1 or more')
     _check('limit', o['limit'] is None or o['limit'] >= 2, o['limit'], '2 or more')
     _check('size', o['size'] is None or 8 <= o['size'] <= 4096, o['size'], 'between 8 and 4096 pixels')
     _check('workers', o['workers'] is None or 0 <= o['workers'] <= 256, o['workers'], 'between 0 and 256')

@@ -166,7 +166,7 @@ def _locked(run):
         with filelock.FileLock(run/'.lock', timeout=0): yield
     except filelock.Timeout: raise ValueError(f"Another process is at work on {run}.") from None
 
-# %% ../nbs/13_cli.ipynb #736011b0
+# %% ../nbs/13_cli.ipynb #1b20bf09
 _defaults = dict(method='simclr', eps=.03, alpha=1., attack='fgsm', epochs=20, bs=64, lr=3e-3)
 
 @command
@@ -232,7 +232,7 @@ def _learner(o, r):
 def _train(options, run=None):
     "A run from its options; in the folder `run`, if it was begun there"
     o,r = _settings(options)
-    if run is None and o['name'] is not None: _check_name(o['name'])
+    if run is None and o['name'] is not None and not rank_distrib(): _check_name(o['name']) # a slower process would find the folder of the first
     learn = _learner(o, r)
     base = o['data'] if o['data'] != 'folder' else re.sub(r'[^\w.\-]', '_', Path(o['path']).resolve().name)[:60] or 'images'
     if rank_distrib(): # one of several processes: all but the first only train

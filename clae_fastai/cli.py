@@ -39,7 +39,13 @@ def command(
         return func(**{k:v for k,v in opts.items() if k in inspect.signature(func).parameters})
     return _f
 
-# %% ../nbs/13_cli.ipynb #03c300d5
+# %% ../nbs/13_cli.ipynb #7808cab1
+def _message(e):
+    "What an exception says, in one line, less what fastai and the loader's processes put before it"
+    text = re.sub('Exception occured in `.*?` when calling event `.*?`:', '', str(e), flags=re.S)
+    if 'Original Traceback' in text: text = text.strip().rpartition('\n')[2].partition(': ')[2]
+    return ' '.join(text.split())
+
 @contextmanager
 def user_errors(
     prog:str # Name of the command
@@ -48,9 +54,7 @@ def user_errors(
     if rank_distrib(): prog += f' (process {rank_distrib()})'
     try: yield
     except (ValueError, OSError, FloatingPointError) as e:
-        text = str(e).rpartition('when calling event')[2].partition('\n\t')[2] if 'Exception occured in' in str(e) else str(e) # fastai's prefix
-        if 'Original Traceback' in text: text = text.strip().rpartition('\n')[2].partition(': ')[2] # from a process that loads images
-        print(f"{prog}: {' '.join(text.split())}", file=sys.stderr)
+        print(f"{prog}: {_message(e)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
@@ -166,7 +170,7 @@ def _locked(run):
         with filelock.FileLock(run/'.lock', timeout=0): yield
     except filelock.Timeout: raise ValueError(f"Another process is at work on {run}.") from None
 
-# %% ../nbs/13_cli.ipynb #1b20bf09
+# %% ../nbs/13_cli.ipynb #7da9875c
 _defaults = dict(method='simclr', eps=.03, alpha=1., attack='fgsm', epochs=20, bs=64, lr=3e-3)
 
 @command
@@ -256,9 +260,9 @@ def _fit(learn, checkpoint, run, resuming, o, r):
         try:
             if r: r.fit(learn, cbs=cbs)
             else: learn.fit_one_cycle(o['epochs'], o['lr'], cbs=cbs)
-        except RuntimeError as e:
-            if 'DataLoader worker' not in str(e): raise
-            raise ValueError(f"A process that loads images died, perhaps for want of memory ({' '.join(str(e).split())}). Go on with --resume {run.name}, after freeing memory.") from e
+        except (RuntimeError, EOFError, ConnectionError) as e: # the last two: it died while it handed over a batch
+            if isinstance(e, RuntimeError) and 'DataLoader worker' not in str(e): raise
+            raise ValueError(f"A process that loads images died, perhaps for want of memory ({_message(e) or type(e).__name__}). Go on with --resume {run.name}, after freeing memory.") from e
     return history.seconds
 
 def _from_first(o):

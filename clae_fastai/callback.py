@@ -57,7 +57,7 @@ def precision_cbs(
     if precision not in _precisions: raise ValueError(f"precision must be 'auto', {', '.join(map(repr, _precisions))}, and it is {precision!r}.")
     return precision,[MixedPrecision(_precisions[precision])] if _precisions[precision] else []
 
-# %% ../nbs/07_callback.ipynb #12c34797
+# %% ../nbs/07_callback.ipynb #ca320a9d
 class CLAECallback(Callback):
     "Train on two views of each image and, with an `attack`, on an adversarial one through its own batch norm"
     order = MixedPrecision.order+1
@@ -89,6 +89,7 @@ class CLAECallback(Callback):
         if not isinstance(self.learn.loss_func, CLAELoss):
             raise ValueError(f"CLAECallback trains with a CLAELoss, and the Learner's loss_func is {self.learn.loss_func}: wrap it, as in CLAELoss(NTXentLoss(), alpha=1.).")
         self.sums = []
+        self._know_stats()
         means = [ValueMetric(partial(self.mean_loss, 0), 'loss_aug')]
         if self.attacking:
             if not dual_bns(self.learn.model): convert_dual_bn(self.learn.model, self.adv_momentum)
@@ -96,13 +97,17 @@ class CLAECallback(Callback):
             means.append(ValueMetric(partial(self.mean_loss, 1), 'loss_adv'))
         self.learn.metrics = means + self.learn.metrics
 
-    def before_fit(self):
-        if not hasattr(self, 'sums'): raise ValueError("CLAECallback has to be there when the Learner is made, as its batch norms must reach the optimiser: Learner(..., cbs=CLAECallback(...)).")
-        dl,stats = self.dls.train,getattr(self.views, 'stats', None)
-        own = split_normalize(getattr(dl, 'after_batch', None))[1]
+    def _know_stats(self):
+        "Tell the attack how images are normalised, which is to happen once"
+        stats,own = getattr(self.views, 'stats', None),split_normalize(getattr(self.dls.train, 'after_batch', None))[1]
         if own is not None and stats is not None:
             raise ValueError("The DataLoaders end in a Normalize and so do the views, which would normalise twice: take it out of the DataLoaders, or use clae_learner, which does.")
         if isinstance(self.attack, Attack) and self.attack.stats is None: self.attack.stats = ifnone(stats, own)
+
+    def before_fit(self):
+        if not hasattr(self, 'sums'): raise ValueError("CLAECallback has to be there when the Learner is made, as its batch norms must reach the optimiser: Learner(..., cbs=CLAECallback(...)).")
+        self._know_stats()
+        dl = self.dls.train
         n,bs = getattr(dl, 'n', None),getattr(dl, 'bs', None)
         if n and bs and not dl.drop_last and n % bs == 1: self._too_small(n, bs)
 

@@ -31,7 +31,7 @@ class Grid:
 
 def _axis(name, *values): return {v: {name: v} for v in values}
 
-# %% ../nbs/12_experiments.ipynb #62790d1c
+# %% ../nbs/12_experiments.ipynb #245c75fd
 _epochs = dict(paper=100, small=10, smoke=1)
 
 def grids(
@@ -54,14 +54,14 @@ def grids(
         fig5c=Grid('Figure 5c: architecture', dict(arch=_axis('arch', *_at(paper=('resnet18','resnet34','resnet50','resnet101'), small=('resnet8','resnet20','resnet18_w16'), smoke=('resnet8','resnet20'))), **on_off), ('eps',0), x='arch', **simclr),
         fig6a=Grid('Figure 6a: weight of the adversarial loss', dict(alpha={0: dict(eps=0), **_axis('alpha', *_at(paper=(.2,.4,.6,.8,1), small=(.2,.5,1,2), smoke=(1,)))}), ('alpha',0), x='alpha', **simclr),
         fig6b=Grid('Figure 6b: strength of the attack', dict(eps=_axis('eps', *_at(paper=(0,.01,.03,.05,.07,.1), small=(0,.01,.03,.07,.15), smoke=(0,.03)))), ('eps',0), x='eps', **simclr),
-        fig6c=Grid('Figure 6c: epochs', dict(epochs=_axis('epochs', *_at(paper=(100,200,300,400), small=(5,10,20), smoke=(1,2))), **on_off), ('eps',0), x='epochs', **simclr),
+        fig6c=Grid('Figure 6c: epochs', dict(epochs=_axis('epochs', *_at(paper=(100,200,300,400), small=(5,10,15,20), smoke=(1,2))), **on_off), ('eps',0), x='epochs', **simclr),
         fig7=Grid('Figure 7: attacks', dict(attack={'none': dict(eps=0), **_axis('attack', 'fgsm', 'rfgsm', 'ffgsm', 'pgd')}), ('attack','none'), x='attack', **simclr),
         random=Grid('Adversarial against random-sign views', {'third view': {'none': dict(eps=0), 'random signs': dict(attack='random'), 'adversarial': dict(attack='fgsm')}}, ('third view','random signs'), **simclr),
         start=Grid('Zero against random start of the attack', dict(start={'zero': dict(attack='fgsm'), 'uniform': dict(attack='ffgsm'), 'random signs': dict(attack='rfgsm')}), ('start','zero'), **simclr),
         compute=Grid('Equal compute', dict(trained={f'SimCLR, {round(E*11/6)} epochs': dict(eps=0, epochs=round(E*11/6)), f'SimCLR, {E} epochs': dict(eps=0), f'CLAE, {E} epochs': {}}), ('trained',f'SimCLR, {round(E*11/6)} epochs'), **simclr),
         strong=Grid('Over a strong baseline', on_off, ('eps',0), simclr['data'], dict(method='simclr', recipe=None, lr=3e-3, epochs=4*E)))
 
-# %% ../nbs/12_experiments.ipynb #90de42e7
+# %% ../nbs/12_experiments.ipynb #91b712d4
 def _data_set(o):
     "Label and options of a data set"
     name,_,path = str(o).partition('=')
@@ -71,7 +71,7 @@ def _data_set(o):
     raise ValueError(f"There is no data set {o!r}: give a name ({', '.join(k for k in catalogue if k != 'folder')}), NAME=FOLDER, or a folder of images.")
 
 def _scale_options(scale, method, label):
-    if scale == 'small': return dict(arch='resnet18_w16', epochs=_epochs[scale], bs=128, lr=3e-3, limit=5000)
+    if scale == 'small': return dict(arch='resnet18_w16', epochs=_epochs[scale], bs=128, lr=3e-3, limit=5000, channels_last=True)
     if scale == 'smoke': return dict(arch='resnet8', epochs=_epochs[scale], bs=64, lr=3e-3, limit=256)
     if (name := f'{method}-{label}') not in recipes: raise ValueError(f"The paper's settings are known for {', '.join(recipes)}, and not for {name}: use another --scale, or other data.")
     return dict(recipe=name, **{k: getattr(recipes[name], k) for k in 'arch epochs bs lr'.split()})

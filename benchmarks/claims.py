@@ -1,0 +1,102 @@
+#!/usr/bin/env python3
+"What the paper says, and what was measured here: `python benchmarks/claims.py` makes results/claims.md of the other files of results/."
+from collections import namedtuple
+
+import pandas as pd
+
+from clae_fastai.all import confidence_interval
+from report import root
+
+results,points = root/'results',1.
+rules = {'reproduced': 'the interval lies above zero (of "as good as", "near" and "stable": within a point of zero)', 'not reproduced': 'it lies below zero (beyond a point)',
+         'within noise': 'neither: these seeds cannot tell', 'not tested': 'there are no such trials'}
+Claim = namedtuple('Claim', 'text paper where measured verdict')
+
+def rows(name):
+    file = results/f'{name}-small.csv'
+    return pd.read_csv(file) if file.exists() else pd.DataFrame(dict(seed=[]))
+
+def cell(df, metric, **labels):
+    "Accuracy in percent by seed, of one cell"
+    for k,v in labels.items(): df = df[df[k] == v] if k in df else df[:0]
+    return 100*df.dropna(subset=[metric]).set_index('seed')[metric] if metric in df else pd.Series(dtype=float)
+
+def difference(df, metric, high, low): return (cell(df, metric, **high) - cell(df, metric, **low)).dropna()
+
+def interval(d):
+    mean,low,high = confidence_interval(d)
+    return f'{mean:+.1f} [{low:+.1f}, {high:+.1f}]',low,high
+
+def above(low, high): return 'reproduced' if low > 0 else 'not reproduced' if high < 0 else 'within noise'
+def as_good(low, high): return 'reproduced' if low > -points else 'not reproduced' if high < -points else 'within noise'
+
+def claim(text, paper, where, name, high, low, rule=above):
+    "One row for each way to measure: kNN and linear probe"
+    res,df = [],rows(name)
+    for metric,title in (('knn','kNN'), ('linear','LR')):
+        d = difference(df, metric, high, low)
+        if len(d) < 2: continue
+        said,a,b = interval(d)
+        res.append((f"{title}: {cell(df, metric, **high).mean():.1f} against {cell(df, metric, **low).mean():.1f}, difference {said}, n = {len(d)}", rule(a, b)))
+    return Claim(text, paper, where if res else '', '<br>'.join(o for o,_ in res), '<br>'.join(f'{o.split(":")[0]}: {v}' for o,v in res) or 'not tested')
+
+photos,digits = '5,000 photographs of CIFAR-10, 10 epochs, ResNet-18 of width 16','handwritten digits, 10 epochs'
+
+def figure3a():
+    file = results/'fig3a-small.csv'
+    text,paper = 'Adversarial perturbations raise the contrastive loss more than random ones of the same size','Fig. 3a: at every eps'
+    if not file.exists(): return Claim(text, paper, '', '', 'not tested')
+    df = pd.read_csv(file)
+    wide = df[df.eps > 0].pivot(index=['trial','batch'], columns=['kind','eps'], values='loss')
+    d = wide['adversarial'] - wide['random']
+    trials = d.groupby('trial').mean()
+    parts = {e: interval(trials[e]) for e in d}
+    worst = min(low for _,low,_ in parts.values())
+    return Claim(text, paper, photos, f"n = {len(trials)} encoders; " + '; '.join(f'eps {e:g}: {t.replace("+.", "+0.")}' for e,(t,_,_) in parts.items()), 'reproduced' if worst > 0 else above(worst, max(h for _,_,h in parts.values())))
+
+def figure3b():
+    file = results/'fig3b-small.csv'
+    text,paper = "The downstream classifier's accuracy falls under the attack, though it never saw the classifier",'sec. 4.2: by about 20 points'
+    if not file.exists(): return Claim(text, paper, '', '', 'not tested')
+    df = pd.read_csv(file)
+    acc = 100*df.pivot(index='trial', columns=['kind','eps'], values='mean_accuracy')
+    def fall(kind, e): return acc[kind,0.] - acc[kind,e]
+    e = max(o for k,o in acc if k == 'adversarial')
+    parts = [f'eps {o:g}: falls by {interval(fall("adversarial", o))[0]}, of random signs by {fall("random", o).mean():+.1f}' for o in sorted({.03, e} & {o for _,o in acc})]
+    _,low,high = interval(fall('adversarial', .03) - fall('random', .03))
+    return Claim(text, paper, photos, f'n = {len(acc)} encoders; ' + '; '.join(parts), f'that it falls more than under random signs (eps .03): {above(low, high)}')
+
+def spread():
+    "Figure 6a: from alpha .2 on it does not matter"
+    df,text,paper = rows('fig6a'),'Stable from alpha = .2 on','Fig. 6a'
+    out,verdicts = [],[]
+    for metric,title in (('knn','kNN'), ('linear','LR')):
+        for a in (.2,.5,2.):
+            d = difference(df, metric, dict(alpha=a), dict(alpha=1.))
+            if len(d) < 2: continue
+            said,low,high = interval(d)
+            out.append(f'{title}, alpha {a:g} less alpha 1: {said}')
+            verdicts.append('reproduced' if -points < low and high < points else 'not reproduced' if low > points or high < -points else 'within noise')
+    if not out: return Claim(text, paper, '', '', 'not tested')
+    worst = next(o for o in ('not reproduced','within noise','reproduced') if o in verdicts)
+    return Claim(text, paper, photos, '<br>'.join(out), worst)
+
+def claims():
+    names = dict(plain='Plain', uel='UEL', simclr='SimCLR')
+    yield from (claim(f'CLAE (eps .03) above its baseline: {n}', 'Table 1', photos, 'table1', dict(method=m, eps=.03), dict(method=m, eps=0)) for m,n in names.items())
+    yield claim('CLAE with batches of 64 as good as the baseline with 256, or better', 'Fig. 5a, CIFAR-100', digits, 'fig5a', dict(bs=64, eps=.03), dict(bs=256, eps=0), as_good)
+    yield claim('CLAE with a small encoder above the baseline with a deep one', 'Fig. 5c: ResNet-18 against ResNet-101', f'{digits}, ResNet-8 against ResNet-20', 'fig5c', dict(arch='resnet8', eps=.03), dict(arch='resnet20', eps=0))
+    yield claim('CLAE for three quarters of the epochs near the baseline for all of them', 'Fig. 6c: 300 against 400', f'{digits[:-11]}, 15 against 20 epochs', 'fig6c', dict(epochs=15, eps=.03), dict(epochs=20, eps=0), as_good)
+    yield spread()
+    for a,n in (('fgsm','FGSM'), ('rfgsm','R-FGSM'), ('ffgsm','F-FGSM')): yield claim(f'PGD is the weakest of the attacks to train with: below {n}', 'Fig. 7', photos, 'fig7', dict(attack=a), dict(attack='pgd'))
+    yield figure3a()
+    yield figure3b()
+    yield claim('Not in the paper: an adversarial view is better than one with random signs of the same size', '', photos, 'random', {'third view': 'adversarial'}, {'third view': 'random signs'})
+    yield claim('Not in the paper: CLAE is better than SimCLR for as much compute, 11/6 of the epochs', '', photos, 'compute', dict(trained='CLAE, 10 epochs'), dict(trained='SimCLR, 18 epochs'))
+
+lines = ['# What the paper claims, and what was measured here', '', 'A verdict is a rule, not a taste. What a claim says is higher, less what it says is lower, seed by seed, has a 95 % interval (Student\'s t over the seeds):', '']
+lines += [f'- **{k}**: {v}' for k,v in rules.items()]
+lines += ['', 'Differences in points of accuracy. Transfer (Table 2) and the paper\'s own scale are not tested: they take GPUs and data that are not downloaded automatically.', '', '| claim | the paper | here | measured | verdict |', '|---|---|---|---|---|']
+lines += ['| ' + ' | '.join(c) + ' |' for c in claims()]
+(results/'claims.md').write_text('\n'.join(lines) + '\n')
+print('\n'.join(lines))

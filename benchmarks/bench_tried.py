@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import report
-from bench_step import kinds, learner_step, sync
+from bench_step import kinds, learner_step, sync, usable
 from clae_fastai.all import OptimWrapper, set_seed
 
 def compile_encoder(learn): learn.model.encoder = torch.compile(learn.model.encoder)
@@ -54,7 +54,7 @@ def main():
     set_seed(0)
     if args.process: return process(args.process)
     lines = ['| tried | precision | as it is / tried |', '|---|---|---|']
-    for kind in ('fp32, channels_last', 'bf16, channels_last'):
+    for kind in usable()[1:]:
         steps,t = {'as it is': learner_step(.03, *kinds[kind])},{}
         for name,kw in tried.items(): steps[name] = learner_step(.03, *kinds[kind], **kw)
         for name,s in steps.items():
@@ -64,7 +64,7 @@ def main():
             for name in list(steps)[::1 if r % 2 else -1]: t[name].append(timed(steps[name]))
         lines += [f"| {name} | {kind} | {report.ratio(t['as it is'], t[name])} |" for name in tried]
         del steps
-    for kind in ('fp32, channels_last', 'bf16, channels_last'):
+    for kind in usable()[1:]:
         pairs = [(fresh(kind), fresh(kind, **allocator)) for _ in range(max(3, args.rounds//2))]
         lines.append(f"| allocator that keeps freed memory, `{' '.join(f'{k}={v}' for k,v in allocator.items())}` | {kind} | {report.ratio(*zip(*pairs))} |")
     lines += ['', f'ResNet-18, 3x3 stem, 32x32 images, batch 64. Geometric means of pairs with 95 % intervals, {args.rounds} rounds in one process; the allocator: {max(3, args.rounds//2)} pairs of fresh processes. Above 1: it helps.']

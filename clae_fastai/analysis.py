@@ -17,7 +17,7 @@ from .views import split_normalize
 from .models import *
 from .evaluate import *
 
-# %% ../nbs/11_analysis.ipynb #bb4ec85c
+# %% ../nbs/11_analysis.ipynb #5ba3adf6
 @contextmanager
 def _twin(learn, seed, trained=True):
     "A copy of the `CLAECallback` of `learn` to look through: seeded, in float32, batch norm's buffers frozen. Afterwards all is as it was"
@@ -32,12 +32,9 @@ def _twin(learn, seed, trained=True):
             twin.views,twin.attack = deepcopy(twin.views),copy(twin.attack)
             if hasattr(twin.attack, 'generator'): twin.attack.generator = None # begins at its own seed
             twin.attack = deepcopy(twin.attack) # somebody else's may keep its generator elsewhere
-            if isinstance(twin.attack, Attack) and twin.attack.stats is None: twin.attack.stats = _stats(twin)
             yield twin,model,device
         finally:
             for m,t in modes: m.training = t
-
-def _stats(clae): return ifnone(getattr(clae.views, 'stats', None), split_normalize(getattr(clae.dls.train, 'after_batch', None))[1])
 
 # %% ../nbs/11_analysis.ipynb #26feacfc
 def _batches(dl, device, n=None, **kwargs):
@@ -52,7 +49,7 @@ def _batches(dl, device, n=None, **kwargs):
             yield to_device(b, device)
         if n == left: raise ValueError("There is no image to make the figure of: the DataLoader is empty.")
 
-# %% ../nbs/11_analysis.ipynb #280ab59e
+# %% ../nbs/11_analysis.ipynb #5f7d569c
 def adversarial_images(
     learn:Learner, # A `clae_learner`
     n:int=8, # Number of images, at most a batch
@@ -80,7 +77,7 @@ def _sized(attack, clae, **kwargs):
     own = clae.attack if isinstance(clae.attack, Attack) else None
     def _make(eps):
         res = attack(eps, **(dict(norm=own.norm, space=own.space) if own else {}), **kwargs)
-        res.stats = own.stats if own else _stats(clae)
+        res.stats = own.stats if own else clae.stats
         return res
     return _make
 

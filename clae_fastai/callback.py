@@ -57,7 +57,7 @@ def precision_cbs(
     if precision not in _precisions: raise ValueError(f"precision must be 'auto', {', '.join(map(repr, _precisions))}, and it is {precision!r}.")
     return precision,[MixedPrecision(_precisions[precision])] if _precisions[precision] else []
 
-# %% ../nbs/07_callback.ipynb #ca320a9d
+# %% ../nbs/07_callback.ipynb #cb6ccefe
 class CLAECallback(Callback):
     "Train on two views of each image and, with an `attack`, on an adversarial one through its own batch norm"
     order = MixedPrecision.order+1
@@ -98,11 +98,12 @@ class CLAECallback(Callback):
         self.learn.metrics = means + self.learn.metrics
 
     def _know_stats(self):
-        "Tell the attack how images are normalised, which is to happen once"
+        "Mean and standard deviation that images are normalised with, once, for the attack to know"
         stats,own = getattr(self.views, 'stats', None),split_normalize(getattr(self.dls.train, 'after_batch', None))[1]
         if own is not None and stats is not None:
             raise ValueError("The DataLoaders end in a Normalize and so do the views, which would normalise twice: take it out of the DataLoaders, or use clae_learner, which does.")
-        if isinstance(self.attack, Attack) and self.attack.stats is None: self.attack.stats = ifnone(stats, own)
+        self.stats = ifnone(stats, own)
+        if isinstance(self.attack, Attack) and self.attack.stats is None: self.attack.stats = self.stats
 
     def before_fit(self):
         if not hasattr(self, 'sums'): raise ValueError("CLAECallback has to be there when the Learner is made, as its batch norms must reach the optimiser: Learner(..., cbs=CLAECallback(...)).")

@@ -1,10 +1,11 @@
-"Does a long run need more and more memory? A minute here; half an hour with `pytest tests/test_leak.py --leak-minutes 30`."
+"Does a long run need more and more memory? A minute here; half an hour with `pytest -m slow tests/test_leak.py --leak-minutes 30`."
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='peak memory is read from /proc')
 def test_peak_memory_stays(tmp_path, pytestconfig):
     seconds = 60*pytestconfig.getoption('--leak-minutes')

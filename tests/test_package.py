@@ -43,10 +43,10 @@ def test_the_wheel_runs_outside_the_repository(dist, tmp_path):
     env = tmp_path/'env'
     venv.create(env, with_pip=True)
     python = env/'bin'/'python'
-    subprocess.run([python, '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', wheel], check=True)
+    clean = {k: v for k,v in os.environ.items() if k != 'PYTHONPATH'}
+    subprocess.run([python, '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', wheel], check=True, env=clean)
     site = next(env.glob('lib/python*/site-packages'))
     (site/'borrowed.pth').write_text(sysconfig.get_path('purelib') + '\n')
-    clean = {k: v for k,v in os.environ.items() if k != 'PYTHONPATH'}
     where = subprocess.run([python, '-W', 'ignore', '-c', 'import clae_fastai; print(clae_fastai.__file__)'], cwd=tmp_path, capture_output=True, text=True, env=clean).stdout
     assert where.strip().startswith(str(site)), where
     p = subprocess.run([env/'bin'/'clae_train', '--limit', '64', '--epochs', '1'], cwd=tmp_path, capture_output=True, text=True, env={**clean, 'PYTHONWARNINGS': 'ignore'})

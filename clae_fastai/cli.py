@@ -350,11 +350,15 @@ def clae_export(
         else: shutil.copyfile(file, out)
         print(f"Wrote {out}.")
 
-# %% ../nbs/13_cli.ipynb #3042b2c2
+# %% ../nbs/13_cli.ipynb #5261c8c7
 def _trial_options(options, folder):
     "Options of `clae_train` for a trial, and the data sets to transfer to"
     params = {k: p.default for k,p in inspect.signature(clae_train).parameters.items() if k != 'resume'}
-    return merge(params, {k: v for k,v in options.items() if k != 'transfer'}, dict(name=folder.name)),options.get('transfer', '').split()
+    o = merge(params, {k: v for k,v in options.items() if k != 'transfer'}, dict(name=folder.name))
+    if o['limit']: # the most that a grid takes: of fewer images all
+        n = catalogue[o['data']].n_train or len(get_dls('folder', o['path'], bs=2, num_workers=0).train_ds)
+        if n < o['limit']: o['limit'] = None
+    return o,options.get('transfer', '').split()
 
 def _trial(options, folder):
     "Do a trial of a sweep in its folder, which the sweep has locked, or go on with it"

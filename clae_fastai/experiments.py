@@ -317,7 +317,7 @@ def draw(self:Grid,
     fig.suptitle(f'{self.title}\n(mean and standard deviation over the seeds, and every seed)', fontsize=10); fig.tight_layout()
     return fig
 
-# %% ../nbs/12_experiments.ipynb #776e2929
+# %% ../nbs/12_experiments.ipynb #1cde2b9f
 def _collect(trials, out):
     "All rows of trials.csv, to which those of finished `trials` are added"
     file = out/'trials.csv'
@@ -334,7 +334,7 @@ def _report(grid, scale, seeds, df):
     "The Markdown file of a grid"
     done = df.dropna(subset=grid.metrics, how='all')
     def _same(c): return c not in (*_by(grid), 'trial', 'seed', 'recipe', 'train_seconds', *grid.metrics) and done[c].nunique(dropna=False) == 1 and done[c].notna().all()
-    same = ', '.join(f"{c.removeprefix('version_')} {done[c].iloc[0]}" for c in done if _same(c))
+    same = ', '.join(f"{c.removeprefix('version_')} {_number(done[c].iloc[0])}" for c in done if _same(c)) # where trials are missing, whole numbers have become floats
     return f"# {grid.title}\n\nScale `{scale}`, {len(done)} of {len(df)} trials, {seeds} seed{'s' if seeds > 1 else ''}. Accuracy in percent on the whole test set, of the last epoch, on the encoder's features; kNN: 200 neighbours, LR: linear probe.{f' All trials: {same}.' if same else ''}\n\n{grid.markdown(df)}"
 
 def _trials(grid, scale, data, seeds, out):
@@ -381,7 +381,7 @@ def table(
     if which not in known: raise ValueError(f"There is no table {which!r}. The tables are {', '.join(known)}.")
     return _make(known[which], grids(scale)[known[which]], scale, data, seeds, workers, ray, out, run)
 
-# %% ../nbs/12_experiments.ipynb #ec3dc536
+# %% ../nbs/12_experiments.ipynb #e8b6430a
 def _figure2(learn):
     df = adversarial_images(learn)
     return df[['linf','l2','cos_p','cos_adv']],plot_adversarial_images(df),{'Perturbations, and cosines of anchor and positive, anchor and adversary': df[['linf','l2','cos_p','cos_adv']].reset_index(names='image')}
@@ -397,7 +397,8 @@ def _figure3b(learn):
 
 def _figure4(learn):
     df = pd.concat([bn_statistics(learn), bn_statistics(learn, reestimate=True)])
-    return df,plot_bn_statistics(df),{'Distance of clean and adversarial statistics, by layer': bn_distance(df)}
+    dist = bn_distance(df)
+    return dist,plot_bn_statistics(df),{'Distance of clean and adversarial statistics, by layer': dist}
 
 _looks = {'2': ('adversarial images',_figure2), '3a': ('contrastive loss against eps',_figure3a), '3b': ('the classifier against eps',_figure3b), '4': ('statistics of the two batch norms',_figure4)}
 

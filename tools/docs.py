@@ -130,7 +130,8 @@ def fence(s, kind): return f'````{{ {kind} }}\n{s.rstrip()}\n````'
 def output(o, save, page, lookup):
     data = o.get('data', {})
     if 'text/markdown' in data: return api(text(data['text/markdown']), page, lookup)
-    if 'image/png' in data: return f'![Output of the code above]({save(b64decode(text(data["image/png"])), "png")}){{ .figure }}'
+    alt = o.get('metadata', {}).get('image/png', {}).get('alt', 'Output of the code above')
+    if 'image/png' in data: return f'![{alt}]({save(b64decode(text(data["image/png"])), "png")}){{ .figure }}'
     if 'image/svg+xml' in data: return f'![Output of the code above]({save(text(data["image/svg+xml"]).encode(), "svg")}){{ .figure }}'
     if 'text/html' in data: # blank lines would end the HTML; a pandas table gets the site's style instead of its own
         h = re.sub(r'<style.*?</style>|(?<=<table) border="1" class="dataframe"|(?<=<tr) style="[^"]*"', '', text(data['text/html']), flags=re.S)
@@ -206,6 +207,8 @@ def build(out):
     nav = [{'Home': 'index.md'}]
     for p in found:
         if p.path.stem == 'index' and p.path.parent == Path('.'): continue
+        if p.path.parent == Path('.') and not p.path.stem[0].isdigit(): # no module's
+            nav.append({p.title: p.out.as_posix()}); continue
         section = 'Library' if p.path.parent == Path('.') else p.path.parent.name.title()
         if section not in nav[-1]: nav.append({section: []})
         nav[-1][section].append({p.title: p.out.as_posix()})

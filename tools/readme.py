@@ -20,6 +20,8 @@ def render(cell):
         return re.sub(r'\]\(((?:\w+/)?\w+\.ipynb)\)', lambda m: m[0] if m[1].startswith('nbs/') else f'](nbs/{m[1]})', src)
     if cell['cell_type'] != 'code' or not src or '#| hide' in src: return ''
     code = '\n'.join(l for l in src.splitlines() if not l.startswith('#|')).strip()
+    if '#| output: false' in src: return f'```python\n{code}\n```'
+    if picture := re.search(r"Image\('\.\./(.+?)', alt='(.+?)'\)", code): return f'![{picture[2]}]({picture[1]})' # the file itself, and not its copy in the notebook
     return '\n\n'.join(([] if '#| echo: false' in src else [f'```python\n{code}\n```']) + list(filter(None, map(output, cell['outputs']))))
 
 cells = json.loads((root/'nbs/index.ipynb').read_text())['cells']

@@ -18,7 +18,7 @@ def test_tables_of_the_trials(name, tmp_path, monkeypatch):
     shutil.copy(results/'trials.csv', tmp_path)
     sets = pd.read_csv(results/f'{name}-small.csv')['data'].unique()
     for o in sets: Path(o).mkdir() # a folder's name is what counts
-    seeds = int(re.search(r', (\d+) seeds?\\.', (results/f'{name}-small.md').read_text())[1])
+    seeds = int(re.search(r', (\d+) seeds?\.', (results/f'{name}-small.md').read_text())[1])
     make = figure if names[name].x else table
     file = make(re.sub('^(fig|table)', '', name), 'small', [o if o == 'digits' else str(tmp_path/o) for o in sets], seeds, out=tmp_path)
     assert file.read_text() == (results/f'{name}-small.md').read_text()

@@ -1,4 +1,4 @@
-"The demonstration, from the command line, over two seeds."
+"The demonstration, from the command line, over three seeds."
 import json
 
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 @pytest.mark.slow
 def test_trained_beats_pixels_and_the_untrained_encoder(cli):
     rows = []
-    for seed in range(2):
+    for seed in range(3):
         r = cli('clae_train', '--seed', seed, '--name', f'seed{seed}')
         assert r.returncode == 0, r.stderr
         s = json.loads((cli.cwd/'runs'/f'seed{seed}'/'summary.json').read_text())

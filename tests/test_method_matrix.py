@@ -119,11 +119,11 @@ def test_low_precision_is_as_good():
         learn = clae_learner(get_dls('digits', bs=64), partial(resnet8, width=8), views='digits', cbs=GradientClip(1.))
         if precision: getattr(learn, precision)()
         # where a CPU has no units for a type, oneDNN's convolutions in it are a slow reference implementation; PyTorch's own compute the same
-        with learn.no_bar(), learn.no_logging(), torch.backends.mkldnn.flags(enabled=precision is None or precision == 'to_bf16' and has_bf16('cpu')): learn.fit_one_cycle(3, 3e-3)
+        with learn.no_bar(), learn.no_logging(), torch.backends.mkldnn.flags(enabled=precision is None or precision == 'to_bf16' and has_bf16('cpu')): learn.fit_one_cycle(5, 3e-3)
         return few_label_knn(*extract_features(learn, dls.train), *extract_features(learn, dls.valid), ns=(5,))['5']['mean']
     mean = {p: np.mean([accuracy(p, s) for s in range(3)]) for p in (None,'to_bf16','to_fp16')}
     print(mean)
-    assert mean[None] > .6 and mean['to_bf16'] > mean[None] - .02 and mean['to_fp16'] > mean[None] - .02, mean
+    assert mean[None] > .65 and mean['to_bf16'] > mean[None] - .02 and mean['to_fp16'] > mean[None] - .02, mean
 
 def test_given_weights(quiet):
     "Before the first step the clean path gives the stock model's features, bit for bit; both batch norm sets start from the given values"

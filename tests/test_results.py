@@ -39,3 +39,7 @@ def test_the_page_shows_them(monkeypatch):
     for call,outs in calls:
         shown, = [''.join(o['data']['text/markdown']) for o in outs if 'text/markdown' in o.get('data', {})]
         assert shown == eval(call, names).data, call
+
+def test_the_home_page_shows_the_claims():
+    claims = [l for l in (results/'claims.md').read_text().splitlines() if 'above its baseline' in l]
+    assert len(claims) == 3 and '\n'.join(claims) in (root/'README.md').read_text()

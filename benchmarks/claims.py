@@ -60,7 +60,7 @@ def figure3b():
     df = pd.read_csv(file)
     acc = 100*df.pivot(index='trial', columns=['kind','eps'], values=['mean_accuracy','low_accuracy','high_accuracy'])
     mean,low,high = (acc[f'{o}_accuracy'] for o in ('mean','low','high'))
-    falls = [f'eps {e:g}: by {(mean["adversarial",0.] - mean["adversarial",e]).mean():.1f}, under random signs by {(mean["random",0.] - mean["random",e]).mean():.1f}' for e in mean['adversarial'] if e > 0]
+    falls = [f'eps {e:g}: by {(mean["adversarial",0.] - mean["adversarial",e]).mean():z.1f}, under random signs by {(mean["random",0.] - mean["random",e]).mean():z.1f}' for e in mean['adversarial'] if e > 0]
     below = above((low['random',.03] - high['adversarial',.03]).min(), (high['random',.03] - low['adversarial',.03]).max())
     return Claim(text, paper, photos, f'{len(acc)} encoder{"s"*(len(acc) > 1)}; points: {"; ".join(falls)}', f'that it falls more than under random signs (eps .03, intervals over images): {below}')
 

@@ -13,7 +13,7 @@ import time
 import torch
 
 import report
-from clae_fastai.all import ContrastiveModel, MemoryDL, MemoryImages, DataLoaders, IntToFloatTensor, NTXentLoss, TwoViews, adversarial_bn, clae_learner, convert_dual_bn, create_encoder, create_head, default_device, frozen_bn_stats, has_bf16, resnet18, set_seed
+from clae_fastai.all import ContrastiveModel, MemoryDL, MemoryImages, DataLoaders, IntToFloatTensor, NTXentLoss, TwoViews, adversarial_bn, clae_learner, convert_dual_bn, create_encoder, projection_head, default_device, frozen_bn_stats, has_bf16, resnet18, set_seed
 
 bs,side = 64,32
 kinds = {'fp32': ('fp32', False), 'fp32, channels_last': ('fp32', True), 'bf16, channels_last': ('bf16', True)}
@@ -40,7 +40,7 @@ def learner_step(eps, precision, channels_last, change=lambda learn: None, **kwa
 
 def bare_model(channels_last):
     enc = create_encoder(resnet18, size=side)
-    model = convert_dual_bn(ContrastiveModel(enc, create_head(512))).to(default_device())
+    model = convert_dual_bn(ContrastiveModel(enc, projection_head(512))).to(default_device())
     return model.to(memory_format=torch.channels_last) if channels_last else model
 
 def published_step(precision, channels_last):

@@ -18,7 +18,7 @@ def fine_tuned(learn, dls, seed):
     idx, = label_draws(dls.train_ds.labels, labels, draws=1, seed=seed)
     train = dls.train.new(dls.train_ds.take(idx), bs=25)
     set_seed(seed)
-    tuned = encoder_learner(learn, DataLoaders(train, dls.valid), metrics=accuracy)
+    tuned = encoder_learner(DataLoaders(train, dls.valid), learn, metrics=accuracy)
     with tuned.no_bar(), tuned.no_logging(): tuned.fine_tune(tune_epochs, 3e-3, freeze_epochs=5)
     return tuned.recorder.values[-1][-1]
 

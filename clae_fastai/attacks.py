@@ -38,8 +38,8 @@ class Attack:
     ) -> Tensor: # `x_adv` (B,C,H,W), without graph
         "Perturb the images of a batch, together"
         if self.eps == 0: return x
-        if self.space == 'pixel' and self.stats is None:
-            raise ValueError("space='pixel' needs to know how the images were normalised: use views that end in a Normalize, or set the attack's `stats` to the (mean, std) of each channel.")
+        if self.space == 'pixel': self.check_stats()
+        if self.stats is not None: self.stats = [torch.as_tensor(o, dtype=x.dtype, device=x.device) for o in self.stats] # moved once
         x = x.detach()
         delta = self.delta(x, _BatchGradient(self, embed, x, loss))
         with torch.no_grad(): return self.add(x, delta)
@@ -51,7 +51,11 @@ class Attack:
         "The perturbation: what makes an attack"
         raise NotImplementedError
 
-    def _stat(self, i, x): return torch.as_tensor(self.stats[i], dtype=x.dtype, device=x.device).view(-1,1,1)
+    def check_stats(self):
+        "Raises `ValueError` where pixel space is asked for and the images' normalisation is not known"
+        if self.stats is None: raise ValueError("space='pixel' needs to know how the images were normalised: use views that end in a Normalize, or set the attack's `stats` to the (mean, std) of each channel.")
+
+    def _stat(self, i, x): return torch.as_tensor(self.stats[i], dtype=x.dtype, device=x.device).view(-1,1,1) # a copy only where the attack was not called yet
 
     def add(self,
         x:Tensor, # Images (B,C,H,W)
@@ -66,7 +70,7 @@ class Attack:
         g:Tensor # Gradient or noise (B,C,H,W)
     ) -> Tensor: # Step of size 1 in `norm`; zero where `g` is
         "Where to go: `sign(g)`, or each image's `g/||g||`"
-        g = g.nan_to_num(0., 0., 0.)
+        g = g.nan_to_num(0.) # infinity, of which float16 makes a large number, keeps its sign
         if self.norm == 'linf': return g.sign()
         top = _per_image(g.flatten(1).abs().amax(1), g)
         g = g / torch.where(top > 0, top, 1.) # so that squares of tiny gradients do not underflow
@@ -92,8 +96,7 @@ class _BatchGradient:
 
     def __call__(self, delta=None):
         x = self.x if delta is None else self.attack.add(self.x, delta)
-        if self.anchor is None and delta is not None:
-            with torch.no_grad(): self.anchor = self.embed(self.x)
+        if self.anchor is None and delta is not None: self.anchor = self.embed(self.x).detach() # not in no_grad: autocast could keep its casts of the weights, which have no graph
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             z = self.embed(x)
@@ -107,6 +110,13 @@ class FGSM(Attack):
     def delta(self, x, grad): return self.eps*self.direction(grad())
 
 # %% ../nbs/03_attacks.ipynb #6abbdfd5
+def _generator_state(g): return None if g is None else (str(g.device), g.get_state())
+
+def _generator(state):
+    "The generator of a saved state; None without one, and on a machine that has no such device, where it begins anew"
+    try: return None if state is None else torch.Generator(state[0]).set_state(state[1])
+    except RuntimeError: return None
+
 class RandomAttack(Attack):
     "Base of the attacks that draw random numbers, from a generator of their own"
     def __init__(self,
@@ -118,6 +128,9 @@ class RandomAttack(Attack):
         store_attr('seed')
         self.generator = None
 
+    def __getstate__(self): return {**vars(self), 'generator': _generator_state(self.generator)}
+    def __setstate__(self, state): vars(self).update(state, generator=_generator(state['generator']))
+
     def _draw(self, f, shape, x):
         if self.generator is None or self.generator.device != x.device: self.generator = torch.Generator(x.device).manual_seed(self.seed + rank_distrib())
         return f(shape, generator=self.generator, device=x.device, dtype=x.dtype)
@@ -125,13 +138,6 @@ class RandomAttack(Attack):
     def random_direction(self, x):
         "Random step of size 1 in `norm`: random signs, or uniform on the sphere"
         return self.direction(self._draw(torch.randn, x.shape, x))
-
-    def start(self, x):
-        "Uniform in the `eps` ball, or None to start at `x` itself"
-        if self.start_at == 'zero': return None
-        if self.norm == 'linf': return self.eps*(2*self._draw(torch.rand, x.shape, x) - 1)
-        radius = self._draw(torch.rand, (len(x),), x)**(1/x[0].numel())
-        return self.random_direction(x)*(self.eps*_per_image(radius, x))
 
 # %% ../nbs/03_attacks.ipynb #3817c7c6
 @delegates(RandomAttack)
@@ -165,11 +171,19 @@ class PGD(RandomAttack):
     ):
         super().__init__(eps, **kwargs)
         step_size = ifnone(step_size, eps/4)
-        _amount('steps', steps, low=1); _amount('step_size', step_size); _choice('start', start, ('uniform','zero'))
-        store_attr('steps,step_size'); self.start_at = start
+        if not isinstance(steps, int) or steps < 1: raise ValueError(f"steps must be a whole number of 1 or more, and it is {steps!r}.")
+        _amount('step_size', step_size); _choice('start', start, ('uniform','zero'))
+        store_attr('steps,step_size,start')
+
+    def _start(self, x):
+        "Uniform in the `eps` ball, or None to start at `x` itself"
+        if self.start == 'zero': return None
+        if self.norm == 'linf': return self.eps*(2*self._draw(torch.rand, x.shape, x) - 1)
+        radius = self._draw(torch.rand, (len(x),), x)**(1/x[0].numel())
+        return self.random_direction(x)*(self.eps*_per_image(radius, x))
 
     def delta(self, x, grad):
-        delta = self.start(x)
+        delta = self._start(x)
         for _ in range(self.steps):
             step = self.step_size*self.direction(grad(delta))
             delta = self.project(step if delta is None else delta + step)

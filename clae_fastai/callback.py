@@ -9,16 +9,19 @@ __all__ = ['has_bf16', 'precision_cbs', 'CLAECallback', 'CheckFinite']
 from fastai.vision.all import *
 from contextlib import nullcontext
 from torch.amp import autocast, GradScaler
+from torch.nn.modules.batchnorm import _BatchNorm
 from .distributed import *
 from .losses import *
 from .dualbn import *
 from .attacks import *
+from .attacks import _generator, _generator_state
 from .views import *
 
 # %% ../nbs/07_callback.ipynb #8d4b055a
 @patch
 def before_fit(self:MixedPrecision):
-    "Autocast and gradient scaler on the device of the `DataLoaders`, instead of always on 'cuda'"
+    "With `CLAECallback`, autocast and gradient scaler on the device of the `DataLoaders`, instead of always on 'cuda'"
+    if not hasattr(self.learn, 'clae'): return self._orig_before_fit()
     device = torch.device(ifnone(getattr(self.dls, 'device', None), default_device())).type
     bf16 = self.amp_mode == AMPMode.BF16
     if bf16 and device == 'cuda' and not torch.cuda.is_bf16_supported(): raise ValueError("This GPU has no bfloat16: use `to_fp16()`.")
@@ -79,11 +82,10 @@ class CLAECallback(Callback):
     @property
     def attack_generator(self):
         "State of the attack's own random generator, None before its first draw"
-        g = getattr(self.attack, 'generator', None)
-        return None if g is None else (str(g.device), g.get_state())
+        return _generator_state(getattr(self.attack, 'generator', None))
     @attack_generator.setter
     def attack_generator(self, state):
-        if state is not None: self.attack.generator = torch.Generator(state[0]).set_state(state[1])
+        if state is not None: self.attack.generator = _generator(state)
 
     def after_create(self):
         if not isinstance(self.learn.loss_func, CLAELoss):
@@ -91,7 +93,8 @@ class CLAECallback(Callback):
         self.sums = []
         self._know_stats()
         means = [ValueMetric(partial(self.mean_loss, 0), 'loss_aug')]
-        if self.attacking:
+        if not self.attacking: self.learn.model = strip_dual_bn(self.learn.model) # of an earlier training, with an attack
+        else:
             if not dual_bns(self.learn.model): convert_dual_bn(self.learn.model, self.adv_momentum)
             if not dual_bns(self.learn.model): print("The encoder has no batch norm: it trains as it is, and dual batch norm has nothing to split.")
             means.append(ValueMetric(partial(self.mean_loss, 1), 'loss_adv'))
@@ -103,11 +106,19 @@ class CLAECallback(Callback):
         if own is not None and stats is not None:
             raise ValueError("The DataLoaders end in a Normalize and so do the views, which would normalise twice: take it out of the DataLoaders, or use clae_learner, which does.")
         self.stats = ifnone(stats, own)
-        if isinstance(self.attack, Attack) and self.attack.stats is None: self.attack.stats = self.stats
+        if isinstance(self.attack, Attack):
+            self.attack.stats = ifnone(self.stats, self.attack.stats)
+            if self.attack.space == 'pixel': self.attack.check_stats()
 
     def before_fit(self):
         if not hasattr(self, 'sums'): raise ValueError("CLAECallback has to be there when the Learner is made, as its batch norms must reach the optimiser: Learner(..., cbs=CLAECallback(...)).")
         self._know_stats()
+        model = get_model(self.model)
+        if self.attacking and not dual_bns(model) and any(isinstance(m, _BatchNorm) for m in model.modules()):
+            raise ValueError("The attack (or eps, or alpha) was set after the Learner was made, and its model has no second batch norm to train adversarial images through: make a new one, clae_learner(..., attack=...).")
+
+    def before_train(self):
+        self.sums,self.n_batches = [0.,0.],0
         dl = self.dls.train
         n,bs = getattr(dl, 'n', None),getattr(dl, 'bs', None)
         if n and bs and not dl.drop_last and n % bs == 1: self._too_small(n, bs)
@@ -128,8 +139,6 @@ class CLAECallback(Callback):
         model,scaler = get_model(self.model),getattr(self.learn, 'scaler', None)
         loss = self.loss_func.pair if scaler is None else lambda z, z_adv: scaler.scale(self.loss_func.pair(z, z_adv))
         with adversarial_bn(model) if self.attack_bn == 'adv' else nullcontext(), frozen_bn_stats(model): return self.attack(model, x_q, loss)
-
-    def before_train(self): self.sums,self.n_batches = [0.,0.],0
 
     def before_batch(self):
         x = self.learn.xb[0]
@@ -180,15 +189,20 @@ class CheckFinite(Callback):
         if self.on_nonfinite == 'stop': return
         sums = [p.grad.sum().float() for p in self.model.parameters() if p.grad is not None]
         ok = torch.stack([self.loss.detach().float().mean(), *sums]).isfinite().all().float()
-        if num_distrib() > 1: torch.distributed.all_reduce(ok, torch.distributed.ReduceOp.MIN)
+        if world_size() > 1: torch.distributed.all_reduce(ok, torch.distributed.ReduceOp.MIN)
         if ok.item(): self.in_a_row,self.finite = 0,self.loss.detach()
         else:
             self.canceled = True
             self._skip()
             raise CancelStepException
 
+    def _missed(self): return self.on_nonfinite == 'skip' and not self.canceled and not self.loss.isfinite().all()
     def after_cancel_step(self):
-        if self.on_nonfinite == 'skip' and not self.canceled and not self.loss.isfinite().all(): self._skip() # the gradient scaler was faster
+        if self._missed(): self._skip() # the gradient scaler was faster
+    def after_cancel_batch(self):
+        if self._missed(): # gradient accumulation had put off the step: what it has gathered is lost
+            self.opt.zero_grad()
+            self._skip()
 
     def _skip(self):
         self.n_skipped += 1; self.in_a_row += 1
@@ -202,6 +216,7 @@ class CheckFinite(Callback):
         if not math.isfinite(self.learn.smooth_loss): self._stop('The training loss is not finite')
 
     def _stop(self, what):
+        if hasattr(self.learn, 'lr_finder'): raise CancelFitException # its search ends, and the weights go back to what they were
         raise FloatingPointError(f"{what} in epoch {self.epoch}, batch {self.iter}. Training stopped; what was saved before is kept. "
                                  "Lower the learning rate or eps, raise the temperature, or train in higher precision.")
 

@@ -9,6 +9,7 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'random_state', 'set_random_sta
 # %% ../nbs/10_checkpoint.ipynb #d4e39211
 from fastai.vision.all import *
 import hashlib, json, safetensors, safetensors.torch, signal, zlib
+from .distributed import *
 
 # %% ../nbs/10_checkpoint.ipynb #4c48aaf8
 def _pack(o, tensors):
@@ -84,13 +85,11 @@ def load_checkpoint(
         raise ValueError(f"{file} is no checkpoint, or a damaged one ({e}).") from None
 
 # %% ../nbs/10_checkpoint.ipynb #52600bbe
-def _loader(dl): return dl.dl if type(dl).__name__ == 'DistributedDL' else dl
-
 def random_state(
     dls:DataLoaders # Whose shuffling belongs to the run
 ) -> dict:
     "State of every random generator of this process"
-    res = dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(), loaders=[_loader(dl).rng.getstate() if hasattr(_loader(dl), 'rng') else None for dl in dls.loaders])
+    res = dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state(), loaders=[local_dl(dl).rng.getstate() if hasattr(local_dl(dl), 'rng') else None for dl in dls.loaders])
     if torch.cuda.is_available(): res['cuda'] = torch.cuda.get_rng_state()
     if torch.backends.mps.is_available(): res['mps'] = torch.mps.get_rng_state()
     return res
@@ -102,8 +101,8 @@ def set_random_state(
     "Put every random generator into its saved state. With another number of processes than when it was saved, each draws anew, from a seed that follows from the state"
     rank,shared = rank_distrib(),states[0]
     for dl,s in zip(dls.loaders, shared['loaders']): # processes share their shuffling
-        if s is not None: _loader(dl).rng.setstate(s)
-    if len(states) != max(1, num_distrib()): return set_seed(zlib.crc32(shared['torch'].numpy()) // 2 + rank)
+        if s is not None: local_dl(dl).rng.setstate(s)
+    if len(states) != world_size(): return set_seed(zlib.crc32(shared['torch'].numpy()) // 2 + rank)
     own = states[rank]
     random.setstate(own['python']); np.random.set_state(own['numpy']); torch.set_rng_state(own['torch'])
     if 'cuda' in own and torch.cuda.is_available(): torch.cuda.set_rng_state(own['cuda'])
@@ -115,6 +114,14 @@ _fastai_attrs = {Recorder: ('lrs','iters','losses','values'), ParamScheduler: ('
 def _attrs(cb): return getattr(type(cb), 'checkpoint_attrs', None) or next((v for k,v in _fastai_attrs.items() if isinstance(cb, k)), ())
 def _stateful(learn): return L(cb for cb in learn.cbs.sorted('order') if _attrs(cb))
 
+def _settings(learn):
+    "What makes a run another run, as text"
+    clae,opt = getattr(learn, 'clae', None),learn.opt
+    res = dict(loss=learn.loss_func, optimiser=type(opt.opt).__name__ if isinstance(opt, OptimWrapper) else [getattr(o, 'func', o).__name__ for o in opt.cbs], parameter_groups=[len(g) for g in opt.param_lists],
+               precision=str(getattr(getattr(learn, 'mixed_precision', None), 'amp_mode', 'fp32')))
+    if clae: res.update(views=getattr(clae.views, 'aug', clae.views), attack=clae.attack, attack_bn=clae.attack_bn)
+    return {k: re.sub(' at 0x[0-9a-f]+', '', str(v)) for k,v in res.items()}
+
 def run_state(
     learn:Learner # In a fit, between two batches or two epochs
 ) -> dict:
@@ -122,7 +129,7 @@ def run_state(
     smooth,scaler = learn.recorder.smooth_loss,getattr(learn, 'scaler', None)
     return dict(model=get_model(learn.model).state_dict(), opt=learn.opt.state_dict(),
         loss_func=learn.loss_func.state_dict() if isinstance(learn.loss_func, nn.Module) else None, scaler=None if scaler is None else scaler.state_dict(),
-        epoch=learn.epoch, n_epoch=learn.n_epoch, n_iter=len(learn.dls.train), n_images=getattr(_loader(learn.dls.train), 'n', None), train_iter=learn.train_iter, pct_train=learn.pct_train,
+        settings=_settings(learn), epoch=learn.epoch, n_epoch=learn.n_epoch, n_iter=len(learn.dls.train), n_images=getattr(local_dl(learn.dls.train), 'n', None), train_iter=learn.train_iter, pct_train=learn.pct_train,
         smooth_loss=(smooth.count, smooth.val), callbacks=[(type(cb).__name__, {a: getattr(cb, a) for a in _attrs(cb) if a in vars(cb) or hasattr(type(cb), a)}) for cb in _stateful(learn)])
 
 def set_run_state(
@@ -175,6 +182,7 @@ class Checkpoint(Callback):
 
     def before_fit(self):
         self.best,self.between,self.run = None,False,not hasattr(self.learn, 'lr_finder')
+        self.first = not any(isinstance(cb, Resume) and cb.resuming for cb in self.learn.cbs)
         if rank_distrib() or not self.run: return
         self.folder.mkdir(parents=True, exist_ok=True)
         for f in self.folder.glob('.epoch*.tmp'): f.unlink() # half a file of a process that was killed
@@ -200,8 +208,8 @@ class Checkpoint(Callback):
     def _random(self):
         "States of all processes"
         own = random_state(self.dls)
-        if num_distrib() < 2 or self.signal: return [own] # a signal does not reach all processes in the same batch
-        res = [None]*num_distrib()
+        if world_size() < 2 or self.signal: return [own] # a signal does not reach all processes in the same batch
+        res = [None]*world_size()
         torch.distributed.all_gather_object(res, own)
         return res
 
@@ -226,10 +234,21 @@ class Checkpoint(Callback):
         bad = [k for k,v in state['model'].items() if v.is_floating_point() and not v.isfinite().all()]
         if bad: raise FloatingPointError(f"The weights are not finite ({', '.join(bad[:3])}{f' and {len(bad)-3} more' if len(bad) > 3 else ''}) in epoch {self.epoch}. They are not saved; {self._last()}. Lower the learning rate or eps, or train in higher precision.")
         file = self._file(batch)
-        try: save_checkpoint(file, state)
+        try:
+            if self.first: self._set_aside()
+            save_checkpoint(file, state)
         except OSError as e: return print(f"\nTHE CHECKPOINT {file} COULD NOT BE SAVED ({e}). Training goes on; {self._last()}.\n", file=sys.stderr, flush=True)
         old = [f for f in checkpoints(self.folder)[:-self.keep] if self.best is None or f.name != self.best[1]]
         for f in old: f.unlink(missing_ok=True)
+
+    def _set_aside(self):
+        "The checkpoints of an earlier fit, if there are any, into a folder of their own: two fits in one would be mixed up"
+        self.first = False
+        if not (files := checkpoints(self.folder)): return
+        to = next(d for i in itertools.count(1) if not (d := self.folder/f'earlier-{i}').exists())
+        to.mkdir()
+        for f in files: f.rename(to/f.name)
+        print(f"{self.folder} held {len(files)} checkpoints of an earlier fit, which are in {to} now.", file=sys.stderr, flush=True)
 
     def _last(self):
         files = checkpoints(self.folder)
@@ -253,7 +272,7 @@ class Checkpoint(Callback):
             with learn.added_cbs(self):
                 try: yield self
                 except Exception:
-                    if self.between and num_distrib() < 2:
+                    if self.between and world_size() < 2:
                         with learn.added_cbs([cb for cb in self.in_fit if cb not in learn.cbs]): self.save(self.iter) # those of this fit alone have left
                     raise
         finally:
@@ -273,13 +292,16 @@ def last_checkpoint(
     raise ValueError(f"None of the {len(files)} checkpoints in {folder} is whole: start anew.")
 
 class Resume(Callback):
-    "Go on from the newest checkpoint in `folder`, in the same call of `fit` that was interrupted. Raises `ValueError` where the run is not the one that was saved"
+    "Go on from the newest checkpoint in `folder`, in the same call of `fit` that was interrupted, once. Raises `ValueError` where the run is not the one that was saved"
     order = Checkpoint.order-1 # what it restores, Checkpoint sees
     def __init__(self,
         folder:str|Path='checkpoints' # Of a `Checkpoint`
-    ): self.folder = Path(folder)
+    ): self.folder,self.state,self.used = Path(folder),None,False
 
     def before_fit(self):
+        self.start,self.resuming = 0,not self.used and not self.learn.lock.locked() # which fastai holds in `validate` and `get_preds`
+        if not self.resuming: return
+        self.used = True
         self.file,self.state = last_checkpoint(self.folder)
         self._check()
         self.start = self.state['epoch'] + (self.state['batch'] is None)
@@ -288,12 +310,15 @@ class Resume(Callback):
     def _check(self):
         s,own = self.state,{k: v.shape for k,v in get_model(self.model).state_dict().items()}
         differ = [k for k in own.keys() | s['model'].keys() if k not in s['model'] or own.get(k) != s['model'][k].shape]
+        was,now = s.get('settings', {}),_settings(self.learn)
         if differ: raise ValueError(f"{self.file} is of another model: {len(differ)} of its tensors differ, such as {min(differ)}. Make the learner as it was.")
         if s['n_epoch'] != self.n_epoch: raise ValueError(f"{self.file} is of a fit of {s['n_epoch']} epochs, and this one has {self.n_epoch}. A schedule depends on its length: resume with the same number.")
-        n = getattr(_loader(self.dls.train), 'n', None)
+        n = getattr(local_dl(self.dls.train), 'n', None)
         if n != s['n_images']: raise ValueError(f"{self.file} is of a fit on {s['n_images']} images, and now there are {n}. Resume with the same data.")
+        if len(s['random']) == world_size() and s['n_iter'] != len(self.dls.train): raise ValueError(f"{self.file} is of a fit of {s['n_iter']} batches an epoch, and this one has {len(self.dls.train)}. Resume with the same batch size.")
+        if other := [k for k in was if was[k] != now.get(k)]: raise ValueError(f"{self.file} is of a fit with other settings: {'; '.join(f'{k} was {was[k]}, and is {now.get(k)}' for k in other)}. Make the learner as it was.")
 
-    def _inside(self): return self.epoch == self.start and self.state['batch'] is not None
+    def _inside(self): return self.state is not None and self.epoch == self.start and self.state['batch'] is not None
     def _skipping(self): return len(self.learn.cbs) == 1 and hasattr(self, 'others')
 
     def before_epoch(self):

@@ -19,7 +19,7 @@ from .learner import *
 from .data import *
 from .evaluate import *
 from .checkpoint import *
-from .experiments import figure, table
+from .experiments import figure, table, _write
 
 # %% ../nbs/13_cli.ipynb #b3827909
 def command(
@@ -149,8 +149,12 @@ def _unfinished(run, options):
     folder = first([Path(run), Path('runs')/run], lambda o: (o/'settings.json').is_file())
     if folder is None: raise FileNotFoundError(f"There is no run {run} to go on with: expected a run's name or folder, which holds settings.json.")
     if (folder/'summary.json').exists(): return
-    try: return folder,_checked_options(json.loads((folder/'settings.json').read_text())['options'])
-    except (ValueError, KeyError, TypeError, RecursionError) as e: raise ValueError(f"{folder/'settings.json'} is damaged ({e}): start a new run.") from None
+    return folder,_read_settings(folder/'settings.json')
+
+def _read_settings(file):
+    "Options of a run"
+    try: return _checked_options(json.loads(file.read_text())['options'])
+    except (ValueError, KeyError, TypeError, RecursionError) as e: raise ValueError(f"{file} is damaged ({e}): start a new run.") from None
 
 def _checked_options(saved):
     "`saved`, if it is what `clae_train` takes"
@@ -183,6 +187,7 @@ def clae_train(
     eps:float=None, # Strength of the attack, in normalised pixels, .03 by default; 0: the method without adversarial examples
     alpha:float=None, # Weight of the adversarial loss, 1 by default
     attack:str=None, # Attack: fgsm (the default), rfgsm, ffgsm, pgd, random
+    views:str=None, # Augmentations: plain, uel, simclr, imagenet (with blur, for large photographs), digits (neither mirrored nor recoloured, for characters, X-rays and the like); the method's by default, digits for the digits
     epochs:int=None, # Passes over the training images, 20 by default
     bs:int=None, # Batch size, 64 by default
     lr:float=None, # Largest learning rate of the one-cycle schedule, 3e-3 by default (a recipe's own schedule starts from it)
@@ -192,7 +197,7 @@ def clae_train(
     limit:int=None, # Use this many training images
     seed:int=42, # Seed of everything random
     name:str=None, # Name of the run, whose folder is runs/NAME; the first free one by default
-    precision:str='fp32', # fp32, bf16, fp16, or auto: bf16 where the device has units for it
+    precision:str='fp32', # fp32, bf16, fp16, or auto: bf16 where the device is faster with it
     channels_last:bool=False, # Channels-last memory order, faster for convolutions
     workers:int=None, # Processes that load images; by default none for digits, and one a core for folders
     skip_bad:bool=False, # Leave out files that cannot be read as images, and count them
@@ -211,10 +216,10 @@ def clae_train(
 
 def _settings(o):
     "The options with what is left open filled in: recipe first, then defaults"
-    given = {k: o[k] for k in 'method eps alpha attack epochs bs lr arch size n_out'.split() if o[k] is not None}
+    given = {k: o[k] for k in 'method eps alpha attack epochs bs lr arch size n_out views'.split() if o[k] is not None}
     r = None if o['recipe'] is None else replace(get_recipe(o['recipe']), **given)
     data = ifnone(o['data'], r.data if r else 'digits' if o['path'] is None else 'folder')
-    o = merge(o, dict(arch='resnet8' if data == 'digits' else 'resnet18', size=None, n_out=None, **_defaults), {k:v for k,v in asdict(r).items() if k in o} if r else {}, given, dict(data=data))
+    o = merge(o, dict(arch='resnet8' if data == 'digits' else 'resnet18', views='digits' if data == 'digits' else None, size=None, n_out=None, **_defaults), {k:v for k,v in asdict(r).items() if k in o and k != 'name'} if r else {}, given, dict(data=data))
     _check('epochs', o['epochs'] >= 1, o['epochs'], '1 or more')
     _check('lr', 0 < o['lr'] < math.inf, o['lr'], 'a finite number above 0')
     _check('seed', 0 <= o['seed'] < 2**32, o['seed'], 'between 0 and 4294967295')
@@ -230,7 +235,7 @@ def _learner(o, r):
     "The learner of a run with settings `o`, as it is before training"
     set_seed(o['seed'])
     dls = get_dls(o['data'], o['path'], **{k: o[k] for k in 'bs size limit seed skip_bad channels'.split()}, **({} if o['workers'] is None else dict(num_workers=o['workers'])))
-    own = r.learner_kwargs() if r else dict(**{k: o[k] for k in 'arch method eps alpha attack n_out'.split()}, views='digits' if o['data'] == 'digits' else None)
+    own = r.learner_kwargs() if r else {k: o[k] for k in 'arch method eps alpha attack n_out views'.split()}
     return clae_learner(dls, **own, **{k: o[k] for k in 'precision channels_last attack_bn on_nonfinite'.split()})
 
 def _train(options, run=None):
@@ -245,10 +250,10 @@ def _train(options, run=None):
     resuming = run is not None
     if not resuming: run = _claim(o['name'], f"{base}-{o['method']}")
     with _locked(run):
-        if not resuming: _write_settings(run, options)
+        if not resuming: _write_settings(run, merge(options, dict(precision=learn.precision))) # what 'auto' has chosen, for good
         _run(learn, run, resuming, base, o, r)
 
-def _write_settings(run, options): (run/'settings.json').write_text(json.dumps(dict(options=options, versions=_versions()), indent=2))
+def _write_settings(run, options): _write(run/'settings.json', json.dumps(dict(options=options, versions=_versions()), indent=2))
 
 def _fit(learn, checkpoint, run, resuming, o, r):
     "Train, in as many processes as were launched; seconds that it took"
@@ -278,7 +283,12 @@ def _run(learn, run, resuming, base, o, r, more=lambda learn: {}):
     print(f"{run}: {o['arch']} on {n_train} training images of {base}, {o['method']}{'' if not learn.clae.attacking else f' with {learn.clae.attack}'}, on {learn.dls.device}{processes}")
     labelled = n_train and len(learn.dls.train_ds[0]) > 1 and n_test > 0
     eval_dls = [dl.new(shuffle=False, drop_last=False) for dl in learn.dls.loaders]
-    if labelled: raw,untrained = [extract_features(nn.Flatten(), dl) for dl in eval_dls],_untrained_features(learn, eval_dls)
+    if labelled:
+        raw = [extract_features(nn.Flatten(), dl) for dl in eval_dls]
+        if unseen := set(raw[1][1].tolist()) - set(raw[0][1].tolist()):
+            print(f"Of {len(unseen)} of the test images' classes there is no training image, so that they cannot be told: the encoder will be trained, and not evaluated.")
+            labelled = False
+        else: untrained = _untrained_features(learn, eval_dls)
     metrics = dict(train_seconds=_fit(learn, Checkpoint('checkpoints', o['every_batches']), run, resuming, o, r))
     learn.export_encoder(run/'encoder.safetensors')
     _plot_loss(learn, run/'loss.png')
@@ -287,11 +297,10 @@ def _run(learn, run, resuming, base, o, r, more=lambda learn: {}):
         feats = dict(raw=raw, untrained=untrained, encoder=[extract_features(learn, dl) for dl in eval_dls])
         metrics['knn'] = {k: few_label_knn(*train, *test, ns=(1,5)) for k,(train,test) in feats.items()}
         print(f"\n{_knn_table(metrics['knn'], n_test)}\n")
-    else: print("There are no classes, or no test images, to evaluate with: the encoder was trained, and its accuracy is unknown.")
+    else: print("There are no classes, or no test images of known classes, to evaluate with: the encoder was trained, and its accuracy is unknown.")
     metrics.update(more(learn))
     summary = dict(settings={**o, 'name': run.name, 'size': learn.encoder_info['size'], 'device': str(learn.dls.device), 'precision': learn.precision, 'processes': max(1, num_distrib())}, seed=o['seed'], versions=_versions(), metrics=metrics)
-    tmp = run/'summary.json.tmp'
-    tmp.write_text(json.dumps(summary, indent=2)); tmp.replace(run/'summary.json') # it says that the run is finished, so it comes last and whole
+    _write(run/'summary.json', json.dumps(summary, indent=2)) # it says that the run is finished, so it comes last and whole
     print(f"The encoder is {run/'encoder.safetensors'}; what the adversary does is in {run/'views.png'}.")
 
 # %% ../nbs/13_cli.ipynb #448d1899
@@ -300,6 +309,13 @@ def _encoder_file(run):
     files = [Path(run), Path(run)/'encoder.safetensors', Path('runs', run)/'encoder.safetensors']
     if f := first(files, Path.is_file): return f
     raise FileNotFoundError(f"There is no encoder {run}: expected a run's name or folder, which holds encoder.safetensors, or such a file.")
+
+def _own_data(file):
+    "What the run of an encoder file was trained on: a name and further arguments of `get_dls`, a folder's with the seed that held images out"
+    settings = file.parent/'settings.json'
+    if not settings.is_file(): raise ValueError(f"{file} is in no run's folder: say which data to evaluate it on, with --data NAME or --path FOLDER.")
+    o,_ = _settings(_read_settings(settings))
+    return o['data'],{k: o[k] for k in ('path','channels','skip_bad','size',*(['seed'] if o['data'] == 'folder' else [])) if o[k] is not None}
 
 def _write_new(folder, name, text):
     "Write `text` to the first of name.json, name-2.json, ... that is not there yet"
@@ -313,7 +329,7 @@ def _write_new(folder, name, text):
 @command
 def clae_eval(
     run:str, # Run (a name in runs/, or its folder), or encoder file
-    dataset:str='digits', # Data set: digits, folder, cifar10, flowers, ... (all of `datasets()`)
+    data:str=None, # Data set: digits, folder (the default with --path), or a name of `datasets()`, such as cifar10; by default all that the run was trained on
     protocol:str='honest', # honest: the last epoch, on the encoder's features; authors: as the published numbers were made, the best epoch on the test set
     path:str=None, # Folder of the data set's images; by default where fastai keeps its data
     bs:int=64, # Images a batch
@@ -327,9 +343,13 @@ def clae_eval(
         _check('workers', workers is None or 0 <= workers <= 256, workers, 'between 0 and 256')
         _check('bs', bs >= 1, bs, '1 or more')
         file = _encoder_file(run)
-        e = evaluate(file, dataset, protocol, k=k, knn_on=knn_on, probe_on=probe_on, path=path, bs=bs, **({} if workers is None else dict(num_workers=workers)))
-        out = _write_new(file.parent, f'eval-{dataset}-{protocol}', json.dumps({**e.to_dict(), 'versions': _versions()}, indent=2))
-        print(f"{e}\n\nAll of it is in {out}.")
+        load_encoder(file) # or say what is wrong with it
+        data,own = _own_data(file) if data is None and path is None else (ifnone(data, 'folder'),dict(path=path))
+        kwargs = dict(bs=bs, **own, **({} if workers is None else dict(num_workers=workers)))
+        dls,kwargs = (get_dls(data, drop_last=False, **kwargs),{}) if 'seed' in own else (data,kwargs)
+        e = replace(evaluate(file, dls, protocol, k=k, knn_on=knn_on, probe_on=probe_on, **kwargs), dataset=data)
+        print(e)
+        print(f"\nAll of it is in {_write_new(file.parent, f'eval-{data}-{protocol}', json.dumps({**e.to_dict(), 'versions': _versions()}, indent=2))}.")
 
 # %% ../nbs/13_cli.ipynb #ad4ad5a0
 @command
@@ -372,7 +392,7 @@ def _trial(options, folder):
 
 def _trained(folder):
     "The learner of a finished run, with the weights of its last checkpoint, adversarial batch norm and all"
-    o,r = _settings(_checked_options(json.loads((folder/'settings.json').read_text())['options']))
+    o,r = _settings(_read_settings(folder/'settings.json'))
     learn = _learner(o, r)
     learn.model.load_state_dict(last_checkpoint(folder/'checkpoints')[1]['model'])
     return learn

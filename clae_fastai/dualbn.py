@@ -10,6 +10,8 @@ from fastai.basics import *
 from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% ../nbs/02_dualbn.ipynb #37226aef
+_recomputed = "Gradient checkpointing repeats forwards inside the backward, where nobody knows any more which of the two batch norms an image went through: switch it off for the encoder (timm: set_grad_checkpointing(False))."
+
 class DualBatchNorm(nn.Module):
     "Two batch norms of the same shape: `clean`, and `adv` inside `adversarial_bn`"
     def __init__(self,
@@ -19,7 +21,10 @@ class DualBatchNorm(nn.Module):
         super().__init__()
         self.clean,self.adv,self.use_adv = clean,adv,False
 
-    def forward(self, x): return (self.adv if self.use_adv else self.clean)(x)
+    def forward(self, x):
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1: raise ValueError(_recomputed)
+        return (self.adv if self.use_adv else self.clean)(x)
+
     def extra_repr(self): return f'use_adv={self.use_adv}'
 
 # %% ../nbs/02_dualbn.ipynb #01d79eee

@@ -15,6 +15,7 @@ from fastprogress.core import IN_NOTEBOOK
 from fastprogress.fastprogress import progress_bar
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.model_selection import train_test_split
+from .distributed import gather, local_dl
 from .losses import at_least_float32
 from .views import split_normalize, TwoViews
 from .models import *
@@ -22,13 +23,6 @@ from .data import *
 from .learner import *
 
 # %% ../nbs/09_evaluate.ipynb #30ba4e43
-@contextmanager
-def _eval_mode(model):
-    modes = [(m,m.training) for m in model.modules()]
-    try: yield model.eval()
-    finally:
-        for m,t in modes: m.training = t
-
 def _eval_batches(dl):
     "Batches of `dl` in order and without augmentation"
     if not isinstance(dl, TfmdDL): yield from dl; return
@@ -66,7 +60,7 @@ def extract_features(
     if which != 'h' and net.head is None: raise ValueError(f"An encoder, or its file, has no head and so no embeddings z: which must be 'h', and it is {which!r}. z needs the `Learner`.")
     device = next((p.device for p in net.parameters()), torch.device('cpu'))
     hs,zs,ys = [],[],[]
-    with no_random(reproducible=False), torch.no_grad(), _eval_mode(net):
+    with no_random(reproducible=False), torch.no_grad(), training_mode(net, False):
         for b in _bar(model, dl):
             x,*y = to_device(b, device)
             if x.shape[1] != info.get('channels', x.shape[1]):
@@ -372,17 +366,17 @@ def _dataset_dls(dataset, info, kwargs):
         return 'DataLoaders','top1',dataset
     size = info.get('size')
     if size and len(set(size)) == 1: kwargs = merge(dict(size=size[0]), kwargs)
-    dls = get_dls(dataset, **kwargs)
+    with no_random(reproducible=False): dls = get_dls(dataset, **merge(dict(drop_last=False), kwargs))
     return dataset,catalogue[dataset].metric,dls
 
 def evaluate(
-    model:Learner|str|Path, # A `clae_learner`, or an encoder file
+    model:Learner|nn.Module|str|Path, # A `clae_learner`, a `ContrastiveModel` or an encoder, which get the images as they come, or an encoder file
     dataset:str|DataLoaders, # A name of `get_dls`, or `DataLoaders` with labels
     protocol:str='honest', # 'honest' or 'authors': what the arguments down to `epochs` are by default, see the table above
     select:str=None, # Which epoch of Adam's is the result: 'final' or 'best_on_test'
     knn_on:str=None, # kNN on the encoder's features 'h' or the embeddings 'z'
     probe_on:str=None, # Linear probe on 'h' or 'z'
-    k:int=None, # Neighbours
+    k:int=None, # Neighbours; by default as the protocol says, or all training images, if they are fewer
     temperature:float=None, # Of the neighbours' votes
     solver:str=None, # Of the linear probe: 'lbfgs' or 'adam'
     probe_bs:int=None, # Adam's batch size
@@ -392,8 +386,9 @@ def evaluate(
     **kwargs # Passed to `get_dls`, for example `path`, `bs`, `num_workers`
 ) -> Evaluation:
     "kNN and linear probe of an encoder. Changes nothing about it or its training"
-    has_head = isinstance(model, Learner)
-    info = getattr(model, 'encoder_info', {}) if has_head else load_encoder(model).info
+    file = isinstance(model, (str,Path))
+    info = load_encoder(model).info if file else getattr(model, 'encoder_info', {})
+    has_head = not file and getattr(get_model(getattr(model, 'model', model)), 'head', None) is not None
     given = dict(select=select, knn_on=knn_on, probe_on=probe_on, k=k, temperature=temperature, solver=solver, probe_bs=probe_bs, epochs=epochs)
     o = merge(_protocol(protocol, info.get('method', 'simclr'), dataset), {k: v for k,v in given.items() if v is not None})
     _check_settings(o, has_head)
@@ -405,6 +400,7 @@ def evaluate(
     train,test,held = (None if dl is None else _extract(dl) for dl in (dls.train, dls.valid, valid))
     (x,y),(test_x,test_y) = _on(o['knn_on'], train),_on(o['knn_on'], test)
     _check_data((x,y), (test_x,test_y))
+    if k is None: o['k'] = min(o['k'], len(y))
     knn = float((knn_predict(x, y, test_x, o['k'], o['temperature']) == test_y).float().mean())
     probe = linear_probe(*(_on(o['probe_on'], part) for part in (train,test)), o['solver'], _on(o['probe_on'], held), metric, o['epochs'], o['probe_bs'], seed=seed)
     return Evaluation(name, protocol, len(y), len(test_y), len(y.unique()), knn, probe, dict(**o, seed=seed, encoder=info, data={k: str(v) for k,v in kwargs.items()}))
@@ -416,7 +412,7 @@ table2 = 'cifar10 cifar100 cars aircraft dtd pets caltech101 flowers'.split()
 class Transfer:
     "Evaluations of one encoder on several data sets"
     results:dict # Name of the data set: `Evaluation`
-    missing:dict # Name of the data set: why it was left out
+    missing:dict # Name of the data set: why it was left out, such as images that are not there, or that the encoder does not take
 
     def to_json(self): return json.dumps(dict(results={k: v.to_dict() for k,v in self.results.items()}, missing=self.missing))
     def __str__(self):
@@ -426,18 +422,21 @@ class Transfer:
 
 def transfer(
     model:Learner|str|Path, # A `clae_learner`, or an encoder file
-    names:list=table2, # Names of `get_dls`
+    names:list|str=table2, # Names of `get_dls`, or one
     root:str|Path=None, # Folder that the data sets are in, fastai's own by default
     download:bool=True, # Fetch what is not there?
     protocol:str='honest', # And further arguments of `evaluate`
     **kwargs
 ) -> Transfer:
-    "Evaluate an encoder on several data sets"
-    res = Transfer({}, {})
+    "Evaluate an encoder on several data sets. Raises `ValueError` if none can be"
+    res,wrong,names = Transfer({}, {}),None,L(names)
     if unknown := set(names) - set(catalogue): raise ValueError(f"There is no data set {', '.join(sorted(unknown))}. The names are {', '.join(catalogue)}.")
     for name in names:
         try: res.results[name] = evaluate(model, name, protocol, path=root, download=download, **kwargs)
-        except FileNotFoundError as e: res.missing[name] = str(e)
+        except (FileNotFoundError, ValueError) as e:
+            res.missing[name] = str(e)
+            if isinstance(e, ValueError): wrong = ifnone(wrong, e)
+    if wrong and not res.results: raise wrong
     return res
 
 # %% ../nbs/09_evaluate.ipynb #26b7d220
@@ -465,7 +464,7 @@ class KNNCallback(_Columns):
 
     def before_fit(self):
         super().before_fit()
-        self.loaders = ifnone(self.train_dl, self.dls.train),ifnone(self.valid_dl, self.dls.valid)
+        self.loaders = [local_dl(ifnone(*o)) for o in ((self.train_dl, self.dls.train), (self.valid_dl, self.dls.valid))] # of several processes each looks at all images
         for dl in self.loaders:
             with no_random(reproducible=False):
                 if len(dl.dataset) == 0 or len(dl.dataset[0]) < 2: raise ValueError("KNNCallback needs labelled images to train and to test on, and the DataLoaders have none: give it `train_dl` and `valid_dl`.")
@@ -492,4 +491,4 @@ class CollapseMonitor(_Columns):
         self.n_batches += 1
 
     def after_train(self):
-        if self.n_batches: self.row = (self.sums/self.n_batches).tolist()
+        if self.n_batches: self.row = (gather(self.sums[None]).mean(0)/self.n_batches).tolist() # of all processes' batches

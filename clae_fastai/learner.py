@@ -17,6 +17,7 @@ from .dualbn import *
 from .attacks import *
 from .views import *
 from .models import *
+from .models import _key_difference
 from .callback import *
 
 # %% ../nbs/08_learner.ipynb #b93fb55c
@@ -48,11 +49,15 @@ def _first_images(dls):
 # %% ../nbs/08_learner.ipynb #8a324460
 def _views(views, size, n_in, stats):
     if callable(views): return views
-    res = TwoViews.from_preset(views, size, n_in, stats)
-    if stats is None:
-        mean,std = ([round(float(o), 4) for o in s] for s in res.stats)
-        print(f"The DataLoaders have no Normalize: images are normalised with the {views!r} views' mean {mean} and std {std}.")
-    return res
+    if not isinstance(views, str): raise ValueError(f"views must be one of {', '.join(view_presets)}, or a callable such as TwoViews(aug, stats), and it is a {type(views).__name__}.")
+    return TwoViews.from_preset(views, size, n_in, stats)
+
+def _weights_stats(encoder, pretrained, weights, info, n_in):
+    "(mean, std) of the images that given weights were trained with, or None where that is not known"
+    if info: return (info['mean'],info['std']) if 'mean' in info and info['channels'] == n_in else None
+    if n_in != 3 or not pretrained and (weights is None or isinstance(weights, dict)): return None
+    cfg = getattr(encoder, 'pretrained_cfg', dict(zip(('mean','std'), imagenet_stats))) # timm's models tell, torchvision's are all ImageNet's
+    return cfg['mean'],cfg['std']
 
 def _loss(method, temperature):
     "Loss function, and the rest of the method's settings"
@@ -67,14 +72,14 @@ def _loss(method, temperature):
 def _attack(attack, eps):
     if isinstance(attack, str): return get_attack(attack, ifnone(eps, .03))
     if attack is not None and not callable(attack): raise ValueError(f"attack must be one of {', '.join(attacks)} or a callable `(embed, x, loss) -> x_adv`, and it is a {type(attack).__name__}.")
-    if eps is not None: raise ValueError("eps goes with an attack's name; an attack that is passed ready-made has its own.")
+    if eps is not None: raise ValueError("eps goes with an attack's name: an attack that is passed ready-made has its own, and attack=None has none.")
     return attack
 
 # %% ../nbs/08_learner.ipynb #4ab187ae
 @delegates(Learner.__init__, but='model,loss_func')
 def clae_learner(
-    dls:DataLoaders, # Images, labelled or not; never changed
-    arch:Callable|str|nn.Module=resnet18, # Architecture of the encoder, see `create_encoder`
+    dls:DataLoaders, # Images, labelled or not; never changed. Their `Normalize` is kept; without one, pretrained weights bring theirs, and else the views
+    arch:Callable|str|nn.Module=resnet18, # Architecture of the encoder, see `create_encoder`. A module is trained itself, without a copy, and must end in features: `create_body(resnet18())`, not `resnet18()`
     method:str|Callable='simclr', # 'plain', 'uel', 'simclr', or a two-view loss `(z_q, z_p) -> scalar`, which gets embeddings before L2 normalisation
     eps:float=None, # Strength of an attack that goes by name, in units of normalised pixels; .03 by default; 0 gives the plain method
     alpha:float=1., # Weight of the adversarial loss (eq. 16); 0 gives the plain method
@@ -100,11 +105,12 @@ def clae_learner(
     loss_func = CLAELoss(loss, alpha)
     pixels,stats = _pixel_dls(dls)
     _,n_in,*size = _first_images(pixels).shape
-    views = _views(ifnone(views, m['views']), size, n_in, stats)
-    if isinstance(weights, (str,Path)) and Path(weights).suffix == '.safetensors': weights,_ = _read_encoder(weights)
+    info = None
+    if isinstance(weights, (str,Path)) and Path(weights).suffix == '.safetensors': weights,info = _read_encoder(weights)
     encoder = create_encoder(arch, stem, n_in, pretrained=pretrained, weights=weights, size=size)
+    views = _views(ifnone(views, m['views']), size, n_in, ifnone(stats, _weights_stats(encoder, pretrained, weights, info, n_in)))
     head = ifnone(head, m['head'])
-    if isinstance(head, str): head = create_head(num_features(encoder, n_in, size), head, ifnone(n_out, m['n_out']))
+    if isinstance(head, str): head = projection_head(num_features(encoder, n_in, size), head, ifnone(n_out, m['n_out']))
     device = ifnone(getattr(dls, 'device', None), default_device())
     precision,fast = precision_cbs(precision, device)
     if channels_last: fast.append(ChannelsLast())
@@ -130,11 +136,7 @@ def show_views(self:Learner,
         x_q,x_p = clae.views(to_device(self.dls.train.new().one_batch()[0], device))
         cols = dict(x_q=x_q, x_p=x_p)
         if clae.attacking:
-            modes = [(m,m.training) for m in self.model.modules()]
-            self.model.train()
-            try: cols['x_adv'] = clae.adversarial_views(x_q)
-            finally:
-                for m,t in modes: m.training = t
+            with training_mode(self.model, True): cols['x_adv'] = clae.adversarial_views(x_q)
     cols = {k: getattr(clae.views, 'denormalize', noop)(v) for k,v in cols.items()}
     if clae.attacking:
         d = cols['x_adv'] - cols['x_q']
@@ -163,8 +165,8 @@ def export_encoder(self:Learner,
     file = Path(file)
     state = strip_dual_bn(deepcopy(get_model(self.model).encoder)).state_dict()
     head = {k: v if isinstance(v, str) else json.dumps(v) for k,v in dict(format=_format, version=__version__, **self.encoder_info).items()}
-    tmp = file.with_name(f'.{file.name}.tmp')
-    safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k,v in state.items()}, tmp, metadata=head)
+    tmp = file.with_name(f'.{file.name}.{os.getpid()}.tmp')
+    tmp.write_bytes(safetensors.torch.save({k: v.detach().cpu().contiguous() for k,v in state.items()}, metadata=head)) # an OSError where it cannot be written
     tmp.replace(file)
     return file
 
@@ -185,12 +187,6 @@ def _read_encoder(file):
     if 'mean' in info or 'std' in info: good.update({k: _is(info.get(k), (int,float), n) and (k == 'mean' or min(info[k]) > 0) for k in ('mean','std')} if good['channels'] else {})
     if wrong := [k for k,ok in good.items() if not ok]: raise ValueError(f"The header of {file} is damaged: {', '.join(f'{k} is {info.get(k)!r}' for k in wrong)}.")
     return state,info
-
-def _key_difference(state, model):
-    "Which keys of `state` do not fit `model`"
-    own = model.state_dict()
-    parts = {'misses': own.keys() - state, 'has besides': state.keys() - own, 'has in another shape': {k for k in own.keys() & state if own[k].shape != state[k].shape}}
-    return ', '.join(f"{what} {' '.join(sorted(ks)[:4])}{f' and {len(ks)-4} more' if len(ks) > 4 else ''}" for what,ks in parts.items() if ks)
 
 def load_encoder(
     file:str|Path, # Written by `export_encoder`
@@ -232,13 +228,14 @@ class Recipe:
     wd:float          # Weight decay, of every parameter
     epochs:int        # Passes over the training images
     steps:tuple       # ((epoch, factor), ...): from `epoch` on the learning rate is `factor*lr`; empty: constant
-    evaluation:dict   # The authors' way to evaluate
+    stats:tuple       # (mean, std) that images are normalised with; None: the views' own
     sources:dict      # Field: 'paper', 'code' (the authors'), or 'ours'
 
     def learner_kwargs(self):
         "What `clae_learner` needs, besides the `dls`"
         names = 'arch method eps alpha attack adv_momentum temperature head n_out views stem lr wd'.split()
-        return {**{k: getattr(self, k) for k in names}, 'opt_func': _opts[self.opt], 'wd_bn_bias': True}
+        views = self.views if self.stats is None else TwoViews.from_preset(self.views, self.size, stats=self.stats)
+        return {**{k: getattr(self, k) for k in names}, 'views': views, 'opt_func': _opts[self.opt], 'wd_bn_bias': True}
 
     def lr_at(self, epoch):
         "Learning rate in `epoch`"
@@ -261,10 +258,9 @@ def _recipe(method, data):
     m,large = methods[method],tiny or im100
     values = dict(arch='resnet18', size=224 if large else 32, stem='imagenet' if large else 'cifar', views=m['views'], head=m['head'], n_out=m['n_out'], temperature=m['temperature'],
                   eps=.03, alpha=1., attack='fgsm', adv_momentum=.01, bs=128 if tiny or not sim else 256, opt='adam' if sim else 'sgd', lr=3e-4 if sim else .03, wd=0. if sim else 5e-4,
-                  epochs=100 if sim or tiny else 301, steps=() if sim or tiny else ((120,.1),(160,.05),(200,.01)),
-                  evaluation=dict(select='best epoch on the test set', knn_on='z', k=200, probe_on='h' if sim else 'z'))
+                  epochs=100 if sim or tiny else 301, steps=() if sim or tiny else ((120,.1),(160,.05),(200,.01)), stats=imagenet_stats if large else None)
     sources = {k: 'ours' if im100 else 'code' for k in values}
-    sources.update(eps='paper', attack='paper', alpha='ours')
+    sources.update(eps='paper', attack='paper', alpha='code')
     return Recipe(name=f'{method}-{data}', data=data, method=method, sources=sources, **values)
 
 recipes = {r.name: r for r in [_recipe(m, d) for d in ('cifar10','cifar100','tinyimagenet') for m in ('plain','uel','simclr')] + [_recipe('simclr', 'imagenet100')]}
@@ -299,8 +295,8 @@ def _normalized_dls(dls, info):
 
 @delegates(Learner.__init__, but='model')
 def encoder_learner(
-    encoder:Learner|str|Path, # A `clae_learner`, whose encoder is copied, or an encoder file
     dls:DataLoaders, # Labelled images; never changed
+    encoder:Learner|str|Path, # A `clae_learner`, whose encoder is copied, or an encoder file
     n_out:int=None, # Outputs, the number of classes by default
     lin_ftrs:list=None, # Hidden layers of the head, `[512]` by default; `[]` for a linear one
     ps:float=.5, # Dropout before the last layer

@@ -39,8 +39,8 @@ class TwoViewLoss(nn.Module):
         z:Tensor # This process's embeddings (b,D)
     ) -> Tensor: # All processes' (B,D); in one process `z` itself
         "Embeddings of all processes with gradient, this one's first"
-        i = rank_offset(len(z))
-        return gather(z).roll(-i, 0) if i else gather(z)
+        zs = gather(z)
+        return zs if zs is z else zs.roll(-rank_offset(len(z)), 0)
 
     def extra_repr(self): return f'temperature={self.temperature}'
 
@@ -94,8 +94,8 @@ class UELLoss(TwoViewLoss):
         invariant = log_p[idx, partner]
         if len(keys) == 2: return -invariant.view(2, n).mean(0)                  # one image has no negatives
         top = sim.argmax(1, keepdim=True)
-        others = log_p.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True)    # log(1-P) of each row's largest P
-        log_1mp = torch.log1p(-log_p.scatter(1, top, -torch.inf).exp()).scatter(1, top, others)
+        rest = log_p.scatter(1, top, -torch.inf)
+        log_1mp = torch.log1p(-rest.exp()).scatter(1, top, rest.logsumexp(1, keepdim=True)) # of each row's largest P: log of the others' sum
         spread = log_1mp.sum(1) - log_1mp[idx, partner]
         return -(invariant + self.neg_weight*spread).view(2, n).mean(0)
 

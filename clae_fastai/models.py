@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['CIFARResNet', 'resnet8', 'resnet20', 'resnet18_w16', 'arch_name', 'has_stem', 'stem_of', 'create_encoder',
-           'create_head', 'ContrastiveModel', 'num_features']
+           'training_mode', 'projection_head', 'ContrastiveModel', 'num_features']
 
 # %% ../nbs/05_models.ipynb #ab66a4eb
 from fastai.vision.all import *
 import torchvision, difflib
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torchvision.models.resnet import BasicBlock
 from .losses import at_least_float32
 from .dualbn import adversarial_bn
@@ -88,7 +89,10 @@ def _build(arch, weights, n_in):
             raise ValueError(f"There is no architecture {arch!r}.{f' Did you mean {chr(32).join(close)}?' if close else ''} Known names: {', '.join([*_ours, *tv])}"
                              + (f", and the {len(names)} of `timm.list_models()`." if names else "; with timm installed (pip install timm), its names as well."))
     if not callable(arch): raise ValueError(f"An architecture is a function, a name or an nn.Module, and this is a {type(arch).__name__}.")
-    return _drop_classifier(arch() if weights is None else arch(weights=weights))
+    if weights is None: return _drop_classifier(arch())
+    if arch in _ours.values(): raise ValueError(f"The library has no trained weights for {arch_name(arch)}: start from random ones, or give `weights` an encoder file or a state dict.")
+    try: return _drop_classifier(arch(weights=weights))
+    except KeyError: raise ValueError(f"There are no weights {weights!r} for {arch_name(arch) or arch}: give the name of a set of torchvision's, an encoder file (.safetensors), or a state dict.") from None
 
 # %% ../nbs/05_models.ipynb #cb2d5b1b
 def _first_conv(model): return next(((n,m) for n,m in model.named_modules() if isinstance(m, nn.Conv2d)), (None,None))
@@ -108,14 +112,21 @@ def _set_n_in(model, n_in, keep_weights):
     setattr(*_parent(model, name), new)
     if hasattr(model, 'transform_input'): model.transform_input = False # GoogLeNet, Inception v3: re-scales three colours
 
+def _key_difference(state, model):
+    "Which keys of `state` do not fit `model`"
+    own = model.state_dict()
+    parts = {'misses': own.keys() - state, 'has besides': state.keys() - own, 'has in another shape': {k for k in own.keys() & state if own[k].shape != state[k].shape}}
+    return ', '.join(f"{what} {' '.join(sorted(ks)[:4])}{f' and {len(ks)-4} more' if len(ks) > 4 else ''}" for what,ks in parts.items() if ks)
+
 def _load_state(model, state, n_in):
     "Load `state`, of the encoder or of the stock model with its classifier, and fit its first layer to `n_in` channels"
     dropped = [n for n,m in model.named_modules() if isinstance(m, nn.Identity) and n]
+    consume_prefix_in_state_dict_if_present(state := dict(state), 'module.') # DistributedDataParallel's
     state = {k: v for k,v in state.items() if k in model.state_dict() or not any(k.startswith(f'{n}.') for n in dropped)}
     name,_ = _first_conv(model)
     if f'{name}.weight' in state: _set_n_in(model, state[f'{name}.weight'].shape[1], keep_weights=False)
-    try: model.load_state_dict(state)
-    except RuntimeError as e: raise ValueError(f"The given weights do not fit the architecture: {e}") from None
+    if diff := _key_difference(state, model): raise ValueError(f"The given weights do not fit the architecture: their state dict {diff}.")
+    model.load_state_dict(state)
     _set_n_in(model, n_in, keep_weights=True)
 
 # %% ../nbs/05_models.ipynb #28111eb9
@@ -140,7 +151,7 @@ def _cifar_stem(model):
 def _choose_stem(model, size, given, state):
     "The stem when none is asked for: what given weights were trained with, else by the size of the images"
     if not has_stem(model) or given is not None: return 'imagenet'
-    if state is not None: return 'cifar' if state['conv1.weight'].shape[-1] == 3 else 'imagenet'
+    if state is not None: return 'cifar' if any(k.endswith('conv1.weight') and '.' not in k.removeprefix('module.').removesuffix('.weight') and v.shape[-1] == 3 for k,v in state.items()) else 'imagenet'
     return 'cifar' if size is not None and max(tuplify(size)) <= 64 else 'imagenet'
 
 def create_encoder(
@@ -167,7 +178,18 @@ def create_encoder(
     return model
 
 # %% ../nbs/05_models.ipynb #476ec300
-def create_head(
+@contextmanager
+def training_mode(
+    model:nn.Module, # Any model
+    mode:bool # Training mode, or evaluation mode?
+):
+    "Inside, all of `model` is in one mode; then each module is in its own again"
+    modes = [(m,m.training) for m in model.modules()]
+    try: yield model.train(mode)
+    finally:
+        for m,t in modes: m.training = t
+
+def projection_head(
     n_in:int, # Features of the encoder
     kind:str='mlp', # 'linear', or 'mlp' (Linear, ReLU, Linear)
     n_out:int=64, # Dimensions of the embedding
@@ -224,10 +246,9 @@ def num_features(
     size:int|tuple=64 # Their side in pixels, or (height, width)
 ) -> int: # F
     "Number of features of `encoder`, found by one forward of a blank image in evaluation mode"
-    modes = [(m,m.training) for m in encoder.modules()]
     p = next(encoder.parameters(), tensor(0.))
     x = torch.zeros(1, n_in, *tuplify(size, match=(0,0)), dtype=p.dtype, device=p.device)
     try:
-        with torch.no_grad(): return ContrastiveModel(encoder.eval(), nn.Identity()).features(x).shape[1]
-    finally:
-        for m,t in modes: m.training = t
+        with torch.no_grad(), training_mode(encoder, False): return ContrastiveModel(encoder, nn.Identity()).features(x).shape[1]
+    except (RuntimeError, AssertionError, ValueError) as e:
+        raise ValueError(f"The encoder does not take images of {n_in} channels and {'x'.join(map(str, x.shape[2:]))} pixels ({e}): use another size, or another architecture.") from e

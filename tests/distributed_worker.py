@@ -1,5 +1,5 @@
-"""What `test_distributed.py` runs under torchrun, on every rank: `distributed_worker.py exact|learner|fastai OUT`; results go to OUT/NAME-RANK.pt. Its first part is also the reference in one process."""
-import hashlib, sys
+"""What `test_distributed.py` runs under torchrun, on every rank: `distributed_worker.py exact|learner|monitors|fastai OUT`; results go to OUT/NAME-RANK.pt. Its first part is also the reference in one process."""
+import contextlib, hashlib, math, sys
 from collections import OrderedDict
 from pathlib import Path
 from unittest.mock import patch
@@ -7,8 +7,8 @@ from unittest.mock import patch
 import torch
 from torch import distributed as dist, nn
 
-from clae_fastai.all import (FGSM, Callback, CLAECallback, CLAELoss, ContrastiveModel, DataBlock, DataLoader, DataLoaders, ImageBlock, IndexSplitter, Learner, NTXentLoss, OptimWrapper, PILImageBW,
-                             PlainLoss, ProgressCallback, Recorder, UELLoss, clae_learner, create_head, dual_bns, gather, get_dls, np, num_distrib, partial, rank_distrib, rank_offset, resnet8, set_seed)
+from clae_fastai.all import (FGSM, Callback, Checkpoint, CLAECallback, CLAELoss, CollapseMonitor, ContrastiveModel, DataBlock, DataLoader, DataLoaders, ImageBlock, IndexSplitter, KNNCallback, Learner, NTXentLoss, OptimWrapper, PILImageBW,
+                             PlainLoss, ProgressCallback, Recorder, UELLoss, clae_learner, projection_head, dual_bns, gather, get_dls, np, num_distrib, partial, rank_distrib, rank_offset, resnet8, set_seed)
 
 losses = dict(plain=PlainLoss, uel=UELLoss, uel_full=partial(UELLoss, detach_keys=False), simclr=NTXentLoss)
 n_images,steps = 48,3
@@ -38,7 +38,7 @@ def exact_learner(method, bs, order=None):
     pairs = torch.randn(n_images, 2, 3, 9, 9, dtype=torch.double)
     if order is not None: pairs = pairs[order]
     encoder = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 16, 3))
-    model = ContrastiveModel(encoder, create_head(16, 'mlp', 8)).double()
+    model = ContrastiveModel(encoder, projection_head(16, 'mlp', 8)).double()
     dls = DataLoaders(DataLoader([(o,) for o in pairs], bs=bs), DataLoader([], bs=bs), device='cpu')
     learn = Learner(dls, model, CLAELoss(losses[method](), alpha=.7), opt_func=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9), cbs=[CLAECallback(lambda x: (x[:,0],x[:,1]), Watch(.03)), Record()], lr=.1)
     learn.remove_cbs([Recorder, ProgressCallback]) # the one smooths losses in float32 only, the other needs it
@@ -130,6 +130,18 @@ def learner(out):
         with learn.distributed(): learn.fit(1, cbs=Fail())
     except RuntimeError as e: message = str(e)
     save('fail', message=message, unwrapped=isinstance(learn.model, ContrastiveModel) and all(a is b for a,b in zip(learn.dls.loaders, loaders, strict=True)) and not dist.is_initialized())
+
+def monitors(out):
+    "Evaluation while training, steps that are skipped on all ranks when one has no finite loss, and a group that is not there"
+    class Boom(nn.Module):
+        def forward(self, z_q, z_p): return (z_q*z_p).sum(1).mean()*(math.inf if rank_distrib() == 1 and learn.train_iter == 1 else 1.)
+    learn = digits_learner(method=Boom(), on_nonfinite='skip')
+    learn.add_cbs([knn := KNNCallback(k=5), CollapseMonitor()])
+    with learn.distributed(): learn.fit(1, 1e-3)
+    row = dict(zip(list(learn.recorder.metric_names)[1:-1], learn.recorder.values[-1]))
+    alone = digits_learner(on_nonfinite='skip') # a launcher, and no process group
+    with contextlib.chdir(out/str(rank_distrib())): alone.fit(1, 1e-3, cbs=Checkpoint())
+    torch.save(dict(row=row, skipped=learn.check_finite.n_skipped, state=state(learn)), out/f'monitors-{rank_distrib()}.pt')
 
 def fastai(out):
     "fastai's own context, as it is"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clae_fastai.all import (FGSM, Callback, CLAECallback, CLAELoss, ContrastiveModel, DataLoaders, DualBatchNorm, IntToFloatTensor, Learner, MemoryDL, MemoryImages, Normalize, NTXentLoss, TwoViews,
-                             adversarial_bn, clae_learner, create_encoder, create_head, extract_features, get_dls, linear_probe, partial, resnet8, set_seed)
+                             adversarial_bn, clae_learner, create_encoder, projection_head, extract_features, get_dls, linear_probe, partial, resnet8, set_seed)
 from clae_fastai.analysis import (_batches, _twin, adversarial_images, bn_distance, bn_statistics, classifier_vs_eps, confidence_interval, frechet_distance, intervals, loss_vs_eps, paired_intervals,
                                   plot_adversarial_images, plot_bn_statistics, plot_classifier_vs_eps, plot_loss_vs_eps)
 
@@ -269,7 +269,7 @@ def test_a_learner_of_ones_own(quiet):
     set_seed(1)
     dls = get_dls('digits', bs=32, limit=64, batch_tfms=Normalize.from_stats([.5],[.5],cuda=False))
     enc = create_encoder(small, n_in=1)
-    learn = quiet(Learner(dls, ContrastiveModel(enc, create_head(16, 'mlp', 8)), CLAELoss(NTXentLoss(), 1.), cbs=CLAECallback(TwoViews(nn.Dropout(.1)), FGSM(.02, space='pixel'))))
+    learn = quiet(Learner(dls, ContrastiveModel(enc, projection_head(16, 'mlp', 8)), CLAELoss(NTXentLoss(), 1.), cbs=CLAECallback(TwoViews(nn.Dropout(.1)), FGSM(.02, space='pixel'))))
     learn.fit(1, 1e-3)
     all_figures(learn)
 

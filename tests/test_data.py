@@ -10,7 +10,10 @@ import scipy.io
 import torch
 from PIL import Image
 
-from clae_fastai.all import MemoryDL, Normalize, TensorCategory, accuracy, catalogue, clae_learner, datasets, get_dls, load_learner, resnet8, resnet18, vision_learner
+from fastai.vision.all import RandTransform, TensorImageBase
+from safetensors import SafetensorError
+
+from clae_fastai.all import MemoryDL, Normalize, TensorCategory, accuracy, catalogue, clae_learner, datasets, extract_features, get_dls, load_learner, resnet8, resnet18, vision_learner
 
 rng = np.random.default_rng(0)
 
@@ -272,3 +275,53 @@ def test_memory_of_cifar10(tmp_path, cached):
         return int(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()[-1])*1024
     extra = _peak(f"d = get_dls('cifar10', {str(tmp_path)!r}); d.one_batch()") - _peak('d.one_batch()')
     assert extra < 2.5*50000*3072, f'{extra/50000/3072:.2f} times'
+
+def test_validation_sees_no_augmentation():
+    "Images in memory: random transforms act in training and not in validation, wherever the images come from"
+    class Shift(RandTransform):
+        order = 20 # after the images have become floats
+        def encodes(self, x:TensorImageBase): return x + 1.
+    dls = get_dls('digits', bs=32, limit=128, batch_tfms=Shift())
+    raw = get_dls('digits', bs=32, limit=128)
+    assert dls.train.one_batch()[0].min() >= 1
+    assert torch.equal(dls.valid.one_batch()[0], raw.valid.one_batch()[0])
+    assert torch.equal(dls.test_dl([dls.valid_ds.images[0]]).one_batch()[0][0], raw.valid_ds.images[0]/255)
+    model = torch.nn.Flatten()
+    assert torch.equal(extract_features(model, dls.train)[0], extract_features(model, raw.train)[0])
+    assert dls.train_ds.split_idx == 0 # as it was
+
+@pytest.mark.parametrize('size', [48,128])
+def test_sixteen_bit_images(tmp_path, size):
+    for i in range(4):
+        x = np.linspace(0, 65535, size*size).astype(np.uint16).reshape(size, size)
+        Image.fromarray(x).save(tmp_path/f'{i}.png')
+    x = get_dls(tmp_path, bs=2, size=size, num_workers=0).one_batch()[0]
+    assert .48 < float(x.mean()) < .52 and float((x == 1).float().mean()) < .01
+
+def test_a_lonely_image_is_for_training(tmp_path):
+    "A class of one image cannot be tested on: no classifier could know it"
+    for c,n in dict(a=12, b=12, c=1).items():
+        for i in range(n): image(tmp_path/c/f'{i}.png', i, (32,32))
+    for seed in range(12):
+        dls = get_dls('folder', tmp_path, bs=4, seed=seed, num_workers=0)
+        assert set(dls.valid_ds.labels.tolist()) <= set(dls.train_ds.labels.tolist()) and dls.train.n + dls.valid.n == 25
+
+def test_a_cache_that_cannot_be_kept(tmp_path, capsys, monkeypatch):
+    "As on a read-only disk"
+    cifar10(tmp_path)
+    def _refuse(*_, **__): raise SafetensorError('Read-only file system (os error 30)')
+    monkeypatch.setattr('safetensors.torch.save_file', _refuse)
+    assert len(get_dls('cifar10', tmp_path, bs=2, download=False).train_ds) == 20
+    assert 'could not be kept' in capsys.readouterr().out
+
+def test_a_folder_by_itself(tmp_path):
+    for i in range(6): image(tmp_path/f'{i}.png', i, (32,32))
+    for o in (tmp_path, str(tmp_path)): assert get_dls(o, bs=2, num_workers=0).train.n == 6
+    with pytest.raises(ValueError, match='nor such a folder'): get_dls(tmp_path/'nowhere')
+    with pytest.raises(ValueError, match='no data set'): get_dls(get_dls('digits'))
+    with pytest.raises(ValueError, match='channels is for folders'): get_dls('digits', channels=3)
+
+def test_predict_gives_the_embedding(quiet):
+    dls = get_dls('digits', bs=32, limit=128)
+    learn = quiet(clae_learner(dls, resnet8, views='digits'))
+    assert learn.predict(dls.valid_ds[0][0])[2].shape == (64,)

@@ -28,6 +28,14 @@ def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k,v
 def close(a, b): torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 
 @pytest.mark.slow
+def test_monitors(tmp_path):
+    for r in '01': (tmp_path/r).mkdir()
+    launch(2, 'monitors', tmp_path)
+    a,b = results(tmp_path, 'monitors', 2)
+    assert a['skipped'] == b['skipped'] == 1 and same(a['state'], b['state'])
+    assert .1 < a['row']['knn'] <= 1 and a['row']['z_std'] == b['row']['z_std'] > 0
+
+@pytest.mark.slow
 @pytest.mark.parametrize('n', [2,4])
 def test_equals_one_process_on_the_whole_batch(tmp_path, n):
     "Adversary, loss, averaged gradients and weights of three steps, float64, no batch norm"

@@ -17,7 +17,7 @@ def pretrained(dls):
 def convs(learn): return [m.weight.detach().clone() for m in learn.model[0].modules() if isinstance(m, torch.nn.Conv2d)]
 
 def test_fine_tune_predict_and_lr_find(pretrained, dls, quiet, digits_dir, tmp_path):
-    learn = quiet(encoder_learner(pretrained, dls, metrics=accuracy, path=tmp_path))
+    learn = quiet(encoder_learner(dls, pretrained, metrics=accuracy, path=tmp_path))
     before = convs(learn)
     learn.fit_one_cycle(1, 3e-3)
     assert all(torch.equal(a, b) for a,b in zip(before, convs(learn))) # frozen
@@ -36,7 +36,7 @@ def test_the_body_is_the_encoder(pretrained, dls, tmp_path):
     file = pretrained.export_encoder(tmp_path/'encoder.safetensors')
     before = {k: v.clone() for k,v in pretrained.model.state_dict().items()}
     for source in (pretrained, file):
-        learn = encoder_learner(source, dls)
+        learn = encoder_learner(dls, source)
         body,_ = extract_features(learn.model[0], learn.dls.valid)
         torch.testing.assert_close(body, h, rtol=0, atol=1e-5)
         assert [len(list(g)) for g in learn.splitter(learn.model)] == [len(list(m.parameters())) for m in learn.model]
@@ -46,7 +46,7 @@ def test_the_body_is_the_encoder(pretrained, dls, tmp_path):
 
 def test_the_callers_dls_is_not_changed(pretrained, dls):
     tfms = [list(dl.after_batch.fs) for dl in dls.loaders]
-    learn = encoder_learner(pretrained, dls)
+    learn = encoder_learner(dls, pretrained)
     assert [list(dl.after_batch.fs) for dl in dls.loaders] == tfms and not any(isinstance(o, Normalize) for o in tfms[0])
     assert [sum(isinstance(o, Normalize) for o in dl.after_batch.fs) for dl in learn.dls.loaders] == [1,1]
 
@@ -54,7 +54,7 @@ def test_normalised_once(pretrained, digits_dir, capsys):
     def own(mean): return get_dls('folder', digits_dir/'rgb', bs=32, size=16, num_workers=0, batch_tfms=Normalize.from_stats([mean]*3, [.5]*3, cuda=False))
     capsys.readouterr()
     for mean,said in ((.5, False), (.2, True)):
-        learn = encoder_learner(pretrained, own(mean))
+        learn = encoder_learner(own(mean), pretrained)
         assert sum(isinstance(o, Normalize) for o in learn.dls.train.after_batch.fs) == 1
         assert ('is kept' in capsys.readouterr().out) == said
 
@@ -64,19 +64,19 @@ def test_any_architecture(arch, dls, quiet):
         pytest.importorskip('timm')
         arch = arch[5:]
     size = get_dls('folder', dls.path, bs=16, size=32, limit=64, num_workers=0)
-    learn = quiet(encoder_learner(clae_learner(size, arch), size))
+    learn = quiet(encoder_learner(size, clae_learner(size, arch)))
     learn.fine_tune(1)
     assert learn.predict(PILImage.create(get_image_files(dls.path)[0]))[2].shape == (10,)
 
 def test_digits(quiet):
     dls = get_dls('digits', bs=64, limit=256)
-    learn = quiet(encoder_learner(clae_learner(dls, resnet8, views='digits'), dls, metrics=accuracy))
+    learn = quiet(encoder_learner(dls, clae_learner(dls, resnet8, views='digits'), metrics=accuracy))
     learn.fine_tune(1)
     assert learn.predict(dls.valid_ds[0][0])[2].shape == (10,)
 
 def test_bad_input(pretrained, digits_dir, tmp_path):
     flat = get_dls('folder', digits_dir/'flat', bs=32, size=16, num_workers=0)
-    with pytest.raises(ValueError, match='no classes'): encoder_learner(pretrained, flat)
-    with pytest.raises(ValueError, match='3 channels, and these have 1'): encoder_learner(pretrained, get_dls('digits'))
+    with pytest.raises(ValueError, match='no classes'): encoder_learner(flat, pretrained)
+    with pytest.raises(ValueError, match='3 channels, and these have 1'): encoder_learner(get_dls('digits'), pretrained)
     (tmp_path/'e.safetensors').write_bytes(b'\x80\x04K\x01.')
-    with pytest.raises(ValueError, match='pickles'): encoder_learner(tmp_path/'e.safetensors', flat)
+    with pytest.raises(ValueError, match='pickles'): encoder_learner(flat, tmp_path/'e.safetensors')

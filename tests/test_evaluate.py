@@ -249,7 +249,7 @@ def test_eval_and_export_commands(cli):
     assert cli('clae_train', '--epochs', 1, '--limit', 128).returncode == 0
     run = cli.cwd/'runs'/'digits-simclr-1'
     for args in ([], ['--protocol', 'authors', '--knn_on', 'h', '--k', 5]):
-        r = cli('clae_eval', 'digits-simclr-1', '--dataset', 'digits', *args)
+        r = cli('clae_eval', 'digits-simclr-1', *args)
         assert r.returncode == 0 and 'linear probe' in r.stdout and '\r' not in r.stdout, r.stderr
     e = json.loads((run/'eval-digits-honest.json').read_text())
     assert e['settings']['k'] == 200 and e['n_test'] == 450 and e['result'] == e['probe']['final'] and 'torch' in e['versions']

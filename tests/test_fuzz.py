@@ -62,7 +62,7 @@ def test_names(command, name):
     command(clae_eval, f'./{name}')
     command(clae_export, f'./{name}')
 
-@pytest.mark.parametrize('args', [('--k=0',), ('--k=-5',), ('--k=99999999999',), ('--bs=0',), ('--dataset=x',), ('--protocol=x',), ('--knn-on=x',), ('--probe-on=x',), ('--path=nowhere', '--dataset=folder'), ('--workers=-1',)])
+@pytest.mark.parametrize('args', [('--k=0','--data=digits'), ('--k=-5','--data=digits'), ('--k=99999999999','--data=digits'), ('--bs=0','--data=digits'), ('--data=x',), ('--protocol=x','--data=digits'), ('--knn-on=x','--data=digits'), ('--probe-on=x','--data=digits'), ('--path=nowhere', '--data=folder'), ('--workers=-1','--data=digits'), ()])
 def test_eval_options(command, encoder_file, tmp_path, args):
     shutil.copy(encoder_file, tmp_path/'e.safetensors')
     command(clae_eval, 'e.safetensors', *args)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from clae_fastai.all import (FGSM, Callback, CLAECallback, CLAELoss, ContrastiveModel, DataLoader, DataLoaders, Learner, NTXentLoss, OptimWrapper, PlainLoss, Recorder, UELLoss, adversarial_bn,
-                             convert_dual_bn, create_head, frozen_bn_stats, knn_predict, partial)
+                             convert_dual_bn, projection_head, frozen_bn_stats, knn_predict, partial)
 
 losses = dict(plain=PlainLoss, uel=UELLoss, simclr=NTXentLoss)
 opts = dict(plain=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9), uel=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9), simclr=partial(OptimWrapper, opt=torch.optim.Adam))
@@ -18,7 +18,7 @@ def small_encoder():
 
 def model_of(d, method):
     "The golden network, in its initial state"
-    model = convert_dual_bn(ContrastiveModel(small_encoder(), create_head(16, 'mlp' if method == 'simclr' else 'linear', 8))).double()
+    model = convert_dual_bn(ContrastiveModel(small_encoder(), projection_head(16, 'mlp' if method == 'simclr' else 'linear', 8))).double()
     state = {rename(k[5:]): torch.tensor(d[k]) for k in d if k.startswith('init/')}
     model.load_state_dict(state)
     return model

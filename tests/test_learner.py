@@ -1,13 +1,16 @@
 "Everything a fastai user does with a `Learner`, on labelled and unlabelled data of one and three channels."
 import copy
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from clae_fastai.all import (FGSM, CategoryBlock, CLAECallback, CLAELoss, ContrastiveModel, DataBlock, GradientAccumulation, GradientClip, ImageBlock, Learner, Normalize, NTXentLoss, PILImage,
-                             PILImageBW, RandomSplitter, TwoViews, accuracy, clae_learner, create_head, dual_bns, extract_features, get_dls, get_image_files, imagenet_stats, load_learner,
+from clae_fastai.all import (FGSM, Callback, CategoryBlock, CLAECallback, CLAELoss, ContrastiveModel, DataBlock, DataLoaders, GradientAccumulation, GradientClip, ImageBlock, IntToFloatTensor, Learner, MemoryDL, MemoryImages, Normalize, NTXentLoss, PILImage,
+                             PILImageBW, RandomSplitter, TwoViews, accuracy, clae_learner, convert_dual_bn, projection_head, dual_bns, extract_features, get_dls, get_image_files, imagenet_stats, load_learner,
                              num_features, parent_label, resnet8, resnet18, set_seed, split_normalize, vision_learner)
 
 def make_dls(digits_dir, labelled, n_in, normalize=True):
@@ -101,7 +104,7 @@ def test_baseline_is_the_plain_method(digits_dir, quiet, kw):
         for dl in dls.loaders: dl.after_batch.fs = split_normalize(dl.after_batch)[0]
         for _ in range(2): dls.train.new() # clae_learner's copies draw the seeds of their shuffling
         dls.one_batch()
-        return Learner(dls, ContrastiveModel(enc, create_head(num_features(enc, 1, 16))), CLAELoss(NTXentLoss()), cbs=CLAECallback(TwoViews.from_preset('digits', 16, 1, ([.5],[.5]))))
+        return Learner(dls, ContrastiveModel(enc, projection_head(num_features(enc, 1, 16))), CLAELoss(NTXentLoss()), cbs=CLAECallback(TwoViews.from_preset('digits', 16, 1, ([.5],[.5]))))
     runs = [train(lambda dls: clae_learner(dls, resnet8, views='digits', **kw)), train(lambda dls: clae_learner(dls, resnet8, views='digits', attack=None))]
     a,b = (r.model.state_dict() for r in runs)
     assert not dual_bns(runs[0].model) and list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
@@ -162,3 +165,77 @@ def test_attack_instance_keeps_its_settings(digits_dir, quiet):
     learn = quiet(clae_learner(make_dls(digits_dir, False, 3), resnet8, attack=attack))
     learn.fit(1)
     assert learn.clae.attack is attack and [o.item() for o in attack.stats[0]] == pytest.approx(imagenet_stats[0])
+
+def test_own_modules_are_trained_without_a_trace_of_before(quiet):
+    "A module is used as it is; what an attack did to it is undone where there is none"
+    net = nn.Sequential(nn.Conv2d(1,8,3,2), nn.BatchNorm2d(8), nn.ReLU())
+    dls = get_dls('digits', bs=32, limit=128)
+    assert dual_bns(clae_learner(dls, net, views='digits').model)
+    learn = quiet(clae_learner(dls, net, views='digits', eps=0))
+    assert not dual_bns(learn.model)
+    learn.fit(1, 1e-3)
+
+def test_mistakes_with_weights_and_sizes():
+    dls = get_dls('digits', bs=32, limit=128)
+    other = resnet8().state_dict()
+    for kw,words in ((dict(weights={}), 'misses'), (dict(weights=other), 'misses .* in another shape'), (dict(weights='x.pth'), 'no weights .*safetensors')):
+        with pytest.raises(ValueError, match=words): clae_learner(dls, resnet18, **kw)
+    for kw in (dict(pretrained=True), dict(weights='DEFAULT')):
+        with pytest.raises(ValueError, match='no trained weights for resnet8'): clae_learner(dls, resnet8, **kw)
+    with pytest.raises(ValueError, match='16x16 pixels .* another architecture'): clae_learner(dls, 'vit_b_16')
+    for views in ([nn.Identity()], 3):
+        with pytest.raises(ValueError, match='views must be'): clae_learner(dls, resnet8, views=views)
+    with pytest.raises(ValueError, match='attack=None has none'): clae_learner(dls, resnet8, attack=None, eps=.1)
+
+def test_weights_of_a_parallel_model():
+    state = {f'module.{k}': v for k,v in resnet8(n_in=1).state_dict().items() if not k.startswith('fc.')}
+    learn = clae_learner(get_dls('digits', bs=32, limit=128), resnet8, weights=state)
+    assert all(torch.equal(v, state[f'module.{k}']) for k,v in learn.model.encoder.state_dict().items() if 'bn' not in k and 'downsample.1' not in k)
+
+def test_weights_bring_their_normalisation(tmp_path):
+    "As in vision_learner; the DataLoaders' own goes before"
+    dls = DataLoaders(MemoryDL(MemoryImages(torch.randint(0, 256, (8,3,32,32), dtype=torch.uint8)), bs=4, after_batch=[IntToFloatTensor()]))
+    def mean(**kw): return [round(float(o), 3) for o in clae_learner(dls, resnet18, **kw).clae.views.stats[0]]
+    assert mean() == [.5]*3
+    with patch('torchvision.models.resnet.ResNet18_Weights.get_state_dict', lambda self, **_: torchvision.models.resnet18().state_dict()):
+        assert mean(pretrained=True, stem='imagenet') == imagenet_stats[0] == mean(weights='IMAGENET1K_V1', stem='imagenet')
+    assert mean(weights=torchvision.models.resnet18().state_dict(), stem='imagenet') == [.5]*3 # nobody knows
+    own = clae_learner(dls, 'resnet8', views=TwoViews.from_preset('simclr', 32, stats=([.1]*3,[.2]*3)))
+    assert [round(float(o), 3) for o in clae_learner(dls, 'resnet8', weights=own.export_encoder(tmp_path/'e.safetensors')).clae.views.stats[0]] == [.1]*3
+
+def test_gradient_checkpointing_is_refused():
+    "The second forward, inside the backward, would go through the wrong batch norm"
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(1,8,3), nn.BatchNorm2d(8), nn.ReLU())
+        def forward(self, x): return checkpoint(self.body, x, use_reentrant=False)
+    model = convert_dual_bn(ContrastiveModel(Net(), projection_head(8)))
+    x = torch.randn(4,1,8,8)
+    loss = CLAELoss(NTXentLoss())(model(x, x+.1, x-.1))
+    with pytest.raises(ValueError, match='Gradient checkpointing'): loss.backward()
+
+def test_float16_elsewhere_is_fastais(quiet):
+    "Learners without CLAECallback keep fastai's own mixed precision"
+    learn = quiet(vision_learner(get_dls('digits', bs=32, limit=128), resnet18, pretrained=False, n_in=1, normalize=False)).to_fp16()
+    kinds = set()
+    learn.model[0][0].register_forward_hook(lambda m,i,o: kinds.add(o.dtype))
+    learn.fit(1)
+    assert kinds == {torch.float32} or torch.cuda.is_available()
+
+@pytest.mark.parametrize('attack', ['fgsm','rfgsm','ffgsm','pgd','random'])
+def test_every_attack_in_low_precision_leaves_all_gradients(quiet, attack):
+    learn = quiet(clae_learner(get_dls('digits', bs=32, limit=32), resnet8, views='digits', attack=attack, precision='bf16'))
+    class Seen(Callback):
+        order = 1000
+        def after_backward(self): self.missing = [n for n,p in self.model.named_parameters() if p.grad is None]
+    learn.fit(1, 1e-3, cbs=(seen := Seen()))
+    assert seen.missing == []
+
+def test_another_device_after_loading(tmp_path, quiet):
+    "The generator of an attack is saved as its state, which a machine without the device leaves out"
+    learn = quiet(clae_learner(get_dls('digits', bs=32, limit=64), resnet8, views='digits', attack='rfgsm', path=tmp_path))
+    learn.fit(1, 1e-3)
+    learn.export('l.pkl')
+    again = load_learner(tmp_path/'l.pkl')
+    assert torch.equal(again.clae.attack.generator.get_state(), learn.clae.attack.generator.get_state())

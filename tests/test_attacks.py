@@ -60,11 +60,19 @@ def test_special_cases_equal_fgsm(norm, space, eps, seed):
 @settings(max_examples=20, deadline=None)
 @given(d=st.integers(2, 40), b=st.integers(1, 9), seed=st.integers(0, 999))
 def test_a_positive_pair_alone_has_no_gradient(d, b, seed):
-    "At delta=0 a normalised positive pair is at its maximum of similarity: FGSM is directed by the negatives"
-    x = torch.randn(b, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, requires_grad=True)
-    z = nn.functional.normalize(x, dim=1)
-    g, = torch.autograd.grad((z.detach()*z).sum(), x)
-    assert g.abs().max() < 1e-12
+    "At delta=0 a normalised positive pair is at its maximum of similarity: FGSM is directed by the negatives, a random start is not"
+    seen = []
+    class Watch(FGSM):
+        def direction(self, g): seen.append(g); return super().direction(g)
+    class WatchRandom(RFGSM):
+        def direction(self, g): seen.append(g); return super().direction(g)
+    x = torch.randn(b, d, 1, 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    def embed(x): return nn.functional.normalize(x.flatten(1), dim=1)
+    def similarity(anchors, z): return -(anchors*z).sum()
+    Watch(.1)(embed, x, similarity)
+    assert seen[0].abs().max() < 1e-12
+    WatchRandom(.1)(embed, x, similarity)
+    assert seen[-1].abs().max() > 1e-6
 
 @pytest.fixture(scope='module')
 def trained():

@@ -125,3 +125,37 @@ def test_photographs(cli, cifar_dir, tmp_path):
     model.fc = nn.Identity()
     model.conv1,model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False),nn.Identity()
     model.load_state_dict(safetensors.torch.load_file(run/'encoder.safetensors'), strict=True)
+
+def test_names_of_runs_with_a_recipe(cli, digits_dir):
+    "A recipe has a name, which is not the run's"
+    args = ['--recipe', 'simclr-cifar10', '--data', 'folder', '--path', digits_dir/'rgb', '--size', 16, '--arch', 'resnet8', '--limit', 64, '--bs', 32, '--epochs', 1, '--workers', 0]
+    for name in ('mine',None,None):
+        r = cli('clae_train', *args, *(['--name', name] if name else []))
+        assert r.returncode == 0, r.stderr
+    assert sorted(o.name for o in (cli.cwd/'runs').iterdir()) == ['mine','rgb-simclr-1','rgb-simclr-2']
+
+def test_classes_without_training_images(cli):
+    "Training needs no labels, so it is not refused for the sake of an evaluation"
+    r = cli('clae_train', '--epochs', 1, '--limit', 20, '--bs', 10)
+    assert r.returncode == 0 and 'classes there is no training image' in r.stdout, r.stderr
+    assert (cli.cwd/'runs'/'digits-simclr-1'/'summary.json').exists()
+
+def test_eval_is_on_the_data_of_the_run(cli, digits_dir):
+    r = cli('clae_train', '--path', digits_dir/'grey', '--name', 'mine', '--views', 'digits', '--arch', 'resnet8', '--epochs', 1, '--seed', 5, '--workers', 0)
+    assert r.returncode == 0, r.stderr
+    run = cli.cwd/'runs'/'mine'
+    s = json.loads((run/'summary.json').read_text())
+    assert s['settings']['views'] == 'digits'
+    r = cli('clae_eval', 'mine', '--workers', 0)
+    assert r.returncode == 0, r.stderr
+    e = json.loads((run/'eval-folder-honest.json').read_text())
+    n = sum(1 for _ in (digits_dir/'grey').rglob('*.png'))
+    assert e['n_train'] + e['n_test'] == n and e['settings']['k'] == min(200, e['n_train'])
+    shutil.copy(run/'encoder.safetensors', cli.cwd/'e.safetensors')
+    r = cli('clae_eval', 'e.safetensors')
+    assert r.returncode == 2 and '--data NAME or --path FOLDER' in r.stderr
+
+def test_precision_auto_is_chosen_once(cli):
+    assert cli('clae_train', *quick, '--precision', 'auto').returncode == 0
+    run = cli.cwd/'runs'/'digits-simclr-1'
+    assert json.loads((run/'settings.json').read_text())['options']['precision'] == json.loads((run/'summary.json').read_text())['settings']['precision'] != 'auto'

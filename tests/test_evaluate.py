@@ -198,6 +198,29 @@ def test_transfer_runs_the_rest(trained, tmp_path):
     assert list(t.missing) == ['flowers'] and list(t.results) == ['pets'] and 'missing' in str(t)
     assert t.results['pets'].probe.metric == 'mean_per_class' and t.results['pets'].n_train == 6 and json.loads(t.to_json())['results']['pets']['dataset'] == 'pets'
 
+def test_transfer_keeps_what_it_has(trained, tmp_path):
+    "A set that does not suit the encoder costs the others nothing"
+    _,_,f = trained
+    pets(tmp_path)
+    t = transfer(f, ['pets','digits'], tmp_path, download=False, k=3, solver='adam', epochs=2, bs=2, num_workers=0)
+    assert list(t.results) == ['pets'] and '3 channels' in t.missing['digits']
+    with pytest.raises(ValueError, match='3 channels'): transfer(f, 'digits')
+    with pytest.raises(ValueError, match='no protocol'): transfer(f, ['pets'], tmp_path, protocol='x')
+
+def test_evaluate_a_plain_module():
+    e = evaluate(nn.Flatten(), get_dls('digits', limit=100, bs=32, drop_last=False))
+    assert e.settings['k'] == 100 and e.n_train == 100 and .5 < e.result < 1
+    with pytest.raises(ValueError, match='no head'): evaluate(nn.Flatten(), get_dls('digits', limit=100), 'authors')
+
+def test_evaluate_leaves_random_numbers_alone(trained):
+    before = random.getstate(),np.random.get_state()[1].tolist(),torch.get_rng_state().tolist()
+    evaluate(nn.Flatten(), 'digits', solver='adam', epochs=1)
+    assert (random.getstate(),np.random.get_state()[1].tolist(),torch.get_rng_state().tolist()) == before
+
+def test_export_that_cannot_be_written(quiet, tmp_path):
+    learn = clae_learner(get_dls('digits', bs=32, limit=64), resnet8, views='digits')
+    with pytest.raises(OSError, match='nowhere'): learn.export_encoder(tmp_path/'nowhere'/'e.safetensors')
+
 # bad input
 
 def test_bad_features():

@@ -1,5 +1,5 @@
 """What `test_distributed.py` runs under torchrun, on every rank: `distributed_worker.py exact|learner|monitors|fastai OUT`; results go to OUT/NAME-RANK.pt. Its first part is also the reference in one process."""
-import contextlib, hashlib, math, sys
+import hashlib, math, sys
 from collections import OrderedDict
 from pathlib import Path
 from unittest.mock import patch
@@ -140,7 +140,7 @@ def monitors(out):
     with learn.distributed(): learn.fit(1, 1e-3)
     row = dict(zip(list(learn.recorder.metric_names)[1:-1], learn.recorder.values[-1]))
     alone = digits_learner(on_nonfinite='skip') # a launcher, and no process group
-    with contextlib.chdir(out/str(rank_distrib())): alone.fit(1, 1e-3, cbs=Checkpoint())
+    alone.fit(1, 1e-3, cbs=Checkpoint(out/str(rank_distrib())))
     torch.save(dict(row=row, skipped=learn.check_finite.n_skipped, state=state(learn)), out/f'monitors-{rank_distrib()}.pt')
 
 def fastai(out):

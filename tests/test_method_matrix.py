@@ -62,9 +62,8 @@ def test_a_loss_that_is_no_number(dls, quiet):
     learn = quiet(clae_learner(dls[True], resnet8, method=lambda a,b: (a - b).pow(2).sum(1), views='digits'))
     with pytest.raises(ValueError, match=r'shape \(16,\)'): learn.fit(1)
 
-def test_pixel_space_needs_a_normalize(dls, quiet):
-    learn = quiet(clae_learner(dls[True], resnet8, attack=FGSM(.1, space='pixel'), views=TwoViews(noop)))
-    with pytest.raises(ValueError, match='Normalize'): learn.fit(1)
+def test_pixel_space_needs_a_normalize(dls):
+    with pytest.raises(ValueError, match='Normalize'): clae_learner(dls[True], resnet8, attack=FGSM(.1, space='pixel'), views=TwoViews(noop))
 
 @pytest.mark.parametrize('precision,dtype', [('to_bf16', torch.bfloat16), ('to_fp16', torch.float16)])
 def test_precision_is_what_it_says(dls, quiet, precision, dtype):

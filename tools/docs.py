@@ -134,7 +134,7 @@ def output(o, save, page, lookup):
     if 'image/png' in data: return f'![{alt}]({save(b64decode(text(data["image/png"])), "png")}){{ .figure }}'
     if 'image/svg+xml' in data: return f'![Output of the code above]({save(text(data["image/svg+xml"]).encode(), "svg")}){{ .figure }}'
     if 'text/html' in data: # blank lines would end the HTML; a pandas table gets the site's style instead of its own
-        h = re.sub(r'<style.*?</style>|(?<=<table) border="1" class="dataframe"|(?<=<tr) style="[^"]*"', '', text(data['text/html']), flags=re.S)
+        h = re.sub(r'<style.*?</style>|(?<=<table) border="1" class="dataframe"|(?<=<table) class="fastprogress"|(?<=<tr) style="[^"]*"', '', text(data['text/html']), flags=re.S)
         return '<div class="output-html">\n' + re.sub(r'\n\s*\n', '\n', h) + '\n</div>'
     s = text(o.get('text') or data.get('text/plain')) or '\n'.join(o.get('traceback', []))
     return fence(re.sub(r'\x1b\[[0-9;]*m', '', s), '.text .output') if s.strip() else ''

@@ -38,8 +38,9 @@ class Attack:
     ) -> Tensor: # `x_adv` (B,C,H,W), without graph
         "Perturb the images of a batch, together"
         if self.eps == 0: return x
-        if self.space == 'pixel': self.check_stats()
-        if self.stats is not None: self.stats = [torch.as_tensor(o, dtype=x.dtype, device=x.device) for o in self.stats] # moved once
+        if self.space == 'pixel':
+            self.check_stats()
+            self.stats = [torch.as_tensor(o, dtype=x.dtype, device=x.device) for o in self.stats] # moved once, not in every step
         x = x.detach()
         delta = self.delta(x, _BatchGradient(self, embed, x, loss))
         with torch.no_grad(): return self.add(x, delta)

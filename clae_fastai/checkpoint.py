@@ -10,6 +10,7 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'random_state', 'set_random_sta
 from fastai.vision.all import *
 import hashlib, json, safetensors, safetensors.torch, signal, zlib
 from .distributed import *
+from .data import _replacing
 
 # %% ../nbs/10_checkpoint.ipynb #4c48aaf8
 def _pack(o, tensors):
@@ -60,12 +61,8 @@ def save_checkpoint(
     file,tensors = Path(file),{}
     text = json.dumps(_pack(state, tensors))
     data = safetensors.torch.save(tensors, dict(format=_format, state=text, digest=_digest(tensors, text)))
-    tmp = file.with_name(f'.{file.name}.{os.getpid()}.tmp')
-    try:
-        with tmp.open('wb') as f:
-            f.write(data); f.flush(); os.fsync(f.fileno())
-        tmp.replace(file)
-    finally: tmp.unlink(missing_ok=True)
+    with _replacing(file) as tmp, tmp.open('wb') as f:
+        f.write(data); f.flush(); os.fsync(f.fileno())
     if os.name == 'posix': # the rename, too, must reach the disk
         folder = os.open(file.parent, os.O_RDONLY)
         try: os.fsync(folder)

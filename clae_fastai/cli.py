@@ -17,6 +17,7 @@ from . import __version__
 from .callback import *
 from .learner import *
 from .data import *
+from .data import _replacing
 from .evaluate import *
 from .checkpoint import *
 from .experiments import figure, table, _write
@@ -131,9 +132,7 @@ class _History(Callback):
     def after_fit(self): self._write() # of a run that was interrupted after its last epoch
     def _write(self):
         if rank_distrib(): return
-        tmp = self.file.with_suffix('.tmp')
-        pd.DataFrame(self.rows, columns=list(self.recorder.metric_names)).to_csv(tmp, index=False)
-        tmp.replace(self.file)
+        with _replacing(self.file) as tmp: pd.DataFrame(self.rows, columns=list(self.recorder.metric_names)).to_csv(tmp, index=False)
 
 @contextmanager
 def _plain_log(learn):

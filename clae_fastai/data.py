@@ -8,7 +8,7 @@ __all__ = ['ImageItem', 'catalogue', 'check_images', 'read_images', 'MemoryImage
 
 # %% ../nbs/06_data.ipynb #199c678b
 from fastai.vision.all import *
-import hashlib, json, pickle, safetensors, safetensors.torch
+import contextlib, hashlib, json, pickle, safetensors, safetensors.torch
 import scipy.io, torchvision
 import torchvision.transforms.functional as TF
 from collections import namedtuple
@@ -18,28 +18,54 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 # %% ../nbs/06_data.ipynb #de9a865a
-def _read_mode(f):
-    "Mode and size of an image file, or what is wrong with it"
+@contextmanager
+def _replacing(file):
+    "A new file beside `file`, which takes its place if all goes well and is deleted if not"
+    tmp = file.with_name(f'.{file.name}.{os.getpid()}.tmp')
     try:
-        with Image.open(f) as im:
-            im.load()
-            return im.mode,im.size
-    except Exception as e: return e
+        yield tmp
+        tmp.replace(file)
+    finally: tmp.unlink(missing_ok=True)
+
+# %% ../nbs/06_data.ipynb #e6533d3b
+_checked_format = 'clae-checked-1'
+
+def _load_checked(file):
+    "Of each image that was readable, its name: [bytes, time of change, mode, width, height]; nothing, if `file` is damaged or not there"
+    def _whole(o): return isinstance(o, list) and len(o) == 5 and isinstance(o[2], str) and all(type(i) is int for i in (*o[:2],*o[3:])) and min(o[3:]) > 0
+    try: d = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError): return {}
+    images = d.get('images') if isinstance(d, dict) and d.get('format') == _checked_format else None
+    return {k: v for k,v in images.items() if _whole(v)} if isinstance(images, dict) else {}
 
 def check_images(
     files:list, # Image files
-    skip_bad:bool=False # Leave out what cannot be read, and say how many, instead of raising
+    skip_bad:bool=False, # Leave out what cannot be read, and say how many, instead of raising
+    root:str|Path=None # Folder of all of them, to remember in what was readable; None: nothing is remembered
 ) -> tuple: # The files that can be read, their modes and their sizes (width, height): three `L`s
-    "Decode every file once"
-    found = L(files).zipwith(parallel(_read_mode, files, threadpool=True, n_workers=min(16, defaults.cpus), progress=False))
-    bad = found.filter(lambda o: isinstance(o[1], Exception))
+    "Decode every file once, but for those that are known to be readable and have not changed"
+    files,memo = L(files),None if root is None else Path(root)/'.clae-checked.json'
+    known = {} if memo is None else _load_checked(memo)
+    def _name(f): return os.path.relpath(f, root)
+    def _check(f):
+        try:
+            s = os.stat(f)
+            stamp = [s.st_size,s.st_mtime_ns]
+            if known and (old := known.get(_name(f))) and old[:2] == stamp: return old
+            with Image.open(f) as im:
+                im.load()
+                return [*stamp, im.mode, *im.size]
+        except Exception as e: return e
+    found = files.zipwith(parallel(_check, files, threadpool=True, n_workers=min(16, defaults.cpus), progress=False))
+    good,bad = found.filter(lambda o: isinstance(o[1], list)),found.filter(lambda o: isinstance(o[1], Exception))
+    if memo is not None and (images := {_name(f): o for f,o in good}) != known:
+        with contextlib.suppress(OSError), _replacing(memo) as tmp: tmp.write_text(json.dumps(dict(format=_checked_format, images=images)))
     if bad:
         names = ', '.join(f'{f} ({type(e).__name__}: {e})' for f,e in bad[:3])
         what = f"{len(bad)} of {len(files)} files cannot be read as images: {names}{' and others' if len(bad) > 3 else ''}."
         if not skip_bad: raise ValueError(f"{what} Replace or delete them, or leave them out with skip_bad=True (--skip-bad on the command line).")
         print(f"Skipped {what}")
-    good = found.filter(lambda o: not isinstance(o[1], Exception))
-    return good.itemgot(0),good.itemgot(1).itemgot(0),good.itemgot(1).itemgot(1)
+    return good.itemgot(0),good.map(lambda o: o[1][2]),good.map(lambda o: tuple(o[1][3:]))
 
 # %% ../nbs/06_data.ipynb #e395e5a4
 def _eight_bits(im): return Image.fromarray((np.asarray(im) >> 8).astype(np.uint8)) if im.mode.startswith('I;16') else im # PIL would clip
@@ -172,10 +198,8 @@ def _load_cache(file, fingerprint):
 
 def _save_cache(file, fingerprint, train, valid):
     t = {f'{s}_{k}': getattr(ds, k).contiguous() for s,ds in (('train',train),('valid',valid)) for k in ('images','labels')}
-    tmp = file.with_name(f'{file.name}.{os.getpid()}')
     try:
-        safetensors.torch.save_file(t, tmp, dict(format=_cache_format, fingerprint=fingerprint, digest=_digest(t), vocab=json.dumps(list(train.vocab))))
-        tmp.replace(file)
+        with _replacing(file) as tmp: safetensors.torch.save_file(t, tmp, dict(format=_cache_format, fingerprint=fingerprint, digest=_digest(t), vocab=json.dumps(list(train.vocab))))
     except (OSError, safetensors.SafetensorError) as e: print(f"The images were read, and could not be kept in {file} ({e}): they will be read anew next time.")
 
 def _cached(root, files, read):
@@ -338,8 +362,8 @@ def _folder_items(path, seed, skip_bad):
     root = path if test is None else path/'train'
     files = get_image_files(root).sorted()
     if not files: raise FileNotFoundError(f"There is no image in {root}: expected files such as {root}/<class>/1.png, or {root}/1.png for images without classes.")
-    files,modes,sizes = check_images(files, skip_bad)
-    test_files,test_modes,test_sizes = check_images(get_image_files(test).sorted(), skip_bad) if test else (L(),L(),L())
+    files,modes,sizes = check_images(files, skip_bad, root)
+    test_files,test_modes,test_sizes = check_images(get_image_files(test).sorted(), skip_bad, test) if test else (L(),L(),L())
     if not files: raise ValueError(f"No file in {root} can be read as an image.")
     labels,test_labels = _labels(files, root),_labels(test_files, test) if test_files else None
     if test_files and (labels is None) != (test_labels is None):
@@ -443,10 +467,10 @@ def _read(entry, path, download, **kwargs):
     path = Path(path) if path is not None else fastai_path('data')
     def _try():
         try:
-            res = entry.read(_own_folder(path, entry.folders), **kwargs)
+            res = entry.read(root := _own_folder(path, entry.folders), **kwargs)
             missing = [] if entry.memory else [o.image for o in res[0] + res[1] if not o.image.exists()]
             if missing: raise FileNotFoundError(2, f'{len(missing)} listed images are missing', str(missing[0]))
-            if not entry.memory: check_images([o.image for o in res[0] + res[1]])
+            if not entry.memory: check_images([o.image for o in res[0] + res[1]], root=root)
             return res
         except FileNotFoundError as e: return e
         except ValueError: raise

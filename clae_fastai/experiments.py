@@ -10,7 +10,7 @@ from fastai.vision.all import *
 import filelock, hashlib, json, multiprocessing, traceback
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from .data import catalogue
+from .data import catalogue, _replacing
 from .learner import methods, recipes
 from .evaluate import table2
 from .analysis import *
@@ -108,8 +108,7 @@ def trial_name(
 
 # %% ../nbs/12_experiments.ipynb #05dd5fbe
 def _write(file, text):
-    tmp = file.with_name(f'.{file.name}.{os.getpid()}.tmp')
-    tmp.write_text(text, encoding='utf-8'); tmp.replace(file)
+    with _replacing(file) as tmp: tmp.write_text(text, encoding='utf-8')
 
 @contextmanager
 def _locked(d):
@@ -346,9 +345,7 @@ def _trials(grid, scale, data, seeds, out):
     return seeds,trials,out
 
 def _save_figure(fig, file):
-    tmp = file.with_name(f'.{file.name}.{os.getpid()}.tmp')
-    fig.savefig(tmp, format='png', dpi=110, bbox_inches='tight')
-    tmp.replace(file)
+    with _replacing(file) as tmp: fig.savefig(tmp, format='png', dpi=110, bbox_inches='tight')
 
 def _make(name, grid, scale, data, seeds, workers, ray, out, run):
     seeds,trials,out = _trials(grid, scale, data, seeds, out)

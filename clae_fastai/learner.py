@@ -18,6 +18,7 @@ from .attacks import *
 from .views import *
 from .models import *
 from .models import _key_difference
+from .data import _replacing
 from .callback import *
 
 # %% ../nbs/08_learner.ipynb #b93fb55c
@@ -165,9 +166,7 @@ def export_encoder(self:Learner,
     file = Path(file)
     state = strip_dual_bn(deepcopy(get_model(self.model).encoder)).state_dict()
     head = {k: v if isinstance(v, str) else json.dumps(v) for k,v in dict(format=_format, version=__version__, **self.encoder_info).items()}
-    tmp = file.with_name(f'.{file.name}.{os.getpid()}.tmp')
-    tmp.write_bytes(safetensors.torch.save({k: v.detach().cpu().contiguous() for k,v in state.items()}, metadata=head)) # an OSError where it cannot be written
-    tmp.replace(file)
+    with _replacing(file) as tmp: tmp.write_bytes(safetensors.torch.save({k: v.detach().cpu().contiguous() for k,v in state.items()}, metadata=head)) # an OSError where it cannot be written
     return file
 
 def _read_encoder(file):

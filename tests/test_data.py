@@ -1,4 +1,6 @@
 "Every entry of the catalogue, from a tiny copy of its real layout; images in memory; what is wrong with a data set is said."
+import json
+import os
 import pickle
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from PIL import Image
 from fastai.vision.all import RandTransform, TensorImageBase
 from safetensors import SafetensorError
 
-from clae_fastai.all import MemoryDL, Normalize, TensorCategory, accuracy, catalogue, clae_learner, datasets, extract_features, get_dls, load_learner, resnet8, resnet18, vision_learner
+from clae_fastai.all import MemoryDL, Normalize, TensorCategory, accuracy, catalogue, check_images, clae_learner, datasets, extract_features, get_dls, get_image_files, load_learner, resnet8, resnet18, vision_learner
 
 rng = np.random.default_rng(0)
 
@@ -313,6 +315,62 @@ def test_a_cache_that_cannot_be_kept(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr('safetensors.torch.save_file', _refuse)
     assert len(get_dls('cifar10', tmp_path, bs=2, download=False).train_ds) == 20
     assert 'could not be kept' in capsys.readouterr().out
+
+@pytest.fixture
+def opened(monkeypatch):
+    "Names of the images that PIL opens, as it does"
+    names,open_ = [],Image.open
+    def _open(f, *args, **kwargs):
+        names.append(Path(f).name)
+        return open_(f, *args, **kwargs)
+    monkeypatch.setattr(Image, 'open', _open)
+    return names
+
+def check(folder, **kwargs): return check_images(get_image_files(folder).sorted(), root=folder, **kwargs)
+
+def test_readable_images_are_remembered(tmp_path, opened):
+    "Only what is new, has changed, or could not be read is decoded when a folder is used again"
+    def decoded(**kwargs):
+        opened.clear()
+        files,modes,sizes = check(tmp_path, **kwargs)
+        for f,m,s in zip(files, modes, sizes):
+            with Image.open(f) as im: assert (im.mode,im.size) == (m,s)
+        return sorted(opened[:-len(files)]),len(files)
+    for i in range(6): image(tmp_path/f'{i}.png', i)
+    assert decoded() == ([f'{i}.png' for i in range(6)], 6) and decoded() == ([], 6)
+    image(tmp_path/'6.png', 6)
+    image(tmp_path/'2.png', 7, (50,30))
+    assert decoded() == (['2.png','6.png'], 7)
+    (tmp_path/'3.png').write_bytes((tmp_path/'3.png').read_bytes()[:60])
+    for _ in range(2):
+        with pytest.raises(ValueError, match='3.png'): decoded()
+        assert opened == ['3.png']
+    assert decoded(skip_bad=True) == (['3.png'], 6)
+    (tmp_path/'3.png').unlink()
+    assert decoded() == ([], 6) and sorted(json.loads((tmp_path/'.clae-checked.json').read_text())['images']) == [f'{i}.png' for i in (0,1,2,4,5,6)]
+
+def test_what_a_folder_remembers(tmp_path, opened):
+    "`get_dls` remembers training and test images, each in their folder, and a moved folder is known again"
+    for p in ('train','test'):
+        for c in 'ab':
+            for i in range(4): image(tmp_path/'images'/p/c/f'{i}.png', i)
+    get_dls(tmp_path/'images', bs=2, size=24, num_workers=0)
+    moved = (tmp_path/'images').rename(tmp_path/'moved')
+    opened.clear()
+    for p in ('train','test'): assert len(check(moved/p)[0]) == 8
+    assert not opened
+
+@pytest.mark.parametrize('memo', [b'', b'\xff', b'[]', b'{}', b'[' * 100_000, b'{"format": "clae-checked-1", "images": [1]}', b'{"format": "clae-checked-1", "images": {"0.png": 1, "1.png": [1, 2, "RGB", -4, 5], "2.png": [1, 2, [], 4, 5]}}'])
+def test_a_damaged_memory_is_none(tmp_path, opened, memo):
+    for i in range(3): image(tmp_path/f'{i}.png', i)
+    (tmp_path/'.clae-checked.json').write_bytes(memo)
+    for _ in range(2): assert len(check(tmp_path)[0]) == len(opened) == 3
+
+def test_a_memory_that_cannot_be_kept(tmp_path):
+    for i in range(3): image(tmp_path/f'{i}.png', i)
+    (tmp_path/'.clae-checked.json').mkdir() # not even root may replace a folder by a file
+    for _ in range(2): assert get_dls(tmp_path, bs=2, size=24, num_workers=0).train.n == 3
+    assert sorted(os.listdir(tmp_path)) == ['.clae-checked.json', '0.png', '1.png', '2.png']
 
 def test_a_folder_by_itself(tmp_path):
     for i in range(6): image(tmp_path/f'{i}.png', i, (32,32))

@@ -260,8 +260,9 @@ def results(self:Grid,
     seeds:int=3 # Number of seeds, from 0 on
 ) -> pd.DataFrame: # A row a trial and its cell's labels; the metrics of those that are not done are nan
     "What is known of a grid's trials"
-    known = rows.set_index('trial').to_dict('index') if len(rows) else {}
     names = [(label, s, trial_name({**o, 'seed': s})) for s in range(seeds) for label,o in cells]
+    own = rows[rows['trial'].isin([n for *_,n in names])].set_index('trial')
+    known = own.dropna(axis=1, how='all').to_dict('index') # without the columns of other grids
     df = pd.DataFrame([{'trial': n, **known.get(n, {}), **label, 'seed': s} for label,s,n in names])
     return df.reindex(columns=list(dict.fromkeys([*df.columns, *self.metrics, 'train_seconds'])))
 

@@ -254,6 +254,13 @@ def test_rows_outlive_run_folders_and_serve_every_table(tmp_path):
     table('1', 'smoke', seeds=2, out=tmp_path, run=fake)
     assert len(summaries(tmp_path/'runs')) == 9 and len(pd.read_csv(tmp_path/'trials.csv')) == 18
 
+def test_a_table_stays_the_same_whatever_else_is_run(tmp_path):
+    "Another grid's trials have columns that this one's have not"
+    def csv(): return table('1', 'smoke', out=tmp_path, run=fake).with_suffix('.csv').read_text()
+    before = csv()
+    table('2', 'smoke', out=tmp_path, run=fake); figure('5b', 'smoke', out=tmp_path, run=fake)
+    assert {'transfer','n_out'} <= set(pd.read_csv(tmp_path/'trials.csv')) and csv() == before
+
 def test_results_of_failed_sweeps_are_rendered(tmp_path):
     def run(o, folder): fake({**o, **({'does': 'fail'} if o['method'] == 'uel' else {})}, folder)
     with pytest.raises(ValueError, match='Of 9 trials 3 failed'): table('1', 'smoke', out=tmp_path, run=run)

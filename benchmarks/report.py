@@ -38,13 +38,14 @@ def spread(x, fmt='.2f'):
 titles = dict(step='A training step', step_no_bf16='The same on a processor without bfloat16', tried='A faster step: what was tried', loss='The losses: time and memory', views='Two views of each image', eval='Evaluation', signs="The attack's signs in low precision")
 
 def write(name, command, lines):
-    "Write results/NAME.md, and benchmarks/README.md, the page of all tables"
+    "Write results/NAME.md, and the page of all tables"
     text = '\n'.join([*lines, '', f'`{command}` on {machine()}']) + '\n'
     (root/'results'/f'{name}.md').write_text(text)
     write_page()
     print(text)
 
 def write_page():
+    "Write benchmarks/README.md from the files of results/"
     page = ['# Benchmarks', '', 'Ratios are of one run, in which what is compared took turns. Each table is made by the command below it; `DIR` is a folder of CIFAR-10 images.', '']
     for n,t in titles.items():
         f = root/'results'/f'{n}.md'

@@ -292,6 +292,8 @@ def linear_probe(
     if solver not in ('lbfgs','adam'): raise ValueError(f"solver must be 'lbfgs' or 'adam', and it is {solver!r}.")
     if metric not in ('top1','mean_per_class'): raise ValueError(f"metric must be 'top1' or 'mean_per_class', and it is {metric!r}.")
     if valid is not None and solver == 'adam': raise ValueError("'adam' has nothing to choose on `valid`: add those images to `train`.")
+    if solver == 'adam' and not (epochs >= 1 and bs >= 1 and lr > 0): raise ValueError(f"epochs and bs must be 1 or more, and lr above 0; they are {epochs}, {bs} and {lr}.")
+    if l2s is not None and not (len(l2s) and min(l2s) >= 0): raise ValueError(f"l2s must be one penalty or more, each 0 or above, and it is {l2s}.")
     _check_data(train, test)
     if valid is not None: _check_data(train, valid)
     classes = train[1].unique()

@@ -187,6 +187,9 @@ def _ray(trials, run, folder, address):
     finally:
         if not connected: ray.shutdown()
 
+def _check_workers(n):
+    if n < 1: raise ValueError(f"workers must be 1 or more, and it is {n}.")
+
 def sweep(
     trials:list, # Options of each trial, the seed among them
     run:Callable, # `run(options, folder)`: does a trial, or goes on with what it finds in the folder, which is there and locked; leaves `summary.json`, written in one piece
@@ -195,7 +198,7 @@ def sweep(
     ray:str=None # Address of a Ray cluster, or 'auto', to submit the trials to
 ):
     "Do all trials that nobody has done. Raises `ValueError` in the end if some failed"
-    if workers < 1: raise ValueError(f"workers must be 1 or more, and it is {workers}.")
+    _check_workers(workers)
     folder = Path(folder).resolve()
     def _undone(): return [o for o in trials if not (folder/trial_name(o)/'summary.json').exists()]
     todo = _undone()
@@ -278,7 +281,7 @@ def markdown(self:Grid,
     by = _by(self)
     keys,sets = list(itertools.product(*self.axes.values())),list(dict.fromkeys(df['data']))
     def _table(f, *args): return {(m,*r[:len(by)]): r[len(by):] for m in self.metrics for r in f(df, by, m, *args).itertuples(index=False, name=None)}
-    cell,diff,seconds = _table(aggregate),_table(paired, self.baseline),{r[:len(by)]: r[len(by)+1] for r in aggregate(df, by, 'train_seconds').itertuples(index=False, name=None)}
+    cell,diff = _table(aggregate),_table(paired, self.baseline)
     def _mean(m, d, k):
         ours = _pm(*cell[m,d,*k][1:3]) if (m,d,*k) in cell else 'not run'
         return ours + (f" (paper: {self.paper[d,m,*k]})" if (d,m,*k) in self.paper else '')
@@ -288,8 +291,8 @@ def markdown(self:Grid,
         return f'{100*mean:+.1f} ' + (f'[{100*low:+.1f}, {100*high:+.1f}]' if n > 1 else '(one seed)')
     cols = [(d,m) for d in sets for m in self.metrics if (d,m) not in self.omit]
     wide = _md([*self.axes, *(f'{d} {_title(m)}' for d,m in cols)], [[*k, *(_mean(m, d, k) for d,m in cols)] for k in keys])
-    full = _md(['data','metric',*self.axes,'mean ± sd','every seed',f"difference from {' '.join(map(str, self.baseline))} [95 %]",'seconds'],
-               [[d, _title(m), *k, _mean(m, d, k), ', '.join(f'{100*v:.2f}' for v in cell.get((m,d,*k), ([],))[-1]), _diff(m, d, k), f'{seconds[d,*k]:.0f}' if (d,*k) in seconds else ''] for d,m in cols for k in keys])
+    full = _md(['data','metric',*self.axes,'mean ± sd','every seed',f"difference from {' '.join(map(str, self.baseline))} [95 %]"],
+               [[d, _title(m), *k, _mean(m, d, k), ', '.join(f'{100*v:.2f}' for v in cell.get((m,d,*k), ([],))[-1]), _diff(m, d, k)] for d,m in cols for k in keys])
     return f'{wide}\n\n{full}\n'
 
 @patch
@@ -337,8 +340,9 @@ def _report(grid, scale, seeds, df):
     same = ', '.join(f"{c.removeprefix('version_')} {_number(done[c].iloc[0])}" for c in done if _same(c)) # where trials are missing, whole numbers have become floats
     return f"# {grid.title}\n\nScale `{scale}`, {len(done)} of {len(df)} trials, {seeds} seed{'s' if seeds > 1 else ''}. Accuracy in percent on the whole test set, of the last epoch, on the encoder's features; kNN: 200 neighbours, LR: linear probe.{f' All trials: {same}.' if same else ''}\n\n{grid.markdown(df)}"
 
-def _trials(grid, scale, data, seeds, out):
+def _trials(grid, scale, data, seeds, workers, out):
     "Number of seeds, trials in the order to do them, and the folder, which is there"
+    _check_workers(workers)
     seeds,out = ifnone(seeds, 1 if scale == 'smoke' else 3),Path(out)
     if seeds < 1: raise ValueError(f"seeds is the number of seeds, 1 or more, and it is {seeds}.")
     trials = [{**o, 'seed': s} for s in range(seeds) for _,o in grid.cells(scale, data)] # every cell has its first value before any has its second
@@ -349,7 +353,7 @@ def _save_figure(fig, file):
     with _replacing(file) as tmp: fig.savefig(tmp, format='png', dpi=110, bbox_inches='tight')
 
 def _make(name, grid, scale, data, seeds, workers, ray, out, run):
-    seeds,trials,out = _trials(grid, scale, data, seeds, out)
+    seeds,trials,out = _trials(grid, scale, data, seeds, workers, out)
     known = set(_collect(trials, out)['trial'])
     nowhere = sorted({o['data'] for o in trials if catalogue[o['data']].source == 'path' and 'path' not in o})
     for o in nowhere: print(f"{o} is not run, as it is not downloaded automatically: get it from {catalogue[o].page} and give --data {o}=FOLDER.")
@@ -405,7 +409,7 @@ def _cell(v): return f'{v:.4g}' if isinstance(v, float) else str(v)
 def _look(which, scale, data, seeds, workers, ray, out, run, load):
     title,look = _looks[which]
     grid = Grid(f'Figure {which}: {title}', dict(eps=_axis('eps', .03)), ('eps',.03), grids(scale)['fig6b'].data, dict(method='simclr'))
-    seeds,trials,out = _trials(grid, scale, data, seeds, out)
+    seeds,trials,out = _trials(grid, scale, data, seeds, workers, out)
     if run is not None: sweep(trials, run, out/'runs', workers, ray)
     res,text = [],[f'# {grid.title}', f"Scale `{scale}`, {seeds} seed{'s' if seeds > 1 else ''}. The picture is of seed 0."]
     for o in trials:

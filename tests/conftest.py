@@ -33,6 +33,24 @@ def cli(tmp_path):
     run.cwd = tmp_path
     return run
 
+def tree(folder): return {str(f.relative_to(folder)): f.read_bytes() if f.is_file() else None for f in sorted(folder.rglob('*'))}
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    "A command in this process, as the shell would call it: `command(clae_train, '--eps', 'x')` asserts that it fails as it should, and returns the message"
+    def _command(func, *args):
+        monkeypatch.setattr(sys, 'argv', [func.__name__, *map(str, args)])
+        monkeypatch.chdir(tmp_path)
+        before = tree(tmp_path)
+        with pytest.raises(SystemExit) as e: func()
+        out,err = capsys.readouterr()
+        assert e.value.code == 2 and 'Traceback' not in err and err.strip(), (e.value.code, err)
+        lines = err.strip().splitlines()
+        assert [o.startswith(f'{func.__name__}: ') for o in lines] == [False]*(len(lines)-1) + [True], err
+        assert tree(tmp_path) == before, 'something was written'
+        return err
+    return _command
+
 @pytest.fixture(scope='session')
 def digits_dir(tmp_path_factory):
     "Handwritten digits as image folders: grey/<class>/*.png, rgb/<class>/*.png and flat/*.png"

@@ -12,7 +12,7 @@ from clae_fastai.all import clae_learner, extract_features, get_dls, load_encode
 
 @pytest.fixture(scope='module')
 def learn(digits_dir):
-    learn = clae_learner(get_dls('folder', digits_dir/'rgb', bs=32, size=32, limit=64), resnet18)
+    learn = clae_learner(get_dls('folder', digits_dir/'rgb', bs=32, size=16, limit=64), resnet18)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     return learn
 

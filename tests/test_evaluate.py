@@ -166,7 +166,7 @@ def test_the_callback_works_only_on_its_epochs(monkeypatch, quiet):
 @pytest.fixture(scope='module')
 def trained(digits_dir, tmp_path_factory):
     "A ResNet-18 after one epoch, and its file"
-    dls = get_dls('folder', digits_dir/'rgb', bs=32, size=32, num_workers=0)
+    dls = get_dls('folder', digits_dir/'rgb', bs=32, size=16, num_workers=0)
     learn = clae_learner(dls, resnet18)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     return learn,dls,learn.export_encoder(tmp_path_factory.mktemp('run')/'encoder.safetensors')
@@ -236,9 +236,13 @@ def test_bad_features():
         if name != 'knn':
             with pytest.raises(ValueError, match='not in the training set, those numbered 2:'): f((x[y<2],y[y<2]), (tx,ty))
 
+@pytest.mark.parametrize('wrong,words', [(dict(solver='adam', epochs=0), 'epochs .* 0, 256'), (dict(solver='adam', bs=0), 'bs .* 0 and'), (dict(solver='adam', lr=0.), 'lr above 0'), (dict(solver='adam', lr=float('nan')), 'lr above 0'), (dict(l2s=[]), 'one penalty or more'), (dict(l2s=[1.,-1.]), '0 or above')])
+def test_bad_probe_settings(wrong, words):
+    with pytest.raises(ValueError, match=words): linear_probe(blobs(60, 5, 3), blobs(30, 5, 3, 1), **wrong)
+
 def test_bad_data(trained, digits_dir):
     learn,dls,f = trained
-    flat = get_dls('folder', digits_dir/'flat', bs=32, size=32, num_workers=0)
+    flat = get_dls('folder', digits_dir/'flat', bs=32, size=16, num_workers=0)
     with pytest.raises(ValueError, match='no labels'): evaluate(learn, DataLoaders(flat.train, flat.train), k=5)
     with pytest.raises(ValueError, match='empty'): evaluate(learn, flat, k=5)
     for o in (learn, f):
@@ -261,9 +265,9 @@ def test_pickles_are_refused(tmp_path, cli):
     for g in (f, tmp_path/'encoder.pkl'):
         for use in (evaluate, lambda g, data: extract_features(g, get_dls(data).valid)):
             with pytest.raises(ValueError, match='pickles .* not read'): use(g, 'digits')
-        for cmd in ('clae_eval','clae_export'):
-            r = cli(cmd, g, *(['--out', 'x.safetensors'] if cmd == 'clae_export' else []))
-            assert r.returncode == 2 and 'pickles' in r.stderr and 'Traceback' not in r.stderr
+    for args in (['clae_eval', f], ['clae_export', tmp_path/'encoder.pkl', '--out', 'x.safetensors']):
+        r = cli(*args)
+        assert r.returncode == 2 and 'pickles' in r.stderr and 'Traceback' not in r.stderr
     assert not out.exists() and not (tmp_path/'x.safetensors').exists()
 
 # commands

@@ -22,23 +22,6 @@ from clae_fastai.data import get_dls
 from clae_fastai.learner import clae_learner, load_encoder
 from clae_fastai.models import resnet8
 
-def tree(folder): return {str(f.relative_to(folder)): f.read_bytes() if f.is_file() else None for f in sorted(folder.rglob('*'))}
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    "A command in this process, as the shell would call it: `command(clae_train, '--eps', 'x')` asserts that it fails as it should, and returns the message"
-    def _command(func, *args):
-        monkeypatch.setattr(sys, 'argv', [func.__name__, *map(str, args)])
-        monkeypatch.chdir(tmp_path)
-        before = tree(tmp_path)
-        with pytest.raises(SystemExit) as e: func()
-        out,err = capsys.readouterr()
-        assert e.value.code == 2 and 'Traceback' not in err and err.strip(), (e.value.code, err)
-        assert err.strip().splitlines()[-1].startswith(f'{func.__name__}: '), err
-        assert tree(tmp_path) == before, 'something was written'
-        return err
-    return _command
-
 # Options
 
 wrong = ['abc', '', 'nan', '-1', '1e400', '--', '\u00bd', '1' + '0'*30]

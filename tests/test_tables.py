@@ -9,6 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from clae_fastai.cli import clae_figure, clae_table
+
 def done(out): return {f.parent.name: f.stat().st_mtime_ns for f in out.glob('runs/*/summary.json')}
 
 def starts(out): return sum(f.read_text().count(' training images of ') for f in out.glob('runs/*/log.txt'))
@@ -50,15 +52,11 @@ def test_ray_gives_the_same_figure(cli):
 @pytest.mark.parametrize('which', ['2','3a','3b','4'])
 def test_figures_of_an_encoder(tmp_path_factory, monkeypatch, which, capsys):
     "Of one trial, which all of them share"
-    from clae_fastai.cli import clae_figure
     monkeypatch.chdir(tmp_path_factory.getbasetemp())
     clae_figure(which, scale='smoke', out='looks')
     out = Path('looks')
     assert starts(out) == 1 and f'# Figure {which}' in capsys.readouterr().out
     assert (out/f'fig{which}-smoke.png').stat().st_size > 5000 and len(pd.read_csv(out/f'fig{which}-smoke.csv')) >= 8
 
-@pytest.mark.parametrize('args,word', [(('clae_table','3'),'1, 2'), (('clae_figure','8'),'3a'), (('clae_table','1','--data','nowhere'),'NAME=FOLDER'), (('clae_table','1','--workers','0','--scale','smoke'),'workers'), (('clae_table','1','--seeds','0'),'seeds')])
-def test_wrong_arguments(cli, args, word):
-    r = cli(*args)
-    assert r.returncode == 2 and word in r.stderr and 'Traceback' not in r.stderr
-    assert not [f for f in cli.cwd.rglob('summary.json')]
+@pytest.mark.parametrize('args,word', [((clae_table,'3'),'1, 2'), ((clae_figure,'8'),'3a'), ((clae_table,'1','--data','nowhere'),'NAME=FOLDER'), ((clae_table,'1','--workers','0','--scale','smoke'),'workers'), ((clae_table,'1','--seeds','0'),'seeds')])
+def test_wrong_arguments(command, args, word): assert word in command(*args)

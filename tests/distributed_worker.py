@@ -136,7 +136,7 @@ def monitors(out):
     class Boom(nn.Module):
         def forward(self, z_q, z_p): return (z_q*z_p).sum(1).mean()*(math.inf if rank_distrib() == 1 and learn.train_iter == 1 else 1.)
     learn = digits_learner(method=Boom(), on_nonfinite='skip')
-    learn.add_cbs([knn := KNNCallback(k=5), CollapseMonitor()])
+    learn.add_cbs([KNNCallback(k=5), CollapseMonitor()])
     with learn.distributed(): learn.fit(1, 1e-3)
     row = dict(zip(list(learn.recorder.metric_names)[1:-1], learn.recorder.values[-1]))
     alone = digits_learner(on_nonfinite='skip') # a launcher, and no process group

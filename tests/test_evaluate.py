@@ -17,6 +17,7 @@ from test_data import pets
 
 from clae_fastai.all import (DataLoaders, KNNCallback, KNNClassifier, clae_learner, evaluate, export_onnx, extract_features, few_label_knn, get_dls, knn_predict, linear_probe,
                              load_encoder, resnet8, resnet18, set_seed, transfer)
+from clae_fastai.cli import clae_eval, clae_export
 
 def blobs(n, d, n_classes, seed=0, spread=1.):
     "Features around a centre for each class, behind a ReLU as an encoder's are"
@@ -258,17 +259,15 @@ class Bomb:
     def __init__(self, file): self.file = str(file)
     def __reduce__(self): return open, (self.file, 'w')
 
-def test_pickles_are_refused(tmp_path, cli):
+def test_pickles_are_refused(tmp_path, command):
     f,out = tmp_path/'encoder.pth',tmp_path/'boom'
     torch.save(Bomb(out), f)
     (tmp_path/'encoder.pkl').write_bytes(pickle.dumps(Bomb(out)))
     for g in (f, tmp_path/'encoder.pkl'):
         for use in (evaluate, lambda g, data: extract_features(g, get_dls(data).valid)):
             with pytest.raises(ValueError, match='pickles .* not read'): use(g, 'digits')
-    for args in (['clae_eval', f], ['clae_export', tmp_path/'encoder.pkl', '--out', 'x.safetensors']):
-        r = cli(*args)
-        assert r.returncode == 2 and 'pickles' in r.stderr and 'Traceback' not in r.stderr
-    assert not out.exists() and not (tmp_path/'x.safetensors').exists()
+        for args in ((clae_eval, g), (clae_export, g, '--out', 'x.safetensors')): assert 'pickles' in command(*args)
+    assert not out.exists()
 
 # commands
 

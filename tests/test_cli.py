@@ -13,7 +13,7 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from clae_fastai.callback import has_bf16
+from clae_fastai.train.precision import has_bf16
 from clae_fastai.cli import clae_train
 
 quick = ['--epochs', 1, '--limit', 128]

@@ -16,11 +16,12 @@ from fastcore.all import working_directory
 from PIL import Image
 
 from clae_fastai import cli as cli_module
-from clae_fastai.checkpoint import checkpoints, load_checkpoint
+from clae_fastai.train.checkpoint import checkpoints, load_checkpoint
 from clae_fastai.cli import clae_eval, clae_export, clae_train
-from clae_fastai.data import get_dls
-from clae_fastai.learner import clae_learner, load_encoder
-from clae_fastai.models import resnet8
+from clae_fastai.data.catalogue import get_dls
+from clae_fastai.train.learner import clae_learner
+from clae_fastai.train.encoder import load_encoder
+from clae_fastai.method.models import resnet8
 
 # Options
 

@@ -29,7 +29,8 @@ def dist(tmp_path_factory):
 def test_contents(dist):
     wheel, = dist.glob('*.whl')
     names = zipfile.ZipFile(wheel).namelist()
-    modules = {f'clae_fastai/{f.name}' for f in (root/'clae_fastai').glob('*.py')}
+    modules = {f.relative_to(root).as_posix() for f in (root/'clae_fastai').rglob('*.py')}
+    assert len(modules) > 25
     assert {o for o in names if '.dist-info/' not in o} == modules | {'clae_fastai/imagenet100.txt'}
     sdist, = dist.glob('*.tar.gz')
     inside = {o.partition('/')[2] for o in tarfile.open(sdist).getnames()}

@@ -209,9 +209,12 @@ def build(out):
         if p.path.stem == 'index' and p.path.parent == Path('.'): continue
         if p.path.parent == Path('.') and not p.path.stem[0].isdigit(): # no module's
             nav.append({p.title: p.out.as_posix()}); continue
-        section = 'Library' if p.path.parent == Path('.') else p.path.parent.name.title()
+        floor,_,room = p.out.stem.rpartition('.')
+        section = p.path.parent.name.title() if p.path.parent != Path('.') else floor.title()
+        if not section: # a room without a floor
+            nav.append({p.title: p.out.as_posix()}); continue
         if section not in nav[-1]: nav.append({section: []})
-        nav[-1][section].append({p.title: p.out.as_posix()})
+        nav[-1][section].append({room if floor else p.title: p.out.as_posix()})
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         shutil.copytree(assets/'static', tmp/'static')
@@ -254,4 +257,4 @@ def main(
     print(f'{len(found)} pages: {site/"index.html"}')
     if shots:
         tutorials = [p.out.with_suffix('').as_posix() for p in found if p.path.parent != Path('.')]
-        take_screenshots(site, shots, ['index', 'attacks', *tutorials[:1]])
+        take_screenshots(site, shots, ['index', 'method.attacks', *tutorials[:1]])

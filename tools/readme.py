@@ -16,8 +16,8 @@ def output(o):
 def render(cell):
     src = text(cell['source']).strip()
     if cell['cell_type'] == 'markdown':
-        src = re.sub(r'\]\((\w+)\.html\)', lambda m: f"]({pages.get(m[1], f'{m[1]}.html')})", src)
-        return re.sub(r'\]\(((?:\w+/)?\w+\.ipynb)\)', lambda m: m[0] if m[1].startswith('nbs/') else f'](nbs/{m[1]})', src)
+        src = re.sub(r'\]\(([\w.]+)\.html\)', lambda m: f']({pages[m[1]]})', src) # an unknown page is an error
+        return re.sub(r'\]\(((?:\w+/)?[\w.]+\.ipynb)\)', lambda m: m[0] if m[1].startswith('nbs/') else f'](nbs/{m[1]})', src)
     if cell['cell_type'] != 'code' or not src or '#| hide' in src: return ''
     code = '\n'.join(l for l in src.splitlines() if not l.startswith('#|')).strip()
     if '#| output: false' in src: return f'```python\n{code}\n```'

@@ -23,7 +23,7 @@ from .paper.recipes import *
 from .data.images import *
 from .data.folders import *
 from .data.catalogue import *
-from .core import _replacing
+from .core import *
 from .measure.features import *
 from .measure.probe import *
 from .measure.evaluate import *
@@ -141,7 +141,7 @@ class _History(Callback):
     def after_fit(self): self._write() # of a run that was interrupted after its last epoch
     def _write(self):
         if rank_distrib(): return
-        with _replacing(self.file) as tmp: pd.DataFrame(self.rows, columns=list(self.recorder.metric_names)).to_csv(tmp, index=False)
+        with new_file(self.file) as tmp: pd.DataFrame(self.rows, columns=list(self.recorder.metric_names)).to_csv(tmp, index=False)
 
 @contextmanager
 def _plain_log(learn):

@@ -11,7 +11,6 @@ import contextlib, hashlib, json, safetensors, safetensors.torch
 import torchvision.transforms.functional as TF
 from collections import namedtuple
 from ..core import *
-from ..core import _replacing
 
 # %% ../../nbs/08_data.images.ipynb #e6533d3b
 _checked_format = 'clae-checked-1'
@@ -45,7 +44,7 @@ def check_images(
     found = files.zipwith(parallel(_check, files, threadpool=True, n_workers=min(16, defaults.cpus), progress=False))
     good,bad = found.filter(lambda o: isinstance(o[1], list)),found.filter(lambda o: isinstance(o[1], Exception))
     if memo is not None and (images := {_name(f): o for f,o in good}) != known:
-        with contextlib.suppress(OSError), _replacing(memo) as tmp: tmp.write_text(json.dumps(dict(format=_checked_format, images=images)))
+        with contextlib.suppress(OSError), new_file(memo) as tmp: tmp.write_text(json.dumps(dict(format=_checked_format, images=images)))
     if bad:
         names = ', '.join(f'{f} ({type(e).__name__}: {e})' for f,e in bad[:3])
         what = f"{len(bad)} of {len(files)} files cannot be read as images: {names}{' and others' if len(bad) > 3 else ''}."
@@ -185,7 +184,7 @@ def _load_cache(file, fingerprint):
 def _save_cache(file, fingerprint, train, valid):
     t = {f'{s}_{k}': getattr(ds, k).contiguous() for s,ds in (('train',train),('valid',valid)) for k in ('images','labels')}
     try:
-        with _replacing(file) as tmp: safetensors.torch.save_file(t, tmp, dict(format=_cache_format, fingerprint=fingerprint, digest=_digest(t), vocab=json.dumps(list(train.vocab))))
+        with new_file(file) as tmp: safetensors.torch.save_file(t, tmp, dict(format=_cache_format, fingerprint=fingerprint, digest=_digest(t), vocab=json.dumps(list(train.vocab))))
     except (OSError, safetensors.SafetensorError) as e: print(f"The images were read, and could not be kept in {file} ({e}): they will be read anew next time.")
 
 def _cached(root, files, read):

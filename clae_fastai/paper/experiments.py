@@ -10,7 +10,7 @@ from fastai.vision.all import *
 import filelock, hashlib, json, multiprocessing, traceback
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from ..core import _replacing
+from ..core import *
 from ..data.catalogue import catalogue
 from ..train.learner import methods
 from ..measure.evaluate import table2
@@ -110,7 +110,7 @@ def trial_name(
 
 # %% ../../nbs/24_paper.experiments.ipynb #05dd5fbe
 def _write(file, text):
-    with _replacing(file) as tmp: tmp.write_text(text, encoding='utf-8')
+    with new_file(file) as tmp: tmp.write_text(text, encoding='utf-8')
 
 @contextmanager
 def _locked(d):
@@ -352,7 +352,7 @@ def _trials(grid, scale, data, seeds, workers, out):
     return seeds,trials,out
 
 def _save_figure(fig, file):
-    with _replacing(file) as tmp: fig.savefig(tmp, format='png', dpi=110, bbox_inches='tight')
+    with new_file(file) as tmp: fig.savefig(tmp, format='png', dpi=110, bbox_inches='tight')
 
 def _make(name, grid, scale, data, seeds, workers, ray, out, run):
     seeds,trials,out = _trials(grid, scale, data, seeds, workers, out)

@@ -10,7 +10,6 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'random_state', 'set_random_sta
 from fastai.vision.all import *
 import hashlib, json, safetensors, safetensors.torch, signal, zlib
 from ..core import *
-from ..core import _replacing
 from .distributed import *
 
 # %% ../../nbs/14_train.checkpoint.ipynb #4c48aaf8
@@ -62,7 +61,7 @@ def save_checkpoint(
     file,tensors = Path(file),{}
     text = json.dumps(_pack(state, tensors))
     data = safetensors.torch.save(tensors, dict(format=_format, state=text, digest=_digest(tensors, text)))
-    with _replacing(file) as tmp, tmp.open('wb') as f:
+    with new_file(file) as tmp, tmp.open('wb') as f:
         f.write(data); f.flush(); os.fsync(f.fileno())
     if os.name == 'posix': # the rename, too, must reach the disk
         folder = os.open(file.parent, os.O_RDONLY)

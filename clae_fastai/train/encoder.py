@@ -11,7 +11,6 @@ import json, safetensors, safetensors.torch
 from importlib.util import find_spec
 from .. import __version__
 from ..core import *
-from ..core import _replacing
 from ..method.views import *
 from ..method.dualbn import *
 from ..method.models import *
@@ -28,7 +27,7 @@ def export_encoder(self:Learner,
     file = Path(file)
     state = strip_dual_bn(deepcopy(get_model(self.model).encoder)).state_dict()
     head = {k: v if isinstance(v, str) else json.dumps(v) for k,v in dict(format=_format, version=__version__, **self.encoder_info).items()}
-    with _replacing(file) as tmp: tmp.write_bytes(safetensors.torch.save({k: v.detach().cpu().contiguous() for k,v in state.items()}, metadata=head)) # an OSError where it cannot be written
+    with new_file(file) as tmp: tmp.write_bytes(safetensors.torch.save({k: v.detach().cpu().contiguous() for k,v in state.items()}, metadata=head)) # an OSError where it cannot be written
     return file
 
 def _read_encoder(file):

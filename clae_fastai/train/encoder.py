@@ -14,7 +14,7 @@ from ..core import *
 from ..method.views import *
 from ..method.dualbn import *
 from ..method.models import *
-from ..method.models import _key_difference
+from ..method.models import key_difference
 
 # %% ../../nbs/15_train.encoder.ipynb #3ddb534a
 _format = 'clae-encoder-1'
@@ -57,7 +57,7 @@ def load_encoder(
     if arch is None and not info['arch']: raise ValueError(f"{file} does not name its architecture, as it was trained from a function or module of the user's: pass `arch`.")
     try: encoder = create_encoder(ifnone(arch, info['arch']), info['stem'], info['channels'])
     except ValueError as e: raise ValueError(f"{file} cannot be loaded. {e}") from None
-    if diff := _key_difference(state, encoder): raise ValueError(f"{file}, written from the architecture {info['arch'] or 'of a module'}, does not fit {arch_name(arch) or info['arch'] or 'the given one'}: it {diff}.")
+    if diff := key_difference(state, encoder): raise ValueError(f"{file}, written from the architecture {info['arch'] or 'of a module'}, does not fit {arch_name(arch) or info['arch'] or 'the given one'}: it {diff}.")
     encoder.load_state_dict(state)
     encoder.info = info
     return encoder.eval()

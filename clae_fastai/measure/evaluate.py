@@ -92,7 +92,7 @@ def _features(model, dl, has_head):
     return {which: (x,y) for which,x in zip('hz', features)}
 
 def evaluate(
-    model:Learner|nn.Module|str|Path, # A `clae_learner`, a `ContrastiveModel` or an encoder, which get the images as they come, or an encoder file
+    model:Learner|nn.Module|str|Path, # A `clae_learner`, a model or encoder that gets the images as they come, or an encoder file
     dataset:str|DataLoaders, # A name of `get_dls`, or `DataLoaders` with labels
     protocol:str='honest', # 'honest' or 'authors': what the arguments down to `epochs` are by default, see the table above
     select:str=None, # Which epoch of Adam's is the result: 'final' or 'best_on_test'

@@ -9,7 +9,7 @@ __all__ = ['load_encoder', 'check_channels', 'export_onnx']
 from fastai.vision.all import *
 import json, safetensors, safetensors.torch
 from importlib.util import find_spec
-from . import __version__
+from .. import __version__
 from ..core import *
 from ..method.views import *
 from ..method.dualbn import *

@@ -8,7 +8,7 @@ __all__ = ['Grid', 'grids', 'trial_name', 'sweep', 'trial_row', 'aggregate', 'pa
 # %% ../../nbs/24_paper.experiments.ipynb #73512316
 from fastai.vision.all import *
 import filelock, hashlib, json, multiprocessing, traceback
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, field
 from ..core import *
 from ..data.catalogue import catalogue
@@ -31,52 +31,80 @@ class Grid:
     omit:tuple=() # (data, metric) that the paper's table leaves out
     paper:dict=field(default_factory=dict) # (data, metric, label, ...): what the paper prints, in percent
 
-def _axis(name, *values): return {v: {name: v} for v in values}
-
 # %% ../../nbs/24_paper.experiments.ipynb #245c75fd
-_epochs = dict(paper=100, small=10, smoke=1)
+_scales = dict( # options of every trial
+    paper=dict(epochs=100), # SimCLR's; everything else is the recipe's
+    small=dict(arch='resnet18_w16', epochs=10, bs=128, lr=3e-3, limit=5000, channels_last=True),
+    smoke=dict(arch='resnet8', epochs=1, bs=64, lr=3e-3, limit=256))
+
+_values = dict( # along the figures' axes
+    bs    =dict(paper=(64,128,256,512),       small=(64,128,256),         smoke=(32,64,128)),
+    n_out =dict(paper=(32,64,128,256),        small=(16,64,256),          smoke=(16,64)),
+    alpha =dict(paper=(.2,.4,.6,.8,1),        small=(.2,.5,1,2),          smoke=(1,)),
+    eps   =dict(paper=(0,.01,.03,.05,.07,.1), small=(0,.01,.03,.07,.15),  smoke=(0,.03)),
+    epochs=dict(paper=(100,200,300,400),      small=(5,10,15,20),         smoke=(1,2)),
+    arch  =dict(paper=('resnet18','resnet34','resnet50','resnet101'),
+                small=('resnet8','resnet20','resnet18_w16'),              smoke=('resnet8','resnet20')))
 
 def grids(
     scale:str='small' # 'paper', 'small' or 'smoke'
 ) -> dict: # Name: `Grid`
     "All tables and figures that are grids, at a scale"
-    if scale not in _epochs: raise ValueError(f"scale must be {', '.join(_epochs)}, and it is {scale!r}.")
-    def _at(**kwargs): return kwargs[scale]
-    def _data(*names): return _at(paper=names, small=('cifar10',), smoke=('digits',))
-    E,sets = _epochs[scale],_at(paper=table2, small=table2, smoke=['digits'])
-    on_off = dict(eps=_axis('eps', 0, .03))
-    simclr = dict(data=_data('cifar100'), base=dict(method='simclr'))
+    epochs = look_up(scale, _scales, 'scale')['epochs']
+    longer = round(epochs*11/6) # without the attack, in the time that CLAE takes
+    targets = ['digits'] if scale == 'smoke' else table2
+    off = dict(eps=0)
+    def data(*names): return dict(paper=names, small=('cifar10',), smoke=('digits',))[scale]
+    def axis(option, *values): return {option: {v: {option: v} for v in values or _values[option][scale]}}
+    def simclr(title, axes, baseline=('eps',0), x=None, **options):
+        return Grid(title, axes, baseline, data('cifar100'), dict(method='simclr', **options), x)
+    on_off = axis('eps', 0, .03)
     return dict(
-        table1=Grid('Table 1: three methods, with and without adversarial examples', dict(method=_axis('method', *methods), eps=_axis('eps', 0, .03, .07)), ('eps',0),
-                    _data('cifar10','cifar100','tinyimagenet'), omit=(('tinyimagenet','knn'),)),
-        table2=Grid('Table 2: transfer', on_off, ('eps',0), _data('imagenet100'), dict(method='simclr', transfer=' '.join(sets)), metrics=('linear',*(f'transfer_{o}' for o in sets)),
-                    paper={('imagenet100','linear',0): 61.7, ('imagenet100','linear',.03): 62.4}),
-        fig5a=Grid('Figure 5a: batch size', dict(bs=_axis('bs', *_at(paper=(64,128,256,512), small=(64,128,256), smoke=(32,64,128))), **on_off), ('eps',0), x='bs', **simclr),
-        fig5b=Grid('Figure 5b: embedding dimension', dict(n_out=_axis('n_out', *_at(paper=(32,64,128,256), small=(16,64,256), smoke=(16,64))), **on_off), ('eps',0), x='n_out', **simclr),
-        fig5c=Grid('Figure 5c: architecture', dict(arch=_axis('arch', *_at(paper=('resnet18','resnet34','resnet50','resnet101'), small=('resnet8','resnet20','resnet18_w16'), smoke=('resnet8','resnet20'))), **on_off), ('eps',0), x='arch', **simclr),
-        fig6a=Grid('Figure 6a: weight of the adversarial loss', dict(alpha={0: dict(eps=0), **_axis('alpha', *_at(paper=(.2,.4,.6,.8,1), small=(.2,.5,1,2), smoke=(1,)))}), ('alpha',0), x='alpha', **simclr),
-        fig6b=Grid('Figure 6b: strength of the attack', dict(eps=_axis('eps', *_at(paper=(0,.01,.03,.05,.07,.1), small=(0,.01,.03,.07,.15), smoke=(0,.03)))), ('eps',0), x='eps', **simclr),
-        fig6c=Grid('Figure 6c: epochs', dict(epochs=_axis('epochs', *_at(paper=(100,200,300,400), small=(5,10,15,20), smoke=(1,2))), **on_off), ('eps',0), x='epochs', **simclr),
-        fig7=Grid('Figure 7: attacks', dict(attack={'none': dict(eps=0), **_axis('attack', 'fgsm', 'rfgsm', 'ffgsm', 'pgd')}), ('attack','none'), x='attack', **simclr),
-        random=Grid('Adversarial against random-sign views', {'third view': {'none': dict(eps=0), 'random signs': dict(attack='random'), 'adversarial': dict(attack='fgsm')}}, ('third view','random signs'), **simclr),
-        start=Grid('Zero against random start of the attack', dict(start={'zero': dict(attack='fgsm'), 'uniform': dict(attack='ffgsm'), 'random signs': dict(attack='rfgsm')}), ('start','zero'), **simclr),
-        compute=Grid('Equal compute', dict(trained={f'SimCLR, {round(E*11/6)} epochs': dict(eps=0, epochs=round(E*11/6)), f'SimCLR, {E} epochs': dict(eps=0), f'CLAE, {E} epochs': {}}), ('trained',f'SimCLR, {round(E*11/6)} epochs'), **simclr),
-        strong=Grid('Over a strong baseline', on_off, ('eps',0), simclr['data'], dict(method='simclr', recipe=None, lr=3e-3, epochs=4*E)))
+        table1=Grid('Table 1: three methods, with and without adversarial examples',
+            axis('method', *methods) | axis('eps', 0, .03, .07), ('eps',0),
+            data('cifar10','cifar100','tinyimagenet'), omit=(('tinyimagenet','knn'),)),
+        table2=Grid('Table 2: transfer', on_off, ('eps',0), data('imagenet100'),
+            dict(method='simclr', transfer=' '.join(targets)),
+            metrics=('linear', *(f'transfer_{o}' for o in targets)),
+            paper={('imagenet100','linear',0): 61.7, ('imagenet100','linear',.03): 62.4}),
+        fig5a=simclr('Figure 5a: batch size', axis('bs') | on_off, x='bs'),
+        fig5b=simclr('Figure 5b: embedding dimension', axis('n_out') | on_off, x='n_out'),
+        fig5c=simclr('Figure 5c: architecture', axis('arch') | on_off, x='arch'),
+        fig6a=simclr('Figure 6a: weight of the adversarial loss',
+            dict(alpha={0: off} | axis('alpha')['alpha']), ('alpha',0), 'alpha'),
+        fig6b=simclr('Figure 6b: strength of the attack', axis('eps'), x='eps'),
+        fig6c=simclr('Figure 6c: epochs', axis('epochs') | on_off, x='epochs'),
+        fig7=simclr('Figure 7: attacks',
+            dict(attack={'none': off} | axis('attack', 'fgsm', 'rfgsm', 'ffgsm', 'pgd')['attack']), ('attack','none'), 'attack'),
+        random=simclr('Adversarial against random-sign views',
+            {'third view': {'none': off, 'random signs': dict(attack='random'), 'adversarial': dict(attack='fgsm')}},
+            ('third view','random signs')),
+        start=simclr('Zero against random start of the attack',
+            dict(start={'zero': dict(attack='fgsm'), 'uniform': dict(attack='ffgsm'), 'random signs': dict(attack='rfgsm')}),
+            ('start','zero')),
+        compute=simclr('Equal compute',
+            dict(trained={f'SimCLR, {longer} epochs': dict(off, epochs=longer),
+                          f'SimCLR, {epochs} epochs': off,
+                          f'CLAE, {epochs} epochs': {}}),
+            ('trained',f'SimCLR, {longer} epochs')),
+        strong=simclr('Over a strong baseline', on_off, recipe=None, lr=3e-3, epochs=4*epochs))
 
 # %% ../../nbs/24_paper.experiments.ipynb #91b712d4
-def _data_set(o):
+def _data_set(data):
     "Label and options of a data set"
-    name,_,path = str(o).partition('=')
-    path = path and str(Path(path).resolve())
-    if name in catalogue and name != 'folder': return name,dict(data=name, path=path or None)
-    if not path and Path(name).is_dir(): return Path(name).resolve().name,dict(data='folder', path=str(Path(name).resolve()))
-    raise ValueError(f"There is no data set {o!r}: give a name ({', '.join(k for k in catalogue if k != 'folder')}), NAME=FOLDER, or a folder of images.")
+    name,_,path = str(data).partition('=')
+    names = [k for k in catalogue if k != 'folder']
+    if name not in names and not path and Path(name).is_dir():
+        folder = Path(name).resolve()
+        return folder.name,dict(data='folder', path=str(folder))
+    look_up(name, names, 'data set', "NAME=FOLDER, or a folder of images, can be given, too")
+    return name,dict(data=name, path=str(Path(path).resolve()) if path else None)
 
 def _scale_options(scale, method, label):
-    if scale == 'small': return dict(arch='resnet18_w16', epochs=_epochs[scale], bs=128, lr=3e-3, limit=5000, channels_last=True)
-    if scale == 'smoke': return dict(arch='resnet8', epochs=_epochs[scale], bs=64, lr=3e-3, limit=256)
-    if (name := f'{method}-{label}') not in recipes: raise ValueError(f"The paper's settings are known for {', '.join(recipes)}, and not for {name}: use another --scale, or other data.")
-    return dict(recipe=name, **{k: getattr(recipes[name], k) for k in 'arch epochs bs lr'.split()})
+    "What trials have from their scale; at 'paper' from the recipe"
+    if scale != 'paper': return look_up(scale, _scales, 'scale')
+    recipe = look_up(f'{method}-{label}', recipes, 'recipe', "use another --scale, or other data")
+    return dict(recipe=recipe.name, arch=recipe.arch, epochs=recipe.epochs, bs=recipe.bs, lr=recipe.lr)
 
 @patch
 def cells(self:Grid,
@@ -84,18 +112,21 @@ def cells(self:Grid,
     data:list=None # Names, `NAME=FOLDER`, or folders of images; the grid's own by default
 ) -> list: # (labels, options) of every cell
     "What there is to train for a grid, but for the seeds"
-    res,sets = [],[_data_set(o) for o in L(ifnone(data, self.data))]
-    if len({label for label,_ in sets}) < len(sets): raise ValueError(f"Two of the data sets go by one name ({', '.join(label for label,_ in sets)}): give each folder a name of its own.")
-    for label,where in sets:
-        for keys in itertools.product(*self.axes.values()):
-            own = merge(self.base, *(v[k] for v,k in zip(self.axes.values(), keys)))
-            o = merge(dict(eps=.03, alpha=1, attack='fgsm'), where, _scale_options(scale, own['method'], label), own)
-            if o.get('n_out') == methods[o['method']]['n_out']: del o['n_out']
-            res.append(({'data': label, **dict(zip(self.axes, keys))}, {k: v for k,v in o.items() if v is not None}))
+    sets = [_data_set(o) for o in L(ifnone(data, self.data))]
+    names = [label for label,_ in sets]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Two of the data sets go by one name ({', '.join(names)}): give each folder a name of its own.")
+    res = []
+    for (label,where),keys in itertools.product(sets, itertools.product(*self.axes.values())):
+        own = merge(self.base, *(options[k] for options,k in zip(self.axes.values(), keys)))
+        o = merge(dict(eps=.03, alpha=1, attack='fgsm'), where, _scale_options(scale, own['method'], label), own)
+        if o.get('n_out') == methods[o['method']]['n_out']: del o['n_out'] # the default: one trial has one spelling
+        res.append(({'data': label, **dict(zip(self.axes, keys))}, {k: v for k,v in o.items() if v is not None}))
     return res
 
 # %% ../../nbs/24_paper.experiments.ipynb #43fe0aba
-def _number(v):
+def _plain_number(v):
+    "A whole number as an `int`, whatever it was"
     v = v.item() if isinstance(v, np.generic) else v
     return int(v) if isinstance(v, float) and v.is_integer() else v
 
@@ -103,98 +134,120 @@ def trial_name(
     options:dict # Options of `clae_train`, the seed among them
 ) -> str: # A folder's name
     "Name of a trial: data, method, strength and seed to read, and a hash of everything"
-    o = {k: Path(v).name if k == 'path' else _number(v) for k,v in options.items() if v is not None}
-    digest = hashlib.sha256(json.dumps(o, sort_keys=True, separators=(',',':'), allow_nan=False).encode()).hexdigest()
-    start = f"{o['path'] if o['data'] == 'folder' else o['data']}-{o['method']}-eps{o['eps']:g}-seed{o['seed']}"
-    return re.sub(r'[^\w.\-]', '_', start) + f'-{digest[:10]}'
+    o = {k: Path(v).name if k == 'path' else _plain_number(v) for k,v in options.items() if v is not None}
+    canonical = json.dumps(o, sort_keys=True, separators=(',',':'), allow_nan=False)
+    data = o['path'] if o['data'] == 'folder' else o['data']
+    start = re.sub(r'[^\w.\-]', '_', f"{data}-{o['method']}-eps{o['eps']:g}-seed{o['seed']}")
+    return f'{start}-{hashlib.sha256(canonical.encode()).hexdigest()[:10]}'
 
 # %% ../../nbs/24_paper.experiments.ipynb #05dd5fbe
-def _write(file, text):
-    with new_file(file) as tmp: tmp.write_text(text, encoding='utf-8')
-
 @contextmanager
-def _locked(d):
-    "Is the trial's folder `d` ours, while this lasts?"
-    d.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(d/'.lock', timeout=0)
-    try: lock.acquire()
-    except filelock.Timeout: yield False; return
-    try: yield True
+def _trial_lock(folder):
+    "Is a trial's folder ours, while this lasts?"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder/'.lock', timeout=0)
+    with suppress(filelock.Timeout): lock.acquire()
+    try: yield lock.is_locked
     finally: lock.release()
 
-def _failed(d, why):
-    _write(d/'error.txt', why)
-    print(f"\nTRIAL FAILED: {d}\n{why}", file=sys.stderr, flush=True)
+def _record_failure(folder, why):
+    write_text(folder/'error.txt', why)
+    print(f"\nTRIAL FAILED: {folder}\n{why}", file=sys.stderr, flush=True)
 
-def _try(run, o, d):
+def _do_trial(options, run, folder):
     start = time.time()
     try:
-        with (d/'log.txt').open('a', encoding='utf-8') as f, redirect_stdout(f): run(dict(o), d)
-        if not (d/'summary.json').exists(): raise ValueError("the trial ended without summary.json")
-        print(f"{d.name}: done in {time.time() - start:.0f} s", flush=True)
-    except Exception: _failed(d, traceback.format_exc())
+        with (folder/'log.txt').open('a', encoding='utf-8') as f, redirect_stdout(f): run(dict(options), folder)
+        if not (folder/'summary.json').exists(): raise ValueError("the trial ended without summary.json")
+        print(f"{folder.name}: done in {time.time() - start:.0f} s", flush=True)
+    except Exception: _record_failure(folder, traceback.format_exc())
+
+def _is_open(folder): return not (folder/'summary.json').exists() and not (folder/'error.txt').exists()
 
 def _do_next(trials, run, folder):
     "Do the first trial that nobody has done, has tried in vain, or has in hand; False if there is none"
-    def _open(d): return not (d/'summary.json').exists() and not (d/'error.txt').exists()
     for o in trials:
-        d = folder/trial_name(o)
-        if not _open(d): continue
-        with _locked(d) as ours:
-            if ours and _open(d): # somebody may have done it since
-                _try(run, o, d)
+        own = folder/trial_name(o)
+        if not _is_open(own): continue
+        with _trial_lock(own) as ours:
+            if ours and _is_open(own): # somebody may have done it since
+                _do_trial(o, run, own)
                 return True
     return False
 
-def _work(trials, run, folder, threads):
+def _do_all(trials, run, folder, threads):
     torch.set_num_threads(threads)
     while _do_next(trials, run, folder): pass
 
 # %% ../../nbs/24_paper.experiments.ipynb #92009ba7
-def _spawn(trials, run, folder, workers):
+def _do_in_processes(trials, run, folder, workers):
     ctx = multiprocessing.get_context('spawn')
-    ps = [ctx.Process(target=_work, args=(trials, run, folder, max(1, torch.get_num_threads()//workers))) for _ in range(workers)]
-    for p in ps: p.start()
+    args = (trials, run, folder, max(1, torch.get_num_threads()//workers))
+    processes = [ctx.Process(target=_do_all, args=args) for _ in range(workers)]
+    for p in processes: p.start()
     try:
-        for p in ps: p.join()
+        for p in processes: p.join()
     finally:
-        for p in ps: p.terminate()
+        for p in processes: p.terminate()
 
-def _ray_trial(o, run, folder):
-    "One trial as Ray's task; returns what it leaves behind"
-    d = folder/trial_name(o)
-    (d/'error.txt').unlink(missing_ok=True) # an earlier sweep's, on a disk that is not ours
-    _do_next([o], run, folder)
-    return [(d/f).read_text(encoding='utf-8') if (d/f).exists() else None for f in ('summary.json','error.txt')]
+def _ray_trial(options, run, folder):
+    "One trial as Ray's task; returns the text of what it leaves behind: summary and error"
+    own = folder/trial_name(options)
+    (own/'error.txt').unlink(missing_ok=True) # an earlier sweep's, on a disk that is not ours
+    _do_next([options], run, folder)
+    files = own/'summary.json',own/'error.txt'
+    return [f.read_text(encoding='utf-8') if f.exists() else None for f in files]
 
-def _ray(trials, run, folder, address):
+def _do_on_ray(trials, run, folder, address):
     try: import ray
-    except ImportError: raise ValueError("Sweeps on a Ray cluster need one more package: pip install 'clae_fastai[ray]'. Without it, --workers shares a sweep between processes of this machine.") from None
+    except ImportError:
+        raise ValueError("Sweeps on a Ray cluster need one more package: pip install 'clae_fastai[ray]'. "
+                         "Without it, --workers shares a sweep between processes of this machine.") from None
     connected = ray.is_initialized()
     if not connected: ray.init(address)
     try:
         gpus = 1 if ray.cluster_resources().get('GPU') else 0
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=5)(_ray_trial)
-        tasks = {task.remote(o, run, folder): folder/trial_name(o) for o in trials}
-        left = list(tasks)
+        folders = {task.remote(o, run, folder): folder/trial_name(o) for o in trials}
+        left = list(folders)
         while left:
-            (ref,),left = ray.wait(left)
-            d = tasks[ref]
-            d.mkdir(parents=True, exist_ok=True)
-            try: summary,error = ray.get(ref)
-            except ray.exceptions.RayError: summary,error = None,traceback.format_exc() # such as a node that died, and five more
-            if error: _failed(d, error)
-            elif summary and not (d/'summary.json').exists(): _write(d/'summary.json', summary) # where the disks are not shared
-            if summary: print(f"{d.name}: done", flush=True)
+            (done,),left = ray.wait(left)
+            own = folders[done]
+            own.mkdir(parents=True, exist_ok=True)
+            try: summary,error = ray.get(done)
+            except ray.exceptions.RayError: # such as a node that died, and five more
+                summary,error = None,traceback.format_exc()
+            if error: _record_failure(own, error)
+            if summary:
+                if not error and not (own/'summary.json').exists(): # the disks are not shared
+                    write_text(own/'summary.json', summary)
+                print(f"{own.name}: done", flush=True)
     finally:
         if not connected: ray.shutdown()
+
+def _why_undone(folder):
+    "In words; None: another process is at work on it"
+    with _trial_lock(folder) as ours:
+        if not ours: return None
+        failed = (folder/'error.txt').exists()
+    return 'failed (see error.txt)' if failed else 'were left undone, as the process that had them died'
+
+def _check_all_done(trials, folders):
+    undone = groupby([d for d in folders if not (d/'summary.json').exists()], _why_undone)
+    if busy := undone.pop(None, None):
+        print(f"Other processes are at work on {len(busy)} trials: {', '.join(d.name for d in busy)}.", flush=True)
+    wrong = [f"{len(ds)} {why}: {', '.join(map(str, ds))}" for why,ds in sorted(undone.items())]
+    if wrong:
+        raise ValueError(f"Of {len(trials)} trials {'; '.join(wrong)}. "
+                         "Start again when the reason is mended: what is done stays done.")
 
 def _check_workers(n):
     if n < 1: raise ValueError(f"workers must be 1 or more, and it is {n}.")
 
 def sweep(
     trials:list, # Options of each trial, the seed among them
-    run:Callable, # `run(options, folder)`: does a trial, or goes on with what it finds in the folder, which is there and locked; leaves `summary.json`, written in one piece
+    run:Callable, # `run(options, folder)`: does a trial, or goes on with what it finds in the folder, which is there
+                  # and locked; leaves `summary.json`, written in one piece
     folder:str|Path='runs', # Where the trials' folders are
     workers:int=1, # Processes; 1: this one
     ray:str=None # Address of a Ray cluster, or 'auto', to submit the trials to
@@ -202,20 +255,15 @@ def sweep(
     "Do all trials that nobody has done. Raises `ValueError` in the end if some failed"
     _check_workers(workers)
     folder = Path(folder).resolve()
-    def _undone(): return [o for o in trials if not (folder/trial_name(o)/'summary.json').exists()]
-    todo = _undone()
+    folders = [folder/trial_name(o) for o in trials]
+    todo = [o for o,d in zip(trials, folders) if not (d/'summary.json').exists()]
     if not todo: return
     print(f"{len(todo)} of {len(trials)} trials are to be done.", flush=True)
-    for o in todo: (folder/trial_name(o)/'error.txt').unlink(missing_ok=True)
-    if ray is not None: _ray(todo, run, folder, ray)
-    elif workers > 1: _spawn(todo, run, folder, min(workers, len(todo)))
-    else: _work(todo, run, folder, torch.get_num_threads())
-    failed,busy,dropped = [],[],[]
-    for d in (folder/trial_name(o) for o in _undone()):
-        with _locked(d) as ours: (busy if not ours else failed if (d/'error.txt').exists() else dropped).append(d)
-    if busy: print(f"Other processes are at work on {len(busy)} trials: {', '.join(d.name for d in busy)}.", flush=True)
-    wrong = [f"{len(ds)} {what}: {', '.join(map(str, ds))}" for ds,what in ((failed,'failed (see error.txt)'), (dropped,'were left undone, as the process that had them died')) if ds]
-    if wrong: raise ValueError(f"Of {len(trials)} trials {'; '.join(wrong)}. Start again when the reason is mended: what is done stays done.")
+    for d in folders: (d/'error.txt').unlink(missing_ok=True)
+    if ray is not None: _do_on_ray(todo, run, folder, ray)
+    elif workers > 1: _do_in_processes(todo, run, folder, min(workers, len(todo)))
+    else: _do_all(todo, run, folder, torch.get_num_threads())
+    _check_all_done(trials, folders)
 
 # %% ../../nbs/24_paper.experiments.ipynb #dc0bd4cf
 def trial_row(
@@ -223,10 +271,14 @@ def trial_row(
     summary:dict # What its summary.json holds
 ) -> dict:
     "One trial as a row of a table"
-    m,s = summary['metrics'],summary['settings']
-    own = merge({k: v for k,v in options.items() if k != 'path'}, dict(data=Path(options['path']).name) if options['data'] == 'folder' else {})
-    return dict(trial=trial_name(options), **own, **dict(zip(('knn','linear'), (m.get('accuracy', {}).get(k) for k in ('knn','lr')))),
-                **{f'transfer_{k}': v for k,v in m.get('transfer', {}).items()}, train_seconds=m.get('train_seconds'), device=s.get('device'), **{f'version_{k}': v for k,v in summary['versions'].items()})
+    metrics = summary['metrics']
+    accuracy = metrics.get('accuracy', {})
+    own = {k: v for k,v in options.items() if k != 'path'}
+    if own['data'] == 'folder': own['data'] = Path(options['path']).name
+    return dict(trial=trial_name(options), **own, knn=accuracy.get('knn'), linear=accuracy.get('lr'),
+                **{f'transfer_{k}': v for k,v in metrics.get('transfer', {}).items()},
+                train_seconds=metrics.get('train_seconds'), device=summary['settings'].get('device'),
+                **{f'version_{k}': v for k,v in summary['versions'].items()})
 
 def aggregate(
     df:pd.DataFrame, # A row a trial
@@ -234,7 +286,8 @@ def aggregate(
     metric:str # Column to aggregate
 ) -> pd.DataFrame: # A row a cell: `by`, n, mean, std (of the sample; nan for one value), values in the order of the seeds
     "Mean, standard deviation and raw values of each cell that has any"
-    return df.dropna(subset=[metric]).sort_values('seed', kind='stable').groupby(list(by), sort=False)[metric].agg(n='count', mean='mean', std='std', values=list).reset_index()
+    cells = df.dropna(subset=[metric]).sort_values('seed', kind='stable').groupby(list(by), sort=False)
+    return cells[metric].agg(n='count', mean='mean', std='std', values=list).reset_index()
 
 def paired(
     df:pd.DataFrame, # A row a trial
@@ -252,11 +305,12 @@ def paired(
     both['difference'] = both[metric] - both[f'{metric}_base']
     res = aggregate(both, by, 'difference').drop(columns='std')
     bounds = [confidence_interval(v, level)[1:] if len(v) > 1 else (math.nan,math.nan) for v in res['values']]
-    return res.assign(low=[o[0] for o in bounds], high=[o[1] for o in bounds])
+    return res.assign(low=[low for low,_ in bounds], high=[high for _,high in bounds])
 
 # %% ../../nbs/24_paper.experiments.ipynb #75e99d8f
-_titles = dict(knn='kNN', linear='LR', bs='batch size', n_out='embedding dimension', arch='encoder', alpha='weight of the adversarial loss, alpha', eps='strength of the attack, eps')
-def _title(o): return _titles.get(o, o.replace('transfer_', 'to '))
+_titles = dict(knn='kNN', linear='LR', bs='batch size', n_out='embedding dimension', arch='encoder',
+               alpha='weight of the adversarial loss, alpha', eps='strength of the attack, eps')
+def _title(name): return _titles.get(name, name.replace('transfer_', 'to '))
 
 @patch
 def results(self:Grid,
@@ -265,110 +319,151 @@ def results(self:Grid,
     seeds:int=3 # Number of seeds, from 0 on
 ) -> pd.DataFrame: # A row a trial and its cell's labels; the metrics of those that are not done are nan
     "What is known of a grid's trials"
-    names = [(label, s, trial_name({**o, 'seed': s})) for s in range(seeds) for label,o in cells]
-    own = rows[rows['trial'].isin([n for *_,n in names])].set_index('trial')
+    labels = {trial_name({**o, 'seed': s}): {**label, 'seed': s} for s in range(seeds) for label,o in cells}
+    own = rows[rows['trial'].isin(labels)].set_index('trial')
     known = own.dropna(axis=1, how='all').to_dict('index') # without the columns of other grids
-    df = pd.DataFrame([{'trial': n, **known.get(n, {}), **label, 'seed': s} for label,s,n in names])
+    df = pd.DataFrame([{'trial': name, **known.get(name, {}), **label} for name,label in labels.items()])
     return df.reindex(columns=list(dict.fromkeys([*df.columns, *self.metrics, 'train_seconds'])))
 
-def _md(head, rows): return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in (head, ['---']*len(head), *rows))
-def _pm(mean, std): return f'{100*mean:.1f}' + ('' if np.isnan(std) else f' ± {100*std:.1f}')
-def _by(grid): return ['data', *grid.axes]
+def _markdown_table(head, rows):
+    return '\n'.join('| ' + ' | '.join(map(str, row)) + ' |' for row in (head, ['---']*len(head), *rows))
+
+def _mean_text(cell):
+    sd = '' if np.isnan(cell['std']) else f" ± {100*cell['std']:.1f}"
+    return f"{100*cell['mean']:.1f}{sd}"
+
+def _difference_text(pair):
+    interval = f"[{100*pair['low']:+.1f}, {100*pair['high']:+.1f}]" if pair['n'] > 1 else '(one seed)'
+    return f"{100*pair['mean']:+.1f} {interval}"
 
 @patch
 def markdown(self:Grid,
     df:pd.DataFrame # Its `results`
 ) -> str:
     "A grid's results as two tables"
-    by = _by(self)
-    keys,sets = list(itertools.product(*self.axes.values())),list(dict.fromkeys(df['data']))
-    def _table(f, *args): return {(m,*r[:len(by)]): r[len(by):] for m in self.metrics for r in f(df, by, m, *args).itertuples(index=False, name=None)}
-    cell,diff = _table(aggregate),_table(paired, self.baseline)
-    def _mean(m, d, k):
-        ours = _pm(*cell[m,d,*k][1:3]) if (m,d,*k) in cell else 'not run'
-        return ours + (f" (paper: {self.paper[d,m,*k]})" if (d,m,*k) in self.paper else '')
-    def _diff(m, d, k):
-        if (m,d,*k) not in diff: return ''
-        n,mean,_,low,high = diff[m,d,*k]
-        return f'{100*mean:+.1f} ' + (f'[{100*low:+.1f}, {100*high:+.1f}]' if n > 1 else '(one seed)')
-    cols = [(d,m) for d in sets for m in self.metrics if (d,m) not in self.omit]
-    wide = _md([*self.axes, *(f'{d} {_title(m)}' for d,m in cols)], [[*k, *(_mean(m, d, k) for d,m in cols)] for k in keys])
-    full = _md(['data','metric',*self.axes,'mean ± sd','every seed',f"difference from {' '.join(map(str, self.baseline))} [95 %]"],
-               [[d, _title(m), *k, _mean(m, d, k), ', '.join(f'{100*v:.2f}' for v in cell.get((m,d,*k), ([],))[-1]), _diff(m, d, k)] for d,m in cols for k in keys])
-    return f'{wide}\n\n{full}\n'
+    by = ['data', *self.axes]
+    cells = {m: aggregate(df, by, m).set_index(by).to_dict('index') for m in self.metrics}
+    pairs = {m: paired(df, by, m, self.baseline).set_index(by).to_dict('index') for m in self.metrics}
+    columns = [(d,m) for d in df['data'].unique() for m in self.metrics if (d,m) not in self.omit]
+    keys = list(itertools.product(*self.axes.values()))
+    def mean(d, m, key):
+        ours = _mean_text(cells[m][d,*key]) if (d,*key) in cells[m] else 'not run'
+        return f'{ours} (paper: {self.paper[d,m,*key]})' if (d,m,*key) in self.paper else ours
+    def values(d, m, key): return ', '.join(f'{100*v:.2f}' for v in cells[m].get((d,*key), {}).get('values', []))
+    def difference(d, m, key): return _difference_text(pairs[m][d,*key]) if (d,*key) in pairs[m] else ''
+    short = [[*key, *(mean(d, m, key) for d,m in columns)] for key in keys]
+    full = [[d, _title(m), *key, *(f(d, m, key) for f in (mean, values, difference))] for d,m in columns for key in keys]
+    to_baseline = f"difference from {' '.join(map(str, self.baseline))} [95 %]"
+    return (_markdown_table([*self.axes, *(f'{d} {_title(m)}' for d,m in columns)], short) + '\n\n' +
+            _markdown_table(['data','metric',*self.axes,'mean ± sd','every seed',to_baseline], full) + '\n')
+
+def _curve_name(baseline, labels):
+    "What a curve's labels along the other axes say"
+    def name(axis, label):
+        if (axis,label) == baseline: return 'baseline'
+        return f'CLAE, {axis} {label}' if axis == baseline[0] else f'{axis} {label}'
+    return ', '.join(name(*o) for o in labels.items()) or 'CLAE'
+
+def _draw_metric(ax, grid, df, metric):
+    "The curves of one data set: one for each combination of the other axes' labels"
+    labels,others = list(grid.axes[grid.x]),[o for o in grid.axes if o != grid.x]
+    numbers = all(isinstance(o, (int,float)) for o in labels)
+    at = dict(zip(labels, labels if numbers else range(len(labels))))
+    for i,key in enumerate(itertools.product(*(grid.axes[o] for o in others))):
+        own = df
+        for axis,label in zip(others, key): own = own[own[axis] == label]
+        cells = aggregate(own, ['data',*grid.axes], metric)
+        ax.errorbar(cells[grid.x].map(at), 100*cells['mean'], 100*cells['std'].fillna(0), marker='o', capsize=3,
+                    ls='-' if numbers else 'none', color=f'C{i}', label=_curve_name(grid.baseline, dict(zip(others, key))))
+        ax.scatter(own[grid.x].map(at), 100*own[metric], s=12, color=f'C{i}', alpha=.5)
+        if grid.baseline[0] == grid.x:
+            level = cells['mean'][cells[grid.x] == grid.baseline[1]].mean() # nan, and not drawn, where there is none
+            ax.axhline(100*level, color='gray', ls='--', label='baseline')
+    ax.set(xlabel=_title(grid.x), ylabel=f'{_title(metric)} accuracy, %')
+    if grid.x in ('bs','n_out'): ax.set_xscale('log', base=2)
+    ax.set_xticks(list(at.values()), list(map(str, at)))
+    ax.minorticks_off()
+    ax.margins(x=.05 if numbers else .2)
+    ax.grid(alpha=.3)
+    if ax.get_legend_handles_labels()[1]: ax.legend(framealpha=.6)
 
 @patch
 def draw(self:Grid,
     df:pd.DataFrame # Its `results`
 ) -> plt.Figure:
     "Mean, standard deviation and every trial along `x`"
-    by,sets = _by(self),list(dict.fromkeys(df['data']))
-    labels,lines = list(self.axes[self.x]),[o for o in self.axes if o != self.x]
-    numbers = all(isinstance(o, (int,float)) for o in labels)
-    at = {o: o if numbers else i for i,o in enumerate(labels)}
-    fig,axs = plt.subplots(len(sets), len(self.metrics), figsize=(4.6*len(self.metrics), 3.6*len(sets)), squeeze=False)
-    for (d,m),ax in zip(itertools.product(sets, self.metrics), axs.flat):
-        for i,k in enumerate(itertools.product(*(self.axes[o] for o in lines))):
-            own = df[(df['data'] == d) & np.logical_and.reduce([df[o] == v for o,v in zip(lines, k)], axis=0)] if lines else df[df['data'] == d]
-            name = ', '.join('baseline' if (o,v) == self.baseline else f'CLAE, {o} {v}' if o == self.baseline[0] else f'{o} {v}' for o,v in zip(lines, k)) or 'CLAE'
-            a = aggregate(own, by, m)
-            ax.errorbar([at[o] for o in a[self.x]], 100*a['mean'], 100*a['std'].fillna(0), marker='o', ls='-' if numbers else 'none', capsize=3, color=f'C{i}', label=name)
-            ax.scatter([at[o] for o in own[self.x]], 100*own[m], s=12, color=f'C{i}', alpha=.5)
-            if self.baseline[0] == self.x: ax.axhline(100*a['mean'][a[self.x] == self.baseline[1]].mean(), color='gray', ls='--', label='baseline')
-        ax.set(xlabel=_title(self.x), ylabel=f'{_title(m)} accuracy, %', title=d)
-        if self.x in ('bs','n_out'): ax.set_xscale('log', base=2)
-        ax.set_xticks([at[o] for o in labels], [str(o) for o in labels]); ax.minorticks_off(); ax.margins(x=.05 if numbers else .2); ax.grid(alpha=.3)
-        if ax.get_legend_handles_labels()[1]: ax.legend(framealpha=.6)
-    fig.suptitle(f'{self.title}\n(mean and standard deviation over the seeds, and every seed)', fontsize=10); fig.tight_layout()
+    sets,n = df['data'].unique(),len(self.metrics)
+    fig,axs = plt.subplots(len(sets), n, figsize=(4.6*n, 3.6*len(sets)), squeeze=False)
+    for (d,metric),ax in zip(itertools.product(sets, self.metrics), axs.flat):
+        _draw_metric(ax, self, df[df['data'] == d], metric)
+        ax.set_title(d)
+    fig.suptitle(f'{self.title}\n(mean and standard deviation over the seeds, and every seed)', fontsize=10)
+    fig.tight_layout()
     return fig
 
 # %% ../../nbs/24_paper.experiments.ipynb #1cde2b9f
-def _collect(trials, out):
-    "All rows of trials.csv, to which those of finished `trials` are added"
-    file = out/'trials.csv'
-    with filelock.FileLock(out/'.trials.lock'):
-        rows = pd.read_csv(file, float_precision='round_trip') if file.exists() else pd.DataFrame(dict(trial=[]))
-        done = [(o, out/'runs'/trial_name(o)/'summary.json') for o in trials]
-        new = pd.DataFrame([trial_row(o, json.loads(f.read_text(encoding='utf-8'))) for o,f in done if f.exists()])
-        if len(new):
-            rows = pd.concat([rows[~rows['trial'].isin(new['trial'])], new]) if len(rows) else new
-            _write(file, rows.to_csv(index=False))
-    return rows
+class _Job:
+    "A grid's trials, what does them, and the files of the results"
+    def __init__(self, name, grid, scale, data, seeds, workers, ray, out, run):
+        _check_workers(workers)
+        seeds = ifnone(seeds, 1 if scale == 'smoke' else 3)
+        if seeds < 1: raise ValueError(f"seeds is the number of seeds, 1 or more, and it is {seeds}.")
+        store_attr()
+        self.out,self.cells = Path(out),grid.cells(scale, data)
+        # every cell has its first value before any has its second
+        self.trials = [{**o, 'seed': s} for s in range(seeds) for _,o in self.cells]
+        self.file = self.out/f'{name}-{scale}.md'
+        self.seeds_text = f"{seeds} seed{'s' if seeds > 1 else ''}"
+        self.out.mkdir(parents=True, exist_ok=True)
 
-def _report(grid, scale, seeds, df):
-    "The Markdown file of a grid"
-    done = df.dropna(subset=grid.metrics, how='all')
-    def _same(c): return c not in (*_by(grid), 'trial', 'seed', 'recipe', 'train_seconds', *grid.metrics) and done[c].nunique(dropna=False) == 1 and done[c].notna().all()
-    same = ', '.join(f"{c.removeprefix('version_')} {_number(done[c].iloc[0])}" for c in done if _same(c)) # where trials are missing, whole numbers have become floats
-    return f"# {grid.title}\n\nScale `{scale}`, {len(done)} of {len(df)} trials, {seeds} seed{'s' if seeds > 1 else ''}. Accuracy in percent on the whole test set, of the last epoch, on the encoder's features; kNN: 200 neighbours, LR: linear probe.{f' All trials: {same}.' if same else ''}\n\n{grid.markdown(df)}"
+    def folder(self, options): return self.out/'runs'/trial_name(options)
 
-def _trials(grid, scale, data, seeds, workers, out):
-    "Number of seeds, trials in the order to do them, and the folder, which is there"
-    _check_workers(workers)
-    seeds,out = ifnone(seeds, 1 if scale == 'smoke' else 3),Path(out)
-    if seeds < 1: raise ValueError(f"seeds is the number of seeds, 1 or more, and it is {seeds}.")
-    trials = [{**o, 'seed': s} for s in range(seeds) for _,o in grid.cells(scale, data)] # every cell has its first value before any has its second
-    out.mkdir(parents=True, exist_ok=True)
-    return seeds,trials,out
+    def do(self, trials):
+        if self.run is not None: sweep(trials, self.run, self.out/'runs', self.workers, self.ray)
 
-def _save_figure(fig, file):
-    with new_file(file) as tmp: fig.savefig(tmp, format='png', dpi=110, bbox_inches='tight')
+    def collect(self):
+        "All rows of trials.csv, to which those of finished trials are added"
+        file = self.out/'trials.csv'
+        with filelock.FileLock(self.out/'.trials.lock'):
+            rows = pd.read_csv(file, float_precision='round_trip') if file.exists() else pd.DataFrame(dict(trial=[]))
+            summaries = [(o, self.folder(o)/'summary.json') for o in self.trials]
+            new = pd.DataFrame([trial_row(o, json.loads(f.read_text(encoding='utf-8'))) for o,f in summaries if f.exists()])
+            if len(new):
+                rows = pd.concat([rows[~rows['trial'].isin(new['trial'])], new]) if len(rows) else new
+                write_text(file, rows.to_csv(index=False))
+        return rows
 
-def _make(name, grid, scale, data, seeds, workers, ray, out, run):
-    seeds,trials,out = _trials(grid, scale, data, seeds, workers, out)
-    known = set(_collect(trials, out)['trial'])
-    nowhere = sorted({o['data'] for o in trials if catalogue[o['data']].source == 'path' and 'path' not in o})
-    for o in nowhere: print(f"{o} is not run, as it is not downloaded automatically: get it from {catalogue[o].page} and give --data {o}=FOLDER.")
-    try:
-        if run is not None: sweep([o for o in trials if o['data'] not in nowhere and trial_name(o) not in known], run, out/'runs', workers, ray)
+    def save(self, text, df, fig=None):
+        "Markdown, CSV and PNG"
+        if df is not None: write_text(self.file.with_suffix('.csv'), df.to_csv(index=False))
+        write_text(self.file, text)
+        if fig is None: return
+        with new_file(self.file.with_suffix('.png')) as tmp: fig.savefig(tmp, format='png', dpi=110, bbox_inches='tight')
+        plt.close(fig)
+
+def _report(job, df, done):
+    "The Markdown of a grid"
+    grid = job.grid
+    own = {'data', *grid.axes, 'trial', 'seed', 'recipe', 'train_seconds', *grid.metrics}
+    shared = [c for c in done if c not in own and done[c].notna().all() and done[c].nunique() == 1]
+    # where trials are missing, whole numbers have become floats
+    same = ', '.join(f"{c.removeprefix('version_')} {_plain_number(done[c].iloc[0])}" for c in shared)
+    return (f"# {grid.title}\n\nScale `{job.scale}`, {len(done)} of {len(df)} trials, {job.seeds_text}. "
+            "Accuracy in percent on the whole test set, of the last epoch, on the encoder's features; "
+            f"kNN: 200 neighbours, LR: linear probe.{same and f' All trials: {same}.'}\n\n{grid.markdown(df)}")
+
+def _make_grid(job):
+    grid,known = job.grid,set(job.collect()['trial'])
+    by_hand = {o['data'] for o in job.trials if catalogue[o['data']].source == 'path' and 'path' not in o}
+    for data in sorted(by_hand):
+        print(f"{data} is not run, as it is not downloaded automatically: "
+              f"get it from {catalogue[data].page} and give --data {data}=FOLDER.")
+    try: job.do([o for o in job.trials if o['data'] not in by_hand and trial_name(o) not in known])
     finally:
-        df,file = grid.results(grid.cells(scale, data), _collect(trials, out), seeds),out/f'{name}-{scale}.md'
-        _write(file.with_suffix('.csv'), df.dropna(subset=grid.metrics, how='all').to_csv(index=False))
-        _write(file, _report(grid, scale, seeds, df))
-        if grid.x:
-            _save_figure(fig := grid.draw(df), file.with_suffix('.png'))
-            plt.close(fig)
-    return file
+        df = grid.results(job.cells, job.collect(), job.seeds)
+        done = df.dropna(subset=grid.metrics, how='all')
+        job.save(_report(job, df, done), done, grid.draw(df) if grid.x else None)
+    return job.file
 
 def table(
     which:str, # '1', '2', or a question beyond the paper: 'random', 'start', 'compute', 'strong'
@@ -381,51 +476,61 @@ def table(
     run:Callable=None # `run(options, folder)` does a trial; None: only render
 ) -> Path: # The Markdown file; the CSV is beside it
     "Run what is missing of a table and render it"
-    known = {k.removeprefix('table'): k for k,g in grids(scale).items() if g.x is None}
-    if which not in known: raise ValueError(f"There is no table {which!r}. The tables are {', '.join(known)}.")
-    return _make(known[which], grids(scale)[known[which]], scale, data, seeds, workers, ray, out, run)
+    tables = {k.removeprefix('table'): (k,g) for k,g in grids(scale).items() if g.x is None}
+    return _make_grid(_Job(*look_up(which, tables, 'table'), scale, data, seeds, workers, ray, out, run))
 
 # %% ../../nbs/24_paper.experiments.ipynb #e8b6430a
 def _figure2(learn):
     df = adversarial_images(learn)
-    return df[['linf','l2','cos_p','cos_adv']],plot_adversarial_images(df),{'Perturbations, and cosines of anchor and positive, anchor and adversary': df[['linf','l2','cos_p','cos_adv']].reset_index(names='image')}
+    rows = df[['linf','l2','cos_p','cos_adv']]
+    title = 'Perturbations, and cosines of anchor and positive, anchor and adversary'
+    return rows,plot_adversarial_images(df),{title: rows.reset_index(names='image')}
 
 def _figure3a(learn):
     df = loss_vs_eps(learn)
-    return df,plot_loss_vs_eps(df).figure,{'Contrastive loss, mean over batches and 95 % interval': intervals(df).reset_index(), 'Adversarial minus random, on the same batches': paired_intervals(df).reset_index()}
+    tables = {'Contrastive loss, mean over batches and 95 % interval': intervals(df),
+              'Adversarial minus random, on the same batches': paired_intervals(df)}
+    return df,plot_loss_vs_eps(df).figure,{k: t.reset_index() for k,t in tables.items()}
 
 def _figure3b(learn):
     df = classifier_vs_eps(learn)
-    loss,acc = (intervals(df, o).reset_index() for o in ('cross_entropy','correct'))
-    return loss.merge(acc, on=['kind','eps'], suffixes=('_cross_entropy','_accuracy')),plot_classifier_vs_eps(df),{'Cross entropy, mean over images and 95 % interval': loss, 'Accuracy (a fraction), mean over images and 95 % interval': acc}
+    loss,accuracy = (intervals(df, o).reset_index() for o in ('cross_entropy','correct'))
+    tables = {'Cross entropy, mean over images and 95 % interval': loss,
+              'Accuracy (a fraction), mean over images and 95 % interval': accuracy}
+    rows = loss.merge(accuracy, on=['kind','eps'], suffixes=('_cross_entropy','_accuracy'))
+    return rows,plot_classifier_vs_eps(df),tables
 
 def _figure4(learn):
     df = pd.concat([bn_statistics(learn), bn_statistics(learn, reestimate=True)])
-    dist = bn_distance(df)
-    return dist,plot_bn_statistics(df),{'Distance of clean and adversarial statistics, by layer': dist}
+    rows = bn_distance(df)
+    return rows,plot_bn_statistics(df),{'Distance of clean and adversarial statistics, by layer': rows}
 
-_looks = {'2': ('adversarial images',_figure2), '3a': ('contrastive loss against eps',_figure3a), '3b': ('the classifier against eps',_figure3b), '4': ('statistics of the two batch norms',_figure4)}
+_encoder_figures = {
+    '2':  ('adversarial images', _figure2),
+    '3a': ('contrastive loss against eps', _figure3a),
+    '3b': ('the classifier against eps', _figure3b),
+    '4':  ('statistics of the two batch norms', _figure4)}
 
-def _cell(v): return f'{v:.4g}' if isinstance(v, float) else str(v)
+def _short(v): return f'{v:.4g}' if isinstance(v, float) else str(v)
 
-def _look(which, scale, data, seeds, workers, ray, out, run, load):
-    title,look = _looks[which]
-    grid = Grid(f'Figure {which}: {title}', dict(eps=_axis('eps', .03)), ('eps',.03), grids(scale)['fig6b'].data, dict(method='simclr'))
-    seeds,trials,out = _trials(grid, scale, data, seeds, workers, out)
-    if run is not None: sweep(trials, run, out/'runs', workers, ray)
-    res,text = [],[f'# {grid.title}', f"Scale `{scale}`, {seeds} seed{'s' if seeds > 1 else ''}. The picture is of seed 0."]
-    for o in trials:
-        d = out/'runs'/trial_name(o)
-        if not (d/'summary.json').exists(): text.append(f"## {d.name}\n\nnot run"); continue
-        df,fig,tables = look(load(d))
-        res.append(df.assign(trial=d.name))
-        text += [f'## {d.name}', *(f'{k}:\n\n{_md(t.columns, t.map(_cell).values.tolist())}' for k,t in tables.items())]
-        if len(res) == 1: _save_figure(fig, out/f'fig{which}-{scale}.png')
-        plt.close(fig)
-    file = out/f'fig{which}-{scale}.md'
-    if res: _write(file.with_suffix('.csv'), pd.concat(res).to_csv(index=False))
-    _write(file, '\n\n'.join(text) + '\n')
-    return file
+def _make_encoder_figure(job, examine, load):
+    "`examine` gives the rows of an encoder, its picture, and tables by their titles"
+    job.do(job.trials)
+    rows,picture = [],None
+    text = [f'# {job.grid.title}', f"Scale `{job.scale}`, {job.seeds_text}. The picture is of seed 0."]
+    for o in job.trials:
+        folder = job.folder(o)
+        text.append(f'## {folder.name}')
+        if not (folder/'summary.json').exists():
+            text.append('not run')
+            continue
+        df,fig,tables = examine(load(folder))
+        rows.append(df.assign(trial=folder.name))
+        for title,t in tables.items(): text.append(f'{title}:\n\n{_markdown_table(t.columns, t.map(_short).values.tolist())}')
+        if picture is None: picture = fig
+        else: plt.close(fig)
+    job.save('\n\n'.join(text) + '\n', pd.concat(rows) if rows else None, picture)
+    return job.file
 
 def figure(
     which:str, # '2', '3a', '3b', '4', '5a', '5b', '5c', '6a', '6b', '6c' or '7'
@@ -439,7 +544,11 @@ def figure(
     load:Callable=None # `load(folder)` makes the trained learner of a trial, for 2, 3a, 3b and 4
 ) -> Path: # The Markdown file; CSV and PNG are beside it
     "Run what is missing of a figure and render it"
-    if which in _looks: return _look(which, scale, data, seeds, workers, ray, out, run, load)
-    known = {k.removeprefix('fig'): k for k,g in grids(scale).items() if g.x}
-    if which not in known: raise ValueError(f"There is no figure {which!r}. The figures are {', '.join([*_looks, *sorted(known)])}.")
-    return _make(known[which], grids(scale)[known[which]], scale, data, seeds, workers, ray, out, run)
+    known = {k: g for k,g in grids(scale).items() if g.x}
+    look_up(which, [*_encoder_figures, *sorted(k.removeprefix('fig') for k in known)], 'figure')
+    settings = scale, data, seeds, workers, ray, out, run
+    name = f'fig{which}'
+    if which not in _encoder_figures: return _make_grid(_Job(name, known[name], *settings))
+    title,examine = _encoder_figures[which]
+    grid = Grid(f'Figure {which}: {title}', dict(eps={.03: dict(eps=.03)}), ('eps',.03), known['fig6b'].data, dict(method='simclr'))
+    return _make_encoder_figure(_Job(name, grid, *settings), examine, load)

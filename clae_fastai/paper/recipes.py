@@ -21,28 +21,28 @@ _optimizers = dict(
 @dataclass(frozen=True)
 class Recipe:
     "Settings of one of the paper's experiments; `sources` says of each where it comes from"
-    name:str          # '<method>-<data set>'
-    data:str          # Data set
-    method:str        # One of `methods`
-    arch:str          # Encoder
-    size:int          # Side of the images in pixels
-    stem:str          # 'cifar' or 'imagenet'
-    views:str         # One of `view_presets`
-    head:str          # 'linear' or 'mlp'
-    n_out:int         # Dimensions of the embedding
+    name:str # '<method>-<data set>'
+    data:str # Data set
+    method:str # One of `methods`
+    arch:str # Encoder
+    size:int # Side of the images in pixels
+    stem:str # 'cifar' or 'imagenet'
+    views:str # One of `view_presets`
+    head:str # 'linear' or 'mlp'
+    n_out:int # Dimensions of the embedding
     temperature:float # Softmax temperature
-    eps:float         # Strength of the attack, in normalised pixels
-    alpha:float       # Weight of the adversarial loss
-    attack:str        # One of `attacks`
+    eps:float # Strength of the attack, in normalised pixels
+    alpha:float # Weight of the adversarial loss
+    attack:str # One of `attacks`
     adv_momentum:float # Momentum of the adversarial batch norm
-    bs:int            # Batch size
-    opt:str           # 'sgd' (momentum .9) or 'adam'
-    lr:float          # Learning rate
-    wd:float          # Weight decay, of every parameter
-    epochs:int        # Passes over the training images
-    steps:tuple       # ((epoch, factor), ...): from `epoch` on the learning rate is `factor*lr`; empty: constant
-    stats:tuple       # (mean, std) that images are normalised with; None: the views' own
-    sources:dict      # Field: 'paper', 'code' (the authors'), or 'ours'
+    bs:int # Batch size
+    opt:str # 'sgd' (momentum .9) or 'adam'
+    lr:float # Learning rate
+    wd:float # Weight decay, of every parameter
+    epochs:int # Passes over the training images
+    steps:tuple # ((epoch, factor), ...): from `epoch` on the learning rate is `factor*lr`; empty: constant
+    stats:tuple # (mean, std) that images are normalised with; None: the views' own
+    sources:dict # Field: 'paper', 'code' (the authors'), or 'ours'
 
     def learner_kwargs(self):
         "What `clae_learner` needs, besides the `dls`"
@@ -66,32 +66,28 @@ class Recipe:
     def to_json(self): return json.dumps(asdict(self))
 
     def __str__(self):
-        values = {k: v for k,v in asdict(self).items() if k != 'sources'}
-        return '\n'.join(f"{k:13} {v!s:60} {self.sources.get(k, '')}".rstrip() for k,v in values.items())
+        values = [(k,v) for k,v in asdict(self).items() if k != 'sources']
+        return '\n'.join(f"{k:13} {v!s:60} {self.sources.get(k, '')}".rstrip() for k,v in values)
 
 # %% ../../nbs/22_paper.recipes.ipynb #1d0805ce
-_steps = ((120,.1),(160,.05),(200,.01))
-_training = dict(
-    plain =dict(bs=128, opt='sgd',  lr=.03,  wd=5e-4, epochs=301, steps=_steps),
-    uel   =dict(bs=128, opt='sgd',  lr=.03,  wd=5e-4, epochs=301, steps=_steps),
-    simclr=dict(bs=256, opt='adam', lr=3e-4, wd=0.,   epochs=100, steps=()))
-_images = dict(
-    cifar10     =dict(size=32,  stem='cifar',    stats=None),
-    cifar100    =dict(size=32,  stem='cifar',    stats=None),
-    tinyimagenet=dict(size=224, stem='imagenet', stats=imagenet_stats, bs=128, epochs=100, steps=()),
-    imagenet100 =dict(size=224, stem='imagenet', stats=imagenet_stats))
+_sgd = dict(bs=128, opt='sgd', lr=.03, wd=5e-4, epochs=301, steps=((120,.1),(160,.05),(200,.01)))
+_adam = dict(bs=256, opt='adam', lr=3e-4, wd=0., epochs=100, steps=())
+_training = dict(plain=_sgd, uel=_sgd, simclr=_adam)
+_small = dict(size=32, stem='cifar', stats=None)
+_large = dict(size=224, stem='imagenet', stats=imagenet_stats)
+_images = dict(cifar10=_small, cifar100=_small, imagenet100=_large,
+               tinyimagenet=dict(_large, bs=128, epochs=100, steps=()))
 
 def _recipe(method, data):
-    "What the data set says goes before what the method says"
     embedding = {k: methods[method][k] for k in ('views','head','n_out','temperature')}
-    values = merge(dict(arch='resnet18', eps=.03, alpha=1., attack='fgsm', adv_momentum=.01),
-                   embedding, _training[method], _images[data])
+    attack = dict(eps=.03, alpha=1., attack='fgsm', adv_momentum=.01)
+    values = merge(dict(arch='resnet18'), embedding, attack, _training[method], _images[data])
     sources = dict.fromkeys(values, 'ours' if data == 'imagenet100' else 'code')
     sources.update(eps='paper', attack='paper', alpha='code')
     return Recipe(f'{method}-{data}', data, method, sources=sources, **values)
 
-_printed = [(m,d) for d in ('cifar10','cifar100','tinyimagenet') for m in methods]
-recipes = {f'{m}-{d}': _recipe(m, d) for m,d in [*_printed, ('simclr','imagenet100')]}
+_known = [(m,d) for d in ('cifar10','cifar100','tinyimagenet') for m in methods] + [('simclr','imagenet100')]
+recipes = {f'{m}-{d}': _recipe(m, d) for m,d in _known}
 
 def get_recipe(
     name:str # One of `recipes`

@@ -29,7 +29,7 @@ from .measure.probe import *
 from .measure.evaluate import *
 from .measure.monitors import *
 from .train.checkpoint import *
-from .paper.experiments import figure, table, _write
+from .paper.experiments import figure, table
 
 # %% ../nbs/26_cli.ipynb #b3827909
 def command(
@@ -261,7 +261,7 @@ def _train(options, run=None):
         if not resuming: _write_settings(run, merge(options, dict(precision=learn.precision))) # what 'auto' has chosen, for good
         _run(learn, run, resuming, base, o, r)
 
-def _write_settings(run, options): _write(run/'settings.json', json.dumps(dict(options=options, versions=_versions()), indent=2))
+def _write_settings(run, options): write_text(run/'settings.json', json.dumps(dict(options=options, versions=_versions()), indent=2))
 
 def _fit(learn, checkpoint, run, resuming, o, r):
     "Train, in as many processes as were launched; seconds that it took"
@@ -308,7 +308,7 @@ def _run(learn, run, resuming, base, o, r, more=lambda learn: {}):
     else: print("There are no classes, or no test images of known classes, to evaluate with: the encoder was trained, and its accuracy is unknown.")
     metrics.update(more(learn))
     summary = dict(settings={**o, 'name': run.name, 'size': learn.encoder_info['size'], 'device': str(learn.dls.device), 'precision': learn.precision, 'processes': max(1, num_distrib())}, seed=o['seed'], versions=_versions(), metrics=metrics)
-    _write(run/'summary.json', json.dumps(summary, indent=2)) # it says that the run is finished, so it comes last and whole
+    write_text(run/'summary.json', json.dumps(summary, indent=2)) # it says that the run is finished, so it comes last and whole
     print(f"The encoder is {run/'encoder.safetensors'}; what the adversary does is in {run/'views.png'}.")
 
 # %% ../nbs/26_cli.ipynb #448d1899

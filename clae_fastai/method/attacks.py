@@ -65,8 +65,8 @@ class Attack:
         "What `CLAECallback` knows of its images. Raises `ValueError` where `space='pixel'` needs it and nobody knows"
         self.stats = ifnone(stats, self.stats)
         if self.space == 'pixel' and self.stats is None:
-            raise ValueError("space='pixel' needs to know how the images were normalised: use views that end in a "
-                             "Normalize, or set the attack's `stats` to the (mean, std) of each channel.")
+            raise ValueError("space='pixel' needs to know how the images were normalised: use views that end in a Normalize, "
+                "or set the attack's `stats` to the (mean, std) of each channel.")
 
     def state_dict(self): "What an attack remembers from batch to batch, for a checkpoint"; return {}
     def load_state_dict(self, state): "Go on from there"

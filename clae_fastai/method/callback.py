@@ -24,12 +24,12 @@ def check_clae(
     learn = clae.learn
     if not isinstance(learn.loss_func, CLAELoss):
         raise ValueError(f"CLAECallback trains with a CLAELoss, and the Learner's loss_func is {learn.loss_func}: "
-                         "wrap it, as in CLAELoss(NTXentLoss(), alpha=1.).")
+            "wrap it, as in CLAELoss(NTXentLoss(), alpha=1.).")
     stats = image_stats(clae.views, learn.dls)
     if isinstance(clae.attack, Attack): clae.attack.set_stats(stats)
     if fitting and not hasattr(learn, 'loss_terms'):
         raise ValueError("CLAECallback has to be there when the Learner is made, as its batch norms must reach the optimiser: "
-                         "Learner(..., cbs=CLAECallback(...)).")
+            "Learner(..., cbs=CLAECallback(...)).")
     if fitting and clae.attacking: check_dual_bn(get_model(learn.model))
     return stats
 

@@ -11,9 +11,6 @@ from fastai.basics import *
 from torch.nn.modules.batchnorm import _BatchNorm
 
 # %% ../../nbs/03_method.dualbn.ipynb #37226aef
-_recomputed = ("Gradient checkpointing repeats forwards inside the backward, where nobody knows any more which of the two "
-               "batch norms an image went through: switch it off for the encoder (timm: set_grad_checkpointing(False)).")
-
 class DualBatchNorm(nn.Module):
     "Two batch norms of the same shape: `clean`, and `adv` inside `adversarial_bn`"
     def __init__(self,
@@ -25,7 +22,9 @@ class DualBatchNorm(nn.Module):
 
     def forward(self, x):
         in_backward = torch._C._current_graph_task_id() != -1 # private: PyTorch has no public way to ask
-        if in_backward and not torch.compiler.is_compiling(): raise ValueError(_recomputed)
+        if in_backward and not torch.compiler.is_compiling():
+            raise ValueError("Gradient checkpointing repeats forwards inside the backward, where nobody knows which of the two "
+                "batch norms an image went through: switch it off for the encoder (timm: set_grad_checkpointing(False)).")
         return (self.adv if self.use_adv else self.clean)(x)
 
     def extra_repr(self): return f'use_adv={self.use_adv}'
@@ -38,7 +37,7 @@ def dual_bns(
     return [m for m in model.modules() if isinstance(m, DualBatchNorm)]
 
 def _replace_modules(model, stop, replace):
-    "`model` with each module that is an instance of `stop` exchanged for `replace(module)`, once per module, without looking inside"
+    "Exchange each module of `model` that is an instance of `stop` for `replace(module)`, once a module"
     new = {}
     def _new(m):
         if id(m) not in new: new[id(m)] = m,replace(m)   # keeping m keeps its id from being used again
@@ -77,7 +76,7 @@ def set_dual_bn(
     dual:bool, # Will it see adversarial images?
     adv_momentum:float=.01 # See `convert_dual_bn`
 ) -> nn.Module: # `model`
-    "Give `model` the batch norms that a training needs: two sets, where nobody has converted it yet, or the clean one alone"
+    "Give `model` the batch norms that a training needs: two sets, unless it has them, or the clean one alone"
     if not dual: return strip_dual_bn(model) # of an earlier training, with an attack
     if not dual_bns(model): model = convert_dual_bn(model, adv_momentum)
     if not dual_bns(model): print("The encoder has no batch norm: it trains as it is, and dual batch norm has nothing to split.")
@@ -88,22 +87,25 @@ def check_dual_bn(
 ):
     "Raises `ValueError` where it has batch norms, and no second set"
     if not dual_bns(model) and any(isinstance(m, _BatchNorm) for m in model.modules()):
-        raise ValueError("The attack (or eps, or alpha) was set after the Learner was made, and its model has no second batch "
-                         "norm to train adversarial images through: make a new one, clae_learner(..., attack=...).")
+        raise ValueError("The attack (or eps, or alpha) was set after the Learner was made, when its model got no second batch "
+            "norm: make a new one, clae_learner(..., attack=...).")
 
 # %% ../../nbs/03_method.dualbn.ipynb #c3f9c063
+@contextmanager
+def _attribute(modules, name, value):
+    old = [getattr(m, name) for m in modules]
+    try:
+        for m in modules: setattr(m, name, value)
+        yield
+    finally:
+        for m,o in zip(modules, old): setattr(m, name, o)
+
 @contextmanager
 def adversarial_bn(
     model:nn.Module # A model, converted or not
 ):
     "Inside, `model` normalises with its adversarial batch norms"
-    duals = dual_bns(model)
-    old = [m.use_adv for m in duals]
-    try:
-        for m in duals: m.use_adv = True
-        yield model
-    finally:
-        for m,o in zip(duals, old): m.use_adv = o
+    with _attribute(dual_bns(model), 'use_adv', True): yield model
 
 # %% ../../nbs/03_method.dualbn.ipynb #4949580f
 @contextmanager
@@ -112,9 +114,4 @@ def frozen_bn_stats(
 ):
     "Inside, no forward changes a batch norm's buffers; what it computes stays the same"
     bns = [m for m in model.modules() if isinstance(m, _BatchNorm)]
-    old = [m.track_running_stats for m in bns]
-    try:
-        for m in bns: m.track_running_stats = False
-        yield model
-    finally:
-        for m,o in zip(bns, old): m.track_running_stats = o
+    with _attribute(bns, 'track_running_stats', False): yield model

@@ -125,7 +125,7 @@ class CLAELoss(nn.Module):
         if isinstance(loss, Tensor) and loss.ndim == 0: return loss
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise ValueError(f"The contrastive loss {self.base} must return one number, a tensor of shape (), and it returned {got}. "
-                         "Reduce it over the batch, for example with `.mean()`.")
+            "Reduce it over the batch, for example with `.mean()`.")
 
     def forward(self,
         z:Tensor|tuple, # `(z_q, z_p)`, `(z_q, z_p, z_adv)`, each (B,D), or one `z`

@@ -16,7 +16,7 @@ from .dualbn import adversarial_bn
 
 # %% ../../nbs/06_method.models.ipynb #80ed7dfb
 class CIFARResNet(nn.Module):
-    "The residual networks of He et al. (2016) for small images: two layers a block; stages of `width`, `2*width`, `4*width`, ... channels"
+    "The residual networks of He et al. (2016) for small images: stages of `width`, `2*width`, `4*width`, ... channels"
     def __init__(self,
         n:int=1, # Blocks a stage
         width:int=16, # Channels of the first stage
@@ -97,10 +97,10 @@ def _timm_model(name, weights, n_in):
         close = ' '.join(difflib.get_close_matches(name, [*ours, *names], n=3))
         more = f"the {len(names)} of `timm.list_models()`" if names else "timm's, where it is installed (pip install timm)"
         raise ValueError(f"There is no architecture {name!r}. {close and f'Did you mean {close}? '}"
-                         f"Known names: {', '.join(ours)}, and {more}.")
+            f"Known names: {', '.join(ours)}, and {more}.")
     if weights not in (None,'DEFAULT'):
-        raise ValueError("timm's weights go by the architecture's name, as in 'resnet18.a1_in1k' with pretrained=True, "
-                         f"and weights is {weights!r}.")
+        raise ValueError(f"weights is {weights!r}, and timm's go by the architecture's name, as in 'resnet18.a1_in1k': "
+            "use that, with pretrained=True.")
     import timm
     return timm.create_model(name, pretrained=weights == 'DEFAULT', num_classes=0, in_chans=n_in)
 
@@ -115,11 +115,13 @@ def _build(arch, weights, n_in):
     other = "an encoder file (.safetensors) or a state dict"
     if arch in _ours.values(): raise ValueError(f"There are no trained weights for {arch_name(arch)}: give `weights` {other}.")
     try: return _drop_classifier(arch(weights=weights))
-    except KeyError: raise ValueError(f"There are no weights {weights!r} for {arch_name(arch) or arch}: "
-                                      f"give the name of a set of torchvision's, {other}.") from None
+    except KeyError:
+        raise ValueError(f"There are no weights {weights!r} for {arch_name(arch) or arch}: "
+            f"give the name of a set of torchvision's, {other}.") from None
 
 # %% ../../nbs/06_method.models.ipynb #cb2d5b1b
-def _first_conv(model): return next(((n,m) for n,m in model.named_modules() if isinstance(m, nn.Conv2d)), (None,None))
+def _first_conv(model):
+    return next(((n,m) for n,m in model.named_modules() if isinstance(m, nn.Conv2d)), (None,None))
 
 def _set_n_in(model, n_in, keep_weights):
     "Exchange the first convolution of `model` for one of `n_in` channels, if it has another number"
@@ -127,9 +129,9 @@ def _set_n_in(model, n_in, keep_weights):
     if old is None or old.in_channels == n_in: return
     if keep_weights and old.in_channels != 3:
         raise ValueError(f"The given weights are for images of {old.in_channels} channels, and these have {n_in}: "
-                         "only weights for three channels can be adapted.")
+            "only weights for three channels can be adapted.")
     new = nn.Conv2d(n_in, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation, old.groups,
-                    old.bias is not None, old.padding_mode)
+        old.bias is not None, old.padding_mode)
     if keep_weights:
         w = old.weight.data
         if   n_in == 1: w = w.sum(1, keepdim=True)
@@ -210,11 +212,11 @@ def create_encoder(
         model = _build(arch, given, n_in)
         if ifnone(stem, _choose_stem(model, size, given, state)) == 'cifar':
             if not has_stem(model):
-                raise ValueError(f"stem='cifar' exchanges `conv1` and `maxpool` of the ResNet family, and {arch_name(arch) or arch} "
-                                 "has no such stem: use stem='imagenet', which keeps its own.")
+                raise ValueError("stem='cifar' exchanges `conv1` and `maxpool` of the ResNet family, which "
+                    f"{arch_name(arch) or arch} has not: use stem='imagenet', which keeps its own.")
             if given is not None:
                 raise ValueError("The library's weights were trained with the ImageNet stem: "
-                                 "use stem='imagenet' with them, or start from random weights.")
+                    "use stem='imagenet' with them, or start from random weights.")
             _cifar_stem(model)
     if state is not None: _load_state(model, state, n_in)
     elif not isinstance(arch, nn.Module): _set_n_in(model, n_in, keep_weights=given is not None)
@@ -295,5 +297,6 @@ def num_features(
     try:
         with torch.no_grad(), training_mode(encoder, False): return ContrastiveModel(encoder, nn.Identity()).features(x).shape[1]
     except (RuntimeError, AssertionError, ValueError) as e:
-        raise ValueError(f"The encoder does not take images of {n_in} channels and {'x'.join(map(str, x.shape[2:]))} pixels ({e}): "
-                         "use another size, or another architecture.") from e
+        pixels = 'x'.join(map(str, x.shape[2:]))
+        raise ValueError(f"The encoder does not take images of {n_in} channels and {pixels} pixels ({e}): "
+            "use another size, or another architecture.") from e

@@ -28,7 +28,7 @@ def image_stats(
     stats,own = getattr(views, 'stats', None),split_normalize(getattr(dls.train, 'after_batch', None))[1]
     if own is not None and stats is not None:
         raise ValueError("The DataLoaders end in a Normalize and so do the views, which would normalise twice: "
-                         "take it out of the DataLoaders, or use clae_learner, which does.")
+            "take it out of the DataLoaders, or use clae_learner, which does.")
     return ifnone(stats, own)
 
 # %% ../../nbs/05_method.views.ipynb #ffb162c9

@@ -20,8 +20,9 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from clae_fastai import __version__, cli as commands
+from clae_fastai import __version__, cli as commands, runs
 from clae_fastai.cli import clae_train, parser
+from clae_fastai.data.catalogue import get_dls
 from clae_fastai.train.checkpoint import checkpoints, load_checkpoint
 from clae_fastai.train.precision import has_bf16
 
@@ -250,14 +251,17 @@ def test_classes_without_training_images(cli):
     assert r.returncode == 0 and 'classes there is no training image' in r.stdout, r.stderr
     assert 'knn' not in summary(cli.cwd/'runs'/'digits-simclr-1')['metrics']
 
-def test_eval_is_on_the_data_of_the_run(cli, digits_dir):
+def test_eval_is_on_the_data_of_the_run(cli, digits_dir, monkeypatch):
+    "And on the images that it held out"
     r = cli('clae_train', '--path', digits_dir/'grey', '--name', 'mine', '--views', 'digits', '--arch', 'resnet8', '--epochs', 1,
             '--seed', 5, '--workers', 0)
     assert r.returncode == 0, r.stderr
     run = cli.cwd/'runs'/'mine'
     assert summary(run)['settings']['views'] == 'digits'
+    seeds = []
+    monkeypatch.setattr(runs, 'get_dls', lambda *args, **kwargs: seeds.append(kwargs['seed']) or get_dls(*args, **kwargs))
     r = cli('clae_eval', 'mine', '--workers', 0)
-    assert r.returncode == 0, r.stderr
+    assert r.returncode == 0 and seeds == [5], r.stderr
     e = json.loads((run/'eval-folder-honest.json').read_text())
     n = sum(1 for _ in (digits_dir/'grey').rglob('*.png'))
     assert e['n_train'] + e['n_test'] == n and e['settings']['k'] == min(200, e['n_train'])

@@ -289,12 +289,12 @@ class _Run:
 
 def train(
     resume:str=None, # Name or folder of an interrupted run to go on with, which takes no other option
-    **options # Of `clae_train`, where they are not its defaults
+    **kwargs # Options of `clae_train`, where they are not its defaults
 ):
     "Train and evaluate an encoder, in a run's folder"
     defaults = _not_given()
-    if unknown := options.keys() - defaults.keys(): raise TypeError(f"There is no option {', '.join(unknown)}.")
-    options = defaults | options
+    if unknown := kwargs.keys() - defaults.keys(): raise TypeError(f"There is no option {', '.join(unknown)}.")
+    options = defaults | kwargs
     silent = redirect_stdout(io.StringIO()) if rank_distrib() else nullcontext() # of several processes the first one prints
     with silent:
         if resume is None: return _Run(options).start()

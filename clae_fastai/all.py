@@ -20,5 +20,6 @@ from clae_fastai.measure.features import *
 from clae_fastai.measure.probe import *
 from clae_fastai.measure.evaluate import *
 from clae_fastai.measure.monitors import *
+from clae_fastai.measure.report import *
 from clae_fastai.paper.recipes import *
 from clae_fastai.paper.analysis import *

@@ -93,7 +93,7 @@ def command(
     _command.main = partial(main, _command)
     return _command
 
-# %% ../nbs/26_cli.ipynb #5224157e
+# %% ../nbs/26_cli.ipynb #41c5d659
 _data = ('digits','fashion_mnist','cifar10','cifar100','tinyimagenet','imagenet100','cars','aircraft','dtd','pets',
          'caltech101','flowers','folder')
 _recipes = ('plain-cifar10','uel-cifar10','simclr-cifar10','plain-cifar100','uel-cifar100','simclr-cifar100',
@@ -131,11 +131,11 @@ def clae_train(
     """Train an encoder without labels by contrastive learning with adversarial examples, and evaluate it.
 
     examples:
-      clae_train                                    handwritten digits: no network, two to four minutes
-      clae_train --path photos --epochs 100         a folder of images
-      clae_train --recipe simclr-cifar10            the paper's settings
-      clae_train --data cifar10 --eps 0 --name base without adversarial examples
-      clae_train --resume digits-simclr-1           go on with a run that was interrupted
+      clae_train                                     handwritten digits: no network, two to four minutes
+      clae_train --path photos --epochs 100          a folder of images
+      clae_train --recipe simclr-cifar10             the paper's settings
+      clae_train --data cifar10 --eps 0 --name base  without adversarial examples
+      clae_train --resume digits-simclr-1            go on with a run that was interrupted
 
     views:
       plain, uel, simclr   the methods' own

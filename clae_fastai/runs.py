@@ -63,13 +63,15 @@ def _versions():
     own = dict(clae_fastai=__version__, python=platform.python_version())
     return {**own, **{o.__name__: o.__version__ for o in (fastai, torch, torchvision, kornia)}}
 
-# %% ../nbs/25_runs.ipynb #391bc567
+# %% ../nbs/25_runs.ipynb #2ca05aad
 train_options = { # type, and value where a run says nothing: what version 0.1.0 did
     **dict.fromkeys('path data arch method attack views recipe name'.split(), (str,None)),
     **dict.fromkeys('n_out epochs bs size channels limit workers every_batches'.split(), (int,None)),
     **dict.fromkeys('eps alpha lr'.split(), (float,None)),
     'seed': (int,42), 'precision': (str,'fp32'), 'attack_bn': (str,'adv'), 'on_nonfinite': (str,'stop'),
     'channels_last': (bool,False), 'skip_bad': (bool,False)}
+
+def _not_given(): return {name: default for name,(_,default) in train_options.items()}
 
 def _check_option(name, value):
     "A saved option, if it is what `clae_train` takes"
@@ -104,16 +106,16 @@ def read_options(
     elif unknown: print(f"{file} is of clae_fastai {version}; what this version does not know is ignored: {', '.join(unknown)}.")
     return options
 
-# %% ../nbs/25_runs.ipynb #0f8efd31
+# %% ../nbs/25_runs.ipynb #1172a27a
 _defaults = dict(arch='resnet18', method='simclr', eps=.03, alpha=1., attack='fgsm', epochs=20, bs=64, lr=3e-3)
 _digits = dict(arch='resnet8', views='digits')
 _limits = dict(epochs=(1,math.inf), seed=(0,2**32-1), bs=(1,math.inf), n_out=(1,math.inf), every_batches=(1,math.inf),
                limit=(2,math.inf), size=(8,4096), workers=(0,256))
 
 def _check_limits(values):
-    for name,value in values.items():
-        low,high = _limits.get(name, (None,None))
-        if low is None or value is None or low <= value <= high: continue
+    for name,(low,high) in _limits.items():
+        value = values.get(name)
+        if value is None or low <= value <= high: continue
         need = f'{low} or more' if high == math.inf else f'between {low} and {high}'
         raise ValueError(f"{name} must be {need}, and it is {value}.")
 
@@ -121,9 +123,10 @@ def _fill_in(options):
     "All settings, and the recipe or None, with what is given in place of its own"
     given = {k: v for k,v in options.items() if v is not None}
     recipe = get_recipe(given['recipe']) if 'recipe' in given else None
-    data = given.get('data') or (recipe.data if recipe else 'folder' if 'path' in given else 'digits')
     of_recipe = {k: v for k,v in vars(recipe).items() if k in options and k != 'name'} if recipe else {}
-    settings = {**options, **_defaults, **(_digits if data == 'digits' else {}), **of_recipe, **given, 'data': data}
+    own = dict(data='folder' if 'path' in given else 'digits') | of_recipe | given
+    of_data = _digits if own['data'] == 'digits' else {}
+    settings = options | _defaults | of_data | own
     _check_limits(settings)
     check_batches(settings['bs'])
     if not 0 < settings['lr'] < math.inf: raise ValueError(f"lr must be a finite number above 0, and it is {settings['lr']}.")
@@ -206,7 +209,7 @@ def _save_figure(fig, file, dpi):
     fig.savefig(file, dpi=dpi)
     plt.close(fig)
 
-# %% ../nbs/25_runs.ipynb #ab67199a
+# %% ../nbs/25_runs.ipynb #87b25e1a
 class _Run:
     "A training by `options`; in `folder`, if it was begun there"
     def __init__(self, options, folder=None):
@@ -286,12 +289,12 @@ class _Run:
 
 def train(
     resume:str=None, # Name or folder of an interrupted run to go on with, which takes no other option
-    **options # Of `clae_train`, where they are not its defaults
+    **kwargs # Options of `clae_train`, where they are not its defaults
 ):
     "Train and evaluate an encoder, in a run's folder"
-    defaults = {k: v for k,(_,v) in train_options.items()}
-    if unknown := options.keys() - defaults.keys(): raise TypeError(f"There is no option {', '.join(unknown)}.")
-    options = {**defaults, **options}
+    defaults = _not_given()
+    if unknown := kwargs.keys() - defaults.keys(): raise TypeError(f"There is no option {', '.join(unknown)}.")
+    options = defaults | kwargs
     silent = redirect_stdout(io.StringIO()) if rank_distrib() else nullcontext() # of several processes the first one prints
     with silent:
         if resume is None: return _Run(options).start()
@@ -369,7 +372,7 @@ def export_run(
     else: shutil.copyfile(file, out)
     print(f"Wrote {out}.")
 
-# %% ../nbs/25_runs.ipynb #c35fe4f8
+# %% ../nbs/25_runs.ipynb #684d7236
 def _trial_options(options, folder):
     "Options of `clae_train` for a trial, and the data sets to transfer to"
     options = dict(options, name=folder.name)
@@ -377,7 +380,7 @@ def _trial_options(options, folder):
     if limit := options.get('limit'): # the most that a grid takes: of fewer images all
         n = catalogue[options['data']].n_train or len(get_dls('folder', options['path'], bs=2, num_workers=0).train_ds)
         if n < limit: options['limit'] = None
-    return {**{k: v for k,(_,v) in train_options.items()}, **options},targets
+    return _not_given() | options,targets
 
 def trial(
     options:dict, # Of `clae_train`; `transfer` are names of data sets

@@ -1,5 +1,5 @@
 "What the tests share: small data, golden vectors, and real photographs where they are at hand."
-import os, subprocess, sys
+import contextlib, os, subprocess, sys
 from pathlib import Path
 
 import matplotlib
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 matplotlib.use('Agg')
-if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1') # two processes with all threads each are many times slower
+# two processes with all threads each are many times slower
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')
 here = Path(__file__).parent
 
 # Where a new version of fastai, fastcore or nbdev is felt first: files, or tests of a file. Marked here, so that it is one list
@@ -48,30 +49,34 @@ def cifar_dir(tmp_path_factory):
     return out
 
 @pytest.fixture
-def cli(tmp_path):
-    "Run one of our commands in an empty folder: `cli('clae_train', '--epochs', '1')`"
-    def run(cmd, *args, timeout=900):
-        exe = Path(sys.executable).with_name(cmd)
-        return subprocess.run([exe, *map(str, args)], cwd=tmp_path, capture_output=True, text=True, timeout=timeout, env={**os.environ, 'PYTHONWARNINGS': 'ignore'})
+def cli(tmp_path, monkeypatch, capsys):
+    "One of our commands in this process, as the shell would call it in an empty folder: `cli('clae_train', '--epochs', 1)`"
+    from clae_fastai import cli
+    def run(name, *args):
+        monkeypatch.setenv('PYTHONWARNINGS', 'ignore') # for processes that it starts
+        capsys.readouterr()
+        code = 0
+        with contextlib.chdir(tmp_path):
+            try: getattr(cli, name).main([*map(str, args)])
+            except SystemExit as e: code = e.code
+        return subprocess.CompletedProcess([name, *args], code, *capsys.readouterr())
     run.cwd = tmp_path
     return run
 
 def tree(folder): return {str(f.relative_to(folder)): f.read_bytes() if f.is_file() else None for f in sorted(folder.rglob('*'))}
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    "A command in this process, as the shell would call it: `command(clae_train, '--eps', 'x')` asserts that it fails as it should, and returns the message"
+def command(cli):
+    "A command that fails as it should: `command(clae_train, '--eps', 'x')` returns its message"
     def _command(func, *args):
-        monkeypatch.setattr(sys, 'argv', [func.__name__, *map(str, args)])
-        monkeypatch.chdir(tmp_path)
-        before = tree(tmp_path)
-        with pytest.raises(SystemExit) as e: func()
-        out,err = capsys.readouterr()
-        assert e.value.code == 2 and 'Traceback' not in err and err.strip(), (e.value.code, err)
-        lines = err.strip().splitlines()
-        assert [o.startswith(f'{func.__name__}: ') for o in lines] == [False]*(len(lines)-1) + [True], err
-        assert tree(tmp_path) == before, 'something was written'
-        return err
+        before = tree(cli.cwd)
+        r = cli(func.__name__, *args)
+        assert r.returncode == 2 and 'Traceback' not in r.stderr and r.stderr.strip(), (r.returncode, r.stderr)
+        *usage,message = r.stderr.strip().splitlines()
+        prog = f'{func.__name__}: '
+        assert message.startswith(prog) and not any(o.startswith(prog) for o in usage), r.stderr
+        assert tree(cli.cwd) == before, 'something was written'
+        return r.stderr
     return _command
 
 @pytest.fixture(scope='session')

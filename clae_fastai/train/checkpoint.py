@@ -113,6 +113,8 @@ def _memory(cb):
     names = getattr(type(cb), 'checkpoint_attrs', known or ())
     return {name: vars(cb)[name] for name in names if name in vars(cb)}
 
+def _memories(cbs): return [(type(cb).__name__, memory) for cb in cbs.sorted('order') if (memory := _memory(cb))]
+
 def _run_identity(learn):
     "What makes a run another run, as text"
     clae,opt = getattr(learn, 'clae', None),learn.opt
@@ -140,7 +142,7 @@ def run_state(
         **{k: part.state_dict() for k,part in _parts(learn).items() if hasattr(part, 'state_dict')},
         epoch=learn.epoch, n_epoch=learn.n_epoch, n_iter=len(learn.dls.train), n_images=_n_images(learn),
         train_iter=learn.train_iter, pct_train=learn.pct_train, smooth_loss=(smooth.count, smooth.val),
-        callbacks=[(type(cb).__name__, memory) for cb in learn.cbs.sorted('order') if (memory := _memory(cb))])
+        callbacks=_memories(learn.cbs))
 
 def set_run_state(
     learn:Learner, # Made as the one that was saved
@@ -204,7 +206,7 @@ class Checkpoint(Callback):
         for f in self.folder.glob('.epoch*.tmp'): f.unlink() # half a file of a process that was killed
 
     def before_epoch(self): self.trained,self.fit_cbs = False,list(self.learn.cbs)
-    def before_train(self): self.at_start = self._random()
+    def before_train(self): self.at_start = self._own_states()
     def before_batch(self): self.between_batches = False
 
     def after_batch(self):
@@ -222,12 +224,14 @@ class Checkpoint(Callback):
         self.save()
         self._stop()
 
-    def _random(self):
-        "Random states of all processes"
+    def _own_states(self):
+        "What each process has of its own: random states and, where `run_state` has the first one's, attack and callbacks"
         own = random_state(self.dls)
         if world_size() < 2 or self.signal: return [own] # a signal does not reach all processes in the same batch
-        attack = _parts(self.learn)['attack'] # `run_state` has the first process's only
+        attack = _parts(self.learn)['attack']
         if hasattr(attack, 'state_dict'): own['attack'] = attack.state_dict()
+        cbs = self.learn.cbs.filter(lambda cb: hasattr(type(cb), 'checkpoint_attrs')) # fastai's are the same everywhere
+        own = to_cpu(dict(own, callbacks=_memories(cbs)))
         res = [None]*world_size()
         torch.distributed.all_gather_object(res, own)
         return res
@@ -249,7 +253,7 @@ class Checkpoint(Callback):
         batch:int=None # Batch of the epoch that was the last, or None after the epoch's end
     ):
         "Save now"
-        states = self._random()
+        states = self._own_states()
         if rank_distrib(): return
         at_start = None if batch is None else self.at_start
         state = dict(**run_state(self.learn), batch=batch, random=states, at_start=at_start)
@@ -398,5 +402,6 @@ class Resume(Callback):
         states = state['random']
         own = states[rank_distrib()] if len(states) == world_size() else {}
         if 'attack' in own: state['attack'] = own['attack']
+        state['callbacks'] = own.get('callbacks', []) + state['callbacks'] # the first of a name is taken
         set_run_state(self.learn, state)
         set_random_state(self.dls, states)

@@ -39,15 +39,12 @@ def finish(p):
     out,err = p.communicate(timeout=300)
     return p.returncode,out,err
 
-@pytest.fixture
-def resume(tmp_path, monkeypatch, capsys):
-    "`clae_train --resume NAME` in this process; its standard error"
-    def _resume(name):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, 'argv', ['clae_train', '--resume', name])
+def train_here(cwd, *args):
+    "`clae_train` in this process"
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(cwd)
+        m.setattr(sys, 'argv', ['clae_train', *map(str, args)])
         clae_train()
-        return capsys.readouterr().err
-    return _resume
 
 def newest(folder): return [f.name for f in checkpoints(folder)[-1:]]
 
@@ -72,8 +69,7 @@ def whole(tmp_path_factory):
     cwd,done = tmp_path_factory.mktemp('whole'),{}
     def _whole(*args):
         if args not in done:
-            code,_,err = finish(start(cwd, *small, *args, '--name', f'run{len(done)}'))
-            assert code == 0, err
+            train_here(cwd, *small, *args, '--name', f'run{len(done)}')
             done[args] = cwd/'runs'/f'run{len(done)}'
         return done[args]
     return _whole
@@ -125,15 +121,16 @@ def test_terminated_and_interrupted(whole, tmp_path, precision):
     a,b = outcome(tmp_path/'runs'/'stopped'),outcome(whole(*opts))
     assert a[:3] == b[:3]
 
-def test_damaged_newest(whole, unfinished, resume):
+def test_damaged_newest(whole, unfinished, tmp_path, capsys):
     damaged = checkpoints(unfinished/'checkpoints')[-1]
     damaged.write_bytes(damaged.read_bytes()[:-1000])
-    err = resume('unfinished')
+    train_here(tmp_path, '--resume', 'unfinished')
+    err = capsys.readouterr().err
     assert damaged.name in err and 'The one before it is used' in err
     assert_same(unfinished, whole())
 
-def test_killed_after_the_last_epoch(whole, unfinished, resume):
-    resume('unfinished')
+def test_killed_after_the_last_epoch(whole, unfinished, tmp_path):
+    train_here(tmp_path, '--resume', 'unfinished')
     assert_same(unfinished, whole())
 
 def test_two_at_once(tmp_path, command):

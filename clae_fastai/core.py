@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['at_least_float32', 'world_size', 'gather', 'rank_offset', 'new_file', 'write_text', 'write_safetensors',
-           'read_safetensors', 'look_up', 'check_choice', 'check_batches']
+           'OtherFormat', 'read_safetensors', 'look_up', 'check_choice', 'check_batches']
 
 # %% ../nbs/01_core.ipynb #398f7d85
 from fastai.basics import *
@@ -101,6 +101,12 @@ def write_safetensors(
         if os.name == 'posix': _to_disk(tmp)
     if os.name == 'posix': _to_disk(file.parent) # the new name, too
 
+class OtherFormat(ValueError):
+    "A file of another `format` than was expected"
+    def __init__(self, file, format, expected):
+        super().__init__(f"{file} is something else: its header's format is {format!r}, and {expected!r} was expected.")
+        self.format = format
+
 def read_safetensors(
     file:str|Path, # Written by `write_safetensors`
     format:str # What it has to be
@@ -111,8 +117,7 @@ def read_safetensors(
     except FileNotFoundError: raise
     except (safetensors.SafetensorError, OSError, ValueError, LookupError) as e:
         raise ValueError(f"{file} is no safetensors file, or a damaged one ({e}).") from None
-    if header.get('format') != format:
-        raise ValueError(f"{file} is something else: its header's format is {header.get('format')!r}, and {format!r} was expected.")
+    if header.get('format') != format: raise OtherFormat(file, header.get('format'), format)
     if header.get('digest', digest := _digest(tensors, header)) != digest: # encoders of version 0.1.0 have none
         raise ValueError(f"{file} is damaged: its checksum is wrong.")
     return tensors,{k: v for k,v in header.items() if k not in ('format','digest')}

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 try: from fastai.distributed import DistributedDL, DistributedTrainer
-except (ImportError, NameError): # there is no accelerate: nothing is distributed, and `learn.distributed` says what is missing
+except (ImportError, NameError): # there is no accelerate, and `learn.distributed` says so
     class DistributedDL: pass
     class DistributedTrainer: pass
 from ..core import *
@@ -53,15 +53,15 @@ class _RankTrainer(DistributedTrainer):
     def _wrap_dl(self, dl): return dl if isinstance(dl, DistributedDL) else _RankDL(dl, device=self.accelerator.device)
 
     def before_fit(self):
-        if self.wrapped: return # this is a validation inside a fit, or it comes after a fit that failed
-        self.wrapped,self.in_validation = True,self.learn.lock.locked() # which fastai holds in `validate` and `get_preds`
+        if self.wrapped: return # in a validation inside a fit, or after a fit that failed
+        self.wrapped,self.validating = True,self.learn.lock.locked() # as in `validate` and `get_preds`
         self.own_loaders = self.learn.dls.loaders
         modules = self.learn.model.named_modules(remove_duplicate=False)
         self.own_norms = {name: m for name,m in modules if isinstance(m, _BatchNorm)}
         super().before_fit()
 
     def after_fit(self):
-        if self.learn.lock.locked() and not self.in_validation: return # the fit around this validation goes on
+        if self.learn.lock.locked() and not self.validating: return # the fit around this validation goes on
         for b in self.learn.model.buffers(): dist.broadcast(b, 0)
         self.restore()
 
@@ -80,7 +80,7 @@ class _RankTrainer(DistributedTrainer):
 
 # %% ../../nbs/13_train.distributed.ipynb #46dd1a10
 def set_rank_device():
-    "Make the GPU of this process's local rank the default one, for PyTorch and fastai; to be called before anything is put on a GPU"
+    "Make the GPU of this process's local rank the default one. To be called before anything is put on a GPU"
     if not torch.cuda.is_available() or 'LOCAL_RANK' not in os.environ: return
     n,rank = torch.cuda.device_count(),int(os.environ['LOCAL_RANK'])
     if rank >= n:
@@ -98,7 +98,7 @@ def _process_group(backend):
         yield
         return
     store,rank,n = next(dist.rendezvous('env://'))
-    store = dist.PrefixStore(f'clae_fastai/{next(_group_numbers)}', store) # the launcher's outlives a group: each needs its own names
+    store = dist.PrefixStore(f'clae_fastai/{next(_group_numbers)}', store) # the launcher's outlives a group
     dist.init_process_group(backend, store=store, rank=rank, world_size=n)
     try: yield
     finally: dist.destroy_process_group()

@@ -117,7 +117,9 @@ def learner(out):
          preds=preds, labels=[o[1] for o in learn.dls.valid_ds])
 
     # on its own after the context: our own functions on rank 0 alone, and fastai's error where its loop would run
-    alone = dict(outside=[failure(f) for f in (learn.validate, learn.get_preds, partial(learn.fit, 1))])
+    other = digits_learner() # the fit fails after its first step
+    with learn.no_bar(), other.no_bar(), other.no_logging():
+        alone = dict(outside=[failure(f) for f in (learn.validate, learn.get_preds, partial(other.fit, 1))])
     if rank_distrib() == 0:
         learn.show_views(2)
         learn.export_encoder(out/'encoder.safetensors')
@@ -160,7 +162,7 @@ def sync_bn(out):
 
 def nested_and_failed(out):
     "A validation inside a fit, and fits that fail"
-    class Validate(Callback):
+    class Nested(Callback):
         order,run_valid = 90,False
         def before_train(self): # the first epoch's training comes after it
             self.learn.validate()
@@ -170,14 +172,14 @@ def nested_and_failed(out):
         def after_batch(self): raise RuntimeError('boom')
     learn = digits_learner()
     before = parts(learn)
-    validate = Validate()
+    nested = Nested()
     with learn.distributed():
         message = failure(partial(learn.fit, 1, cbs=Fail()))
-        learn.fit(1, cbs=validate)
+        learn.fit(1, cbs=nested)
         unwrapped = isinstance(learn.model, ContrastiveModel)
-    nested = state(learn)
+    after = state(learn)
     with learn.distributed(): failure(partial(learn.fit, 1, cbs=Fail()))
-    save(out, 'fail', message=message, wrapped=validate.wrapped, unwrapped=unwrapped, state=nested,
+    save(out, 'fail', message=message, wrapped=nested.wrapped, unwrapped=unwrapped, state=after,
          kept=[a == b for a,b in zip(before, parts(learn), strict=True)], group=dist.is_initialized())
 
 def monitors(out):

@@ -1,4 +1,5 @@
-"Many short epochs on digits for SECONDS, with everything that a long run has: `python leak_worker.py SECONDS FOLDER`. Prints the peak memory after the first third (at most a minute) and at the end."
+"""Many short epochs on digits for SECONDS, with everything that a long run has: `python leak_worker.py SECONDS FOLDER`.
+Prints the peak memory after the first third (at most a minute) and at the end."""
 import sys
 import time
 
@@ -24,7 +25,8 @@ class Watch(Callback):
 if __name__ == '__main__':
     seconds,folder = float(sys.argv[1]),sys.argv[2]
     watch = Watch(seconds)
-    learn = clae_learner(get_dls('digits', bs=32, limit=128), resnet8, views='digits', attack=RFGSM(.03), cbs=[Checkpoint(folder, every_batches=2), KNNCallback(every=3, k=20), CollapseMonitor(), watch])
+    cbs = [Checkpoint(folder, every_batches=2), KNNCallback(every=3, k=20), CollapseMonitor(), watch]
+    learn = clae_learner(get_dls('digits', bs=32, limit=128), resnet8, views='digits', attack=RFGSM(.03), cbs=cbs)
     learn.logger = noop
     with learn.no_bar(): learn.fit(10**6, 1e-3)
     print(*watch.first, peak(), learn.epoch)

@@ -15,20 +15,23 @@ import pytest
 import safetensors
 import torch
 
-from fastai.vision.all import Callback, ImageDataLoaders, OptimWrapper, PILImage, RandomCrop, Resize, aug_transforms, partial, ranger, set_seed
+from fastai.vision.all import (Callback, ImageDataLoaders, OptimWrapper, PILImage, RandomCrop, Resize, aug_transforms, nn, partial,
+                               ranger, set_seed)
 
-from clae_fastai.method.attacks import PGD
-from clae_fastai.train.checkpoint import Checkpoint, Resume, checkpoints, load_checkpoint
+from clae_fastai.cli import clae_train
 from clae_fastai.data.catalogue import get_dls
-from clae_fastai.train.learner import clae_learner
+from clae_fastai.method.attacks import PGD
 from clae_fastai.method.models import resnet8
+from clae_fastai.train.checkpoint import Checkpoint, Resume, checkpoints, load_checkpoint
+from clae_fastai.train.learner import clae_learner
 
 small = ['--limit', '320', '--epochs', '8', '--every-batches', '2']
 
 def start(cwd, *args):
     "A run in a process of its own, which has begun to train when this returns"
     exe = Path(sys.executable).with_name('clae_train')
-    p = subprocess.Popen([exe, *map(str, args)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONWARNINGS': 'ignore', 'PYTHONUNBUFFERED': '1'})
+    env = {**os.environ, 'PYTHONWARNINGS': 'ignore', 'PYTHONUNBUFFERED': '1'}
+    p = subprocess.Popen([exe, *map(str, args)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     while ' training images of ' not in (line := p.stdout.readline()): assert line or p.poll() is None, p.stderr.read()
     return p
 
@@ -36,13 +39,22 @@ def finish(p):
     out,err = p.communicate(timeout=300)
     return p.returncode,out,err
 
+def train_here(cwd, *args):
+    "`clae_train` in this process"
+    with pytest.MonkeyPatch.context() as m:
+        m.chdir(cwd)
+        m.setattr(sys, 'argv', ['clae_train', *map(str, args)])
+        clae_train()
+
 def newest(folder): return [f.name for f in checkpoints(folder)[-1:]]
 
 def outcome(run):
     "All that must not depend on interruptions"
     hist = pd.read_csv(run/'history.csv').drop(columns='time')
-    with safetensors.safe_open(run/'encoder.safetensors', 'np') as f: enc = f.metadata(),{k: f.get_tensor(k).tobytes() for k in f.keys()} # the file's header has no order
-    return enc, hist.to_csv(), json.dumps(json.loads((run/'summary.json').read_text())['metrics']['knn']), checkpoints(run/'checkpoints')[-1]
+    with safetensors.safe_open(run/'encoder.safetensors', 'np') as f: # the file's header has no order
+        enc = f.metadata(),{k: f.get_tensor(k).tobytes() for k in f.keys()}
+    knn = json.loads((run/'summary.json').read_text())['metrics']['knn']
+    return enc, hist.to_csv(), json.dumps(knn), checkpoints(run/'checkpoints')[-1]
 
 def assert_same(a, b):
     (enc_a,hist_a,knn_a,last_a),(enc_b,hist_b,knn_b,last_b) = outcome(a),outcome(b)
@@ -57,11 +69,18 @@ def whole(tmp_path_factory):
     cwd,done = tmp_path_factory.mktemp('whole'),{}
     def _whole(*args):
         if args not in done:
-            code,_,err = finish(start(cwd, *small, *args, '--name', f'run{len(done)}'))
-            assert code == 0, err
+            train_here(cwd, *small, *args, '--name', f'run{len(done)}')
             done[args] = cwd/'runs'/f'run{len(done)}'
         return done[args]
     return _whole
+
+@pytest.fixture
+def unfinished(whole, tmp_path):
+    "A run that has written its checkpoints, and died before it could write anything else"
+    run = tmp_path/'runs'/'unfinished'
+    shutil.copytree(whole(), run)
+    for name in ('summary.json','encoder.safetensors','history.csv'): (run/name).unlink()
+    return run
 
 @pytest.mark.slow
 def test_killed_ten_times(whole, tmp_path):
@@ -69,7 +88,9 @@ def test_killed_ten_times(whole, tmp_path):
     folder,rng,args = tmp_path/'runs'/'killed'/'checkpoints',random.Random(0),[*small, '--name', 'killed']
     for _ in range(10):
         before,p = newest(folder),start(tmp_path, *args)
-        while newest(folder) == before: time.sleep(.01); assert p.poll() is None
+        while newest(folder) == before:
+            time.sleep(.01)
+            assert p.poll() is None
         time.sleep(rng.uniform(0, .3))
         p.kill()
         assert p.wait() == -signal.SIGKILL
@@ -100,29 +121,30 @@ def test_terminated_and_interrupted(whole, tmp_path, precision):
     a,b = outcome(tmp_path/'runs'/'stopped'),outcome(whole(*opts))
     assert a[:3] == b[:3]
 
-def test_damaged_newest_and_two_at_once(whole, tmp_path):
-    p = start(tmp_path, *small, '--name', 'torn')
-    folder = tmp_path/'runs'/'torn'/'checkpoints'
-    while len(checkpoints(folder)) < 2: time.sleep(.02)
-    other = subprocess.run([Path(sys.executable).with_name('clae_train'), '--resume', 'torn'], cwd=tmp_path, capture_output=True, text=True)
-    if p.poll() is None: assert other.returncode == 2 and 'Another process' in other.stderr, other.stderr
-    p.kill(); p.wait()
-    newest = checkpoints(folder)[-1]
-    newest.write_bytes(newest.read_bytes()[:-1000])
-    (tmp_path/'runs'/'torn'/'summary.json').unlink(missing_ok=True)
-    code,_,err = finish(start(tmp_path, '--resume', 'torn'))
-    assert code == 0 and newest.name in err and 'The one before it is used' in err, err
-    assert_same(tmp_path/'runs'/'torn', whole())
+def test_damaged_newest(whole, unfinished, tmp_path, capsys):
+    damaged = checkpoints(unfinished/'checkpoints')[-1]
+    damaged.write_bytes(damaged.read_bytes()[:-1000])
+    train_here(tmp_path, '--resume', 'unfinished')
+    err = capsys.readouterr().err
+    assert damaged.name in err and 'The one before it is used' in err
+    assert_same(unfinished, whole())
 
-def test_killed_after_the_last_epoch(whole, tmp_path):
-    run = tmp_path/'runs'/'late'
-    shutil.copytree(whole(), run)
-    for o in ('summary.json','encoder.safetensors','history.csv'): (run/o).unlink()
-    code,_,err = finish(start(tmp_path, '--resume', 'late'))
-    assert code == 0, err
-    assert_same(run, whole())
+def test_killed_after_the_last_epoch(whole, unfinished, tmp_path):
+    train_here(tmp_path, '--resume', 'unfinished')
+    assert_same(unfinished, whole())
 
-def learner(dls, cbs=None, **kwargs): return clae_learner(dls, resnet8, views='digits', cbs=cbs, **kwargs)
+def test_two_at_once(tmp_path, command):
+    "A run that goes on for minutes, and is stopped where it is, so that nothing depends on who is faster"
+    p = start(tmp_path, '--limit', 128, '--epochs', 10_000, '--name', 'busy')
+    try:
+        p.send_signal(signal.SIGSTOP)
+        os.waitpid(p.pid, os.WUNTRACED)
+        assert 'Another process' in command(clae_train, '--resume', 'busy')
+    finally:
+        p.kill()
+        p.communicate()
+
+def learner(dls, cbs=None, arch=resnet8, **kwargs): return clae_learner(dls, arch, views='digits', cbs=cbs, **kwargs)
 
 class Stop(Callback):
     run_valid,order = False,2000
@@ -130,50 +152,60 @@ class Stop(Callback):
     def after_batch(self):
         if self.learn.train_iter == self.at: raise InterruptedError('stopped')
 
-@pytest.mark.parametrize('workers', [0,2])
-@pytest.mark.parametrize('at', [4,5])
+def same_weights(a, b):
+    a,b = a.model.state_dict(),b.model.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k,v in a.items())
+
+@pytest.mark.parametrize('workers,at', [(0,5),(2,4)])
 def test_random_item_transforms(digits_dir, tmp_path, quiet, workers, at):
     "Views by batch and random crops by item, in this process and in workers: the rest of an epoch is the rest of the same epoch"
     def fit(*cbs):
         set_seed(3)
-        dls = ImageDataLoaders.from_folder(digits_dir/'rgb', valid_pct=.2, seed=1, item_tfms=[Resize(20), RandomCrop(16)], batch_tfms=[*aug_transforms(size=16)], bs=64, num_workers=workers)
+        dls = ImageDataLoaders.from_folder(digits_dir/'rgb', valid_pct=.2, seed=1, item_tfms=[Resize(20), RandomCrop(16)],
+                                           batch_tfms=[*aug_transforms(size=16)], bs=64, num_workers=workers)
         learn = quiet(learner(dls, cbs=cbs))
-        learn.fit_one_cycle(3, 3e-3)
+        learn.fit_one_cycle(2, 3e-3) # of three batches
         return learn
     a = fit()
     with pytest.raises(Exception, match='stopped'): fit(Checkpoint(tmp_path, every_batches=1), Stop(at))
     b = fit(Checkpoint(tmp_path, every_batches=1), Resume(tmp_path))
-    assert a.recorder.values == b.recorder.values
-    assert all(torch.equal(x, y) for x,y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+    assert a.recorder.values == b.recorder.values and same_weights(a, b)
 
 @pytest.mark.parametrize('opt', ['sgd','adam','fastai'])
 def test_optimisers(tmp_path, quiet, opt):
+    sgd,adam = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9),partial(OptimWrapper, opt=torch.optim.Adam)
+    func = dict(sgd=sgd, adam=adam, fastai=ranger)[opt]
     def fit(*cbs):
         set_seed(0)
-        funcs = dict(sgd=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9), adam=partial(OptimWrapper, opt=torch.optim.Adam), fastai=ranger)
-        learn = quiet(learner(get_dls('digits', bs=32, limit=128), cbs=cbs, opt_func=funcs[opt], channels_last=True, attack=PGD(.03, steps=2)))
+        dls = get_dls('digits', bs=32, limit=96)
+        learn = quiet(learner(dls, cbs=cbs, opt_func=func, channels_last=True, attack=PGD(.03, steps=2)))
         learn.fit_one_cycle(2, 1e-3)
         return learn
     a = fit()
-    with pytest.raises(Exception, match='stopped'): fit(Checkpoint(tmp_path, every_batches=1), Stop(6))
-    b = fit(Resume(tmp_path))
-    assert all(torch.equal(x, y) for x,y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+    with pytest.raises(Exception, match='stopped'): fit(Checkpoint(tmp_path, every_batches=1), Stop(5))
+    assert same_weights(a, fit(Resume(tmp_path)))
+
+def linear_encoder(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 16))
 
 def test_float16_scaler(tmp_path, quiet):
     "The scale, and how long it has been good"
+    class Scales(Callback):
+        run_valid = False
+        def before_fit(self): self.seen = []
+        def after_batch(self): self.seen.append(self.learn.scaler.get_scale())
     def fit(*cbs):
         set_seed(0)
-        learn = quiet(learner(get_dls('digits', bs=32, limit=128, size=8), cbs=cbs, precision='fp16')) # PyTorch's own float16 convolutions are slow
+        dls = get_dls('digits', bs=32, limit=128, size=8)
+        learn = quiet(learner(dls, [Scales(), *cbs], linear_encoder(), precision='fp16'))
         learn.mixed_precision.kwargs.update(init_scale=2.**8, growth_interval=3)
-        kept = []
-        learn.add_cb(type('Keep', (Callback,), dict(run_valid=False, after_batch=lambda self: kept.append(self.learn.scaler.get_scale())))())
-        with torch.backends.mkldnn.flags(enabled=False): learn.fit(3, 1e-3)
-        return learn,kept
-    a,scales = fit()
-    with pytest.raises(Exception, match='stopped'), torch.backends.mkldnn.flags(enabled=False): fit(Checkpoint(tmp_path, every_batches=1), Stop(5))
-    b,rest = fit(Resume(tmp_path))
-    assert rest == scales[-len(rest):] and len(set(scales)) > 2
-    assert all(torch.equal(x, y) for x,y in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+        learn.fit(3, 1e-3)
+        return learn
+    a = fit()
+    with pytest.raises(Exception, match='stopped'): fit(Checkpoint(tmp_path, every_batches=1), Stop(5))
+    b = fit(Resume(tmp_path))
+    scales,rest = a.scales.seen,b.scales.seen
+    assert len(rest) == 7 and rest == scales[5:] and len(set(scales)) > 2
+    assert same_weights(a, b)
 
 def test_full_disk(tmp_path, quiet, capsys):
     "The kernel refuses to write: training goes on, and what was saved is whole"
@@ -207,11 +239,15 @@ def large_images(digits_dir, tmp_path):
     return out
 
 def test_dead_worker_and_lost_image(large_images, tmp_path):
-    args = ['--path', large_images, '--arch', 'resnet8', '--size', 16, '--epochs', 40, '--bs', 32, '--workers', 1, '--every-batches', 1, '--name', 'images']
-    p = start(tmp_path, *args)
+    args = ['--path', large_images, '--arch', 'resnet8', '--size', 16, '--epochs', 1000, '--bs', 32, '--workers', 1]
+    p = start(tmp_path, *args, '--every-batches', 1, '--name', 'images')
     folder = tmp_path/'runs'/'images'/'checkpoints'
-    def workers(): return [int(o) for o in subprocess.run(['ps','--ppid',str(p.pid),'-o','pid='], capture_output=True, text=True).stdout.split()]
-    while not (checkpoints(folder) and workers()): time.sleep(.02); assert p.poll() is None
+    def workers():
+        ps = subprocess.run(['ps','--ppid',str(p.pid),'-o','pid='], capture_output=True, text=True)
+        return [int(o) for o in ps.stdout.split()]
+    while not (checkpoints(folder) and workers()):
+        time.sleep(.02)
+        assert p.poll() is None
     for w in workers():
         try: os.kill(w, signal.SIGKILL)
         except ProcessLookupError: pass
@@ -220,7 +256,9 @@ def test_dead_worker_and_lost_image(large_images, tmp_path):
     seen = checkpoints(folder)
     assert seen
     p = start(tmp_path, '--resume', 'images')
-    while checkpoints(folder)[-1] == seen[-1]: time.sleep(.02); assert p.poll() is None
+    while checkpoints(folder)[-1] == seen[-1]:
+        time.sleep(.02)
+        assert p.poll() is None
     for f in large_images.rglob('0[0-4]*.png'): f.write_bytes(b'no image')
     code,_,err = finish(p)
     assert code == 2 and 'can no longer be read' in err and '.png' in err and 'Traceback' not in err, err

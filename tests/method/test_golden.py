@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from clae_fastai.all import (FGSM, Callback, CLAECallback, CLAELoss, ContrastiveModel, DataLoader, DataLoaders, Learner, NTXentLoss, OptimWrapper, PlainLoss, Recorder, UELLoss, adversarial_bn,
-                             convert_dual_bn, projection_head, frozen_bn_stats, knn_predict, partial)
+from clae_fastai.all import (
+    FGSM, Callback, CLAECallback, CLAELoss, ContrastiveModel, DataLoader, DataLoaders, Learner, NTXentLoss, OptimWrapper, PlainLoss,
+    Recorder, UELLoss, adversarial_bn, convert_dual_bn, frozen_bn_stats, knn_predict, partial, projection_head)
 
 losses = dict(plain=PlainLoss, uel=UELLoss, simclr=NTXentLoss)
-opts = dict(plain=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9), uel=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9), simclr=partial(OptimWrapper, opt=torch.optim.Adam))
+sgd,adam = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9),partial(OptimWrapper, opt=torch.optim.Adam)
+training = dict(plain=(sgd,.03,5e-4), uel=(sgd,.03,5e-4), simclr=(adam,3e-4,0.)) # optimiser, learning rate, weight decay
 
 def small_encoder():
     return nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, 8, 3, padding=1, bias=False), bn1=nn.BatchNorm2d(8), relu1=nn.ReLU(),
@@ -34,7 +36,7 @@ def test_loss_and_its_gradients(golden, method):
         z_q,z_p = (torch.tensor(d[f'loss{i}/{k}'], requires_grad=True) for k in ('z_q','z_p'))
         loss = losses[method]()(z_q, z_p)
         loss.backward()
-        close(loss, d[f'loss{i}/loss']); close(z_q.grad, d[f'loss{i}/grad_z_q']); close(z_p.grad, d[f'loss{i}/grad_z_p'])
+        for name,got in dict(loss=loss, grad_z_q=z_q.grad, grad_z_p=z_p.grad).items(): close(got, d[f'loss{i}/{name}'])
 
 @pytest.mark.parametrize('method', losses)
 def test_attack(golden, method):
@@ -52,12 +54,17 @@ def test_three_steps_of_training(golden, method):
     def views(x): return t(learn.iter, 'x_q'),t(learn.iter, 'x_p')
     class Record(Callback):
         order = 20
-        def before_step(self): seen.append(dict(x_adv=self.learn.xb[2], loss_aug=self.loss_func.loss_aug, loss_adv=self.loss_func.loss_adv, **{f'grad/{k}': p.grad.clone() for k,p in self.model.named_parameters()}))
+        def before_step(self):
+            grads = {f'grad/{k}': p.grad.clone() for k,p in self.model.named_parameters()}
+            terms = dict(loss_aug=self.loss_func.loss_aug, loss_adv=self.loss_func.loss_adv)
+            seen.append(dict(x_adv=self.learn.xb[2], **terms, **grads))
         def after_step(self): seen[-1].update({f'param/{k}': p.detach().clone() for k,p in self.model.named_parameters()})
     dls = DataLoaders(DataLoader([(torch.zeros(3,12,12),)]*48, bs=16), DataLoader([], bs=16), device='cpu')
-    learn = Learner(dls, model_of(d, method), CLAELoss(losses[method](), alpha=.7), opt_func=opts[method], cbs=[CLAECallback(views, FGSM(.03)), Record()], wd_bn_bias=True)
+    opt_func,lr,wd = training[method]
+    learn = Learner(dls, model_of(d, method), CLAELoss(losses[method](), alpha=.7), opt_func=opt_func,
+                    cbs=[CLAECallback(views, FGSM(.03)), Record()], wd_bn_bias=True)
     learn.remove_cb(Recorder) # which smooths losses in float32 only
-    with learn.no_bar(), learn.no_logging(): learn.fit(1, lr=3e-4 if method == 'simclr' else .03, wd=0. if method == 'simclr' else 5e-4)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, lr=lr, wd=wd)
     assert len(seen) == 3
     for i,s in enumerate(seen):
         names = [k for k in d if k.startswith(f'step{i}/') and not k.endswith(('x_q','x_p'))]
@@ -70,4 +77,6 @@ def test_knn(golden):
     d = golden('knn')
     a,y,b,t = (torch.tensor(d[k]) for k in ('train_features','train_labels','test_features','test_labels'))
     for k in (1,5,200):
-        for temp in (.1,.5): close(100*(knn_predict(a, y, b, k, temp) == t).double().mean(), d[f'accuracy/k{k}_t{temp}'])
+        for temp in (.1,.5):
+            accuracy = (knn_predict(a, y, b, k, temp) == t).double().mean()
+            close(100*accuracy, d[f'accuracy/k{k}_t{temp}'])

@@ -1,0 +1,211 @@
+#!/usr/bin/env python3
+"""Does the suite notice? Thirty faults of one line each, and the tests that have to fail: `python tools/mutants.py [NAMES]`
+
+The files under version control go to a temporary folder. There the tests run once as they are and have to pass; then each
+fault is written in, its tests have to fail, and it is taken out again. A fault whose text is not found exactly once is refused:
+the code has moved on, and so must the fault."""
+import argparse
+import importlib
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import namedtuple
+from pathlib import Path
+
+root = Path(__file__).resolve().parent.parent
+Mutant = namedtuple('Mutant', 'room name what changes tests')
+mutants = []
+
+def mutant(room, name, what, tests, *changes):
+    "`changes`: (text, text instead), alternatives of which one must be in the room's module; (module, text, text instead) elsewhere"
+    changes = [o if len(o) == 3 else (room, *o) for o in changes]
+    mutants.append(Mutant(room, name, what, changes, tests.split()))
+
+golden,matrix,learner = 'method/test_golden.py','method/test_method_matrix.py','train/test_learner.py'
+resume,figures,trials = 'train/test_checkpoint.py','paper/test_analysis.py','paper/test_experiments.py'
+
+# method
+
+mutant('method.attacks', 'descent', 'the attack lowers the loss',
+       f'{golden}::test_attack',
+       ('return self.eps*self.direction(grad())', 'return -self.eps*self.direction(grad())'))
+mutant('method.attacks', 'anchors', 'anchors move with the images that are attacked',
+       f'{golden}::test_attack',
+       ('self.anchor = z.detach()', 'self.anchor = z'))
+mutant('method.attacks', 'clamp', 'pixel space leaves valid pixels',
+       'method/test_attacks.py::test_size_validity_and_no_nan',
+       ('return torch.clamp(x + delta/std, -mean/std, (1-mean)/std)', 'return x + delta/std'))
+mutant('method.attacks', 'generator', "random attacks draw from the views' generator",
+       f'{learner}::test_same_views_at_every_eps',
+       ('return f(shape, generator=self.generator, device=x.device, dtype=x.dtype)',
+        'return f(shape, device=x.device, dtype=x.dtype)'))
+mutant('method.dualbn', 'statistics', "batch norm's statistics move during the attack",
+       f'{learner}::test_attack_leaves_no_trace',
+       ('for m in bns: m.track_running_stats = False', 'for m in bns: m.track_running_stats = True'))
+mutant('method.models', 'clean-bn', 'adversarial images go through the clean batch norm',
+       f'{golden}::test_three_steps_of_training',
+       ('with adversarial_bn(self): return z_q,z_p,self.embed(x_adv)', 'return z_q,z_p,self.embed(x_adv)'))
+mutant('method.losses', 'alpha', 'alpha weighs nothing',
+       f'{golden}::test_three_steps_of_training',
+       ('return loss + self.alpha*loss_adv', 'return loss + loss_adv'))
+mutant('method.losses', 'diagonal', 'each image is its own negative',
+       f'{golden}::test_loss_and_its_gradients',
+       ('sim = (z @ self.everybody(z).T / self.temperature).fill_diagonal_(-torch.inf)',
+        'sim = z @ self.everybody(z).T / self.temperature'))
+mutant('method.losses', 'temperature', 'the plain loss has no temperature',
+       f'{golden}::test_loss_and_its_gradients',
+       ('sim = z_q @ self.everybody(z_p).T / self.temperature', 'sim = z_q @ self.everybody(z_p).T'))
+mutant('method.views', 'one-view', 'both views are the same one',
+       f'{learner}::test_same_image_different_views',
+       ('return self._normalize(self.aug(x)),self._normalize(self.aug(x))', 'return (self._normalize(self.aug(x)),)*2'))
+
+# data
+
+mutant('data.images', 'sixteen-bits', 'the lower half of 16 bits instead of the upper',
+       'data/test_data.py::test_sixteen_bit_images',
+       ('(np.asarray(im) >> 8)', '(np.asarray(im) & 255)'))
+mutant('data.images', 'stale', 'an image that has changed counts as checked',
+       'data/test_data.py::test_readable_images_are_remembered',
+       ('old[:2] == stamp: return old', 'old: return old'))
+mutant('data.catalogue', 'label-order', 'classes are numbered from the end',
+       'data/test_data.py::test_catalogue',
+       ('index = {c:i for i,c in enumerate(vocab)}', 'index = {c:i for i,c in enumerate(vocab[::-1])}'))
+mutant('data.catalogue', 'split-seed', "Caltech-101's split has no seed",
+       'data/test_data.py::test_caltech_split_by_seed',
+       ('random.Random(seed)', 'random.Random(0)'))
+mutant('data.folders', 'lonely', 'a class of one image is tested on, and not trained',
+       'data/test_data.py::test_a_lonely_image_is_for_training',
+       ('train + [o for o in valid if o.label not in known]', 'train'))
+
+# train
+
+mutant('train.checkpoint', 'batch-count', 'a resumed epoch repeats a batch',
+       f'{resume}::test_optimisers[sgd]',
+       ("(self.state['batch'] + 1)", "self.state['batch']"))
+mutant('train.checkpoint', 'random-state', "PyTorch's generator begins anew at a resume",
+       f'{resume}::test_optimisers[sgd]',
+       ("torch.set_rng_state(own['torch'])", 'pass'))
+mutant('train.checkpoint', 'attack-state', "the attack's generator begins anew at a resume",
+       f'{resume}::test_optimisers[sgd]',
+       ('method.callback', "checkpoint_attrs = ('sums','n_batches','attack_generator')",
+        "checkpoint_attrs = ('sums','n_batches')"))
+mutant('method.callback', 'scaler', "the attack's loss is not scaled under float16",
+       f'{matrix}::test_precision_is_what_it_says',
+       ('loss = self.loss_func.pair if scaler is None else', 'loss = self.loss_func.pair if True else'))
+mutant('train.precision', 'dtype', 'float16 is bfloat16',
+       f'{matrix}::test_precision_is_what_it_says',
+       ('dtype=torch.bfloat16 if bf16 else torch.float16', 'dtype=torch.bfloat16'))
+mutant('train.finite', 'rollback', 'a skipped step leaves its batch in the statistics',
+       f'{matrix}::test_a_skipped_step_leaves_nothing',
+       ('for b,kept in zip(self.model.buffers(), self.buffers): b.copy_(kept)', 'pass'))
+mutant('train.encoder', 'header', 'any file passes as an encoder',
+       'test_fuzz.py::test_wrong_headers',
+       ("if wrong := [k for k,ok in good.items() if not ok]:", 'if wrong := []:'))
+mutant('core', 'rank-offset', "a process takes the first one's rows for its own",
+       'train/test_distributed.py::test_equals_one_process_on_the_whole_batch[2]',
+       ('return 0 if world_size() == 1 else n*dist.get_rank()', 'return 0'))
+
+# measure
+
+mutant('measure.features', 'votes', 'all neighbours weigh the same',
+       f'{golden}::test_knn',
+       ('votes = ((sim - sim[:,:1])/temperature).exp_()', 'votes = torch.ones_like(sim)'))
+mutant('measure.features', 'twice', 'images that the DataLoaders have normalised are normalised again',
+       f'{learner}::test_life_of_a_learner[True-1]',
+       ("if split_normalize(getattr(dl, 'after_batch', None))[1] is not None: normalize = noop", 'pass'))
+mutant('measure.probe', 'centring', "the probe's bias is that of centred features",
+       'measure/test_evaluate.py::test_lbfgs_reaches_scikit_learns_loss',
+       ('w[:,-1] - w[:,:-1]@mean', 'w[:,-1]'))
+mutant('measure.probe', 'chosen', 'the weakest penalty instead of the best',
+       'measure/test_evaluate.py::test_the_penalty_is_chosen_without_the_test_set',
+       ('i = int(np.argmax(curve))', 'i = len(curve)-1'))
+
+# paper
+
+mutant('paper.experiments', 'trial-name', "a trial's name depends on the order of its options",
+       f'{trials}::test_a_name_is_that_of_the_settings_and_of_nothing_else',
+       ('sort_keys=True', 'sort_keys=False'))
+mutant('paper.analysis', 'bn-of-noise', 'Figure 4 estimates the adversarial statistics on clean views',
+       f'{figures}::test_bn_statistics_are_those_of_the_layers_inputs',
+       ("nets['adv'](clae.adversarial_views(x_q))", "nets['adv'](x_q)"))
+
+# runs
+
+mutant('cli', 'eval-seed', "a folder's held-out fifth is another one in clae_eval",
+       'test_cli.py::test_eval_is_on_the_data_of_the_run',
+       ("*(['seed'] if o['data'] == 'folder' else [])", '*[]'))
+
+def module(name): return f'clae_fastai/{name.replace(".", "/")}.py'
+
+def place(m):
+    "File, text and text instead of the mutant `m`"
+    found = [(f, a, b) for room,a,b in m.changes if (f := root/module(room)).exists() and f.read_text().count(a)]
+    times = sum(f.read_text().count(a) for f,a,_ in found)
+    if times == 1: return found[0]
+    raise SystemExit(f'{m.name}: its text is there {times} times, and has to be there once:\n' + '\n'.join(a for _,a,_ in m.changes))
+
+def copy_tree(to):
+    for f in subprocess.run(['git','ls-files','-z'], cwd=root, capture_output=True, text=True, check=True).stdout.split('\0'):
+        if f and (root/f).is_file():
+            (to/f).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root/f, to/f)
+
+def run_tests(tree, tests, log):
+    "In a process that was forked after the libraries were imported, which saves most of the time"
+    with open(log, 'w') as f:
+        for stream in (1, 2): os.dup2(f.fileno(), stream)
+    os.chdir(tree)
+    os.environ.update(PYTHONPATH=str(tree), PYTHONDONTWRITEBYTECODE='1')
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, str(tree))
+    import pytest
+    os._exit(pytest.main(['-n0', '-x', '-q', '-m', '', '-p', 'no:cacheprovider', *(f'tests/{o}' for o in tests)]))
+
+def outcome(tree, tests, log, timeout):
+    "pytest's exit code (1: a test failed), and the seconds it took"
+    p,start = multiprocessing.get_context('fork').Process(target=run_tests, args=(tree, tests, log)),time.time()
+    p.start()
+    p.join(timeout)
+    if p.is_alive():
+        p.kill()
+        p.join()
+    return p.exitcode,time.time() - start
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('names', nargs='*', metavar='NAME', help='mutants, all by default: ' + ', '.join(m.name for m in mutants))
+    p.add_argument('--check', action='store_true', help='only see that each text is there once')
+    p.add_argument('--timeout', type=float, default=900, help='seconds for the tests of one mutant')
+    a = p.parse_args()
+    if unknown := {*a.names} - {m.name for m in mutants}: p.error(f'There is no mutant {", ".join(sorted(unknown))}.')
+    chosen = [m for m in mutants if not a.names or m.name in a.names]
+    places = {m.name: place(m) for m in chosen}
+    if a.check: return print(f'{len(chosen)} mutants are there')
+    for name in 'accelerate fastai.vision.all hypothesis kornia lightly.loss pytorch_metric_learning sklearn.model_selection'.split():
+        importlib.import_module(name)
+    survived = []
+    with tempfile.TemporaryDirectory() as tmp:
+        tree,log = Path(tmp)/'tree',Path(tmp)/'log'
+        copy_tree(tree)
+        def fail(what): raise SystemExit(f'{what}\n{log.read_text()[-3000:]}')
+        code,seconds = outcome(tree, sorted({t for m in chosen for t in m.tests}), log, a.timeout)
+        if code: fail(f'The tests do not pass as the code is (exit code {code}).')
+        print(f'All pass as the code is ({seconds:.0f} s).\n\n{"mutant":14} {"room":18} {"":9} {"s":>4}  what is wrong', flush=True)
+        for m in chosen:
+            file,text,instead = places[m.name]
+            there = tree/file.relative_to(root)
+            whole = there.read_text()
+            there.write_text(whole.replace(text, instead))
+            code,seconds = outcome(tree, m.tests, log, a.timeout)
+            there.write_text(whole)
+            if code not in (0,1): fail(f'{m.name}: the tests did not run (exit code {code}).')
+            if not code: survived.append(m.name)
+            print(f'{m.name:14} {m.room:18} {"killed" if code else "SURVIVED":9} {seconds:4.0f}  {m.what}', flush=True)
+    if survived: raise SystemExit(f'\n{len(survived)} of {len(chosen)} survived: {", ".join(survived)}')
+    print(f'\nAll {len(chosen)} are killed.')
+
+if __name__ == '__main__': main()

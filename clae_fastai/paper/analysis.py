@@ -24,7 +24,7 @@ def _attack_like(clae, attack, eps, **kwargs):
     "`attack(eps)` in the norm and space of the learner's own one"
     own = clae.attack if isinstance(clae.attack, Attack) else attack(eps)
     res = attack(eps, norm=own.norm, space=own.space, **kwargs)
-    res.stats = ifnone(own.stats, clae.stats)
+    res.set_stats(ifnone(own.stats, clae.stats))
     return res
 
 def adversarial_images(

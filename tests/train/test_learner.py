@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from clae_fastai.all import (FGSM, Callback, CategoryBlock, CLAECallback, CLAELoss, ContrastiveModel, DataBlock, DataLoaders,
                              GradientAccumulation, GradientClip, ImageBlock, IntToFloatTensor, Learner, MemoryDL, MemoryImages,
                              Normalize, NTXentLoss, PILImage, PILImageBW, RandomSplitter, TwoViews, accuracy, clae_learner,
-                             convert_dual_bn, dual_bns, extract_features, get_dls, get_image_files, imagenet_stats, load_learner,
-                             num_features, parent_label, projection_head, resnet18, resnet8, set_seed, split_normalize,
-                             strip_dual_bn, vision_learner)
+                             convert_dual_bn, create_encoder, dual_bns, extract_features, get_dls, get_image_files, imagenet_stats,
+                             load_learner, num_features, parent_label, projection_head, resnet18, resnet8, set_seed,
+                             split_normalize, strip_dual_bn, vision_learner)
 
 def make_dls(digits_dir, labelled, n_in):
     blocks = [ImageBlock(PILImage if n_in == 3 else PILImageBW)] + ([CategoryBlock] if labelled else [])
@@ -111,8 +111,7 @@ def test_baseline_is_the_plain_method(digits_dir, quiet, kw):
         for dl in dls.loaders: dl.after_batch.fs = split_normalize(dl.after_batch)[0]
         dls.loaders = [dl.new() for dl in dls.loaders] # as clae_learner's copies, with seeds of their own
         dls.one_batch()
-        enc = resnet8(n_in=1)
-        enc.fc = nn.Identity()
+        enc = create_encoder(resnet8, n_in=1, size=16)
         views = TwoViews.from_preset('digits', 16, 1, ([.5],[.5]))
         model = ContrastiveModel(enc, projection_head(num_features(enc, 1, 16)))
         return Learner(dls, model, CLAELoss(NTXentLoss()), cbs=CLAECallback(views))

@@ -24,7 +24,7 @@ def _attack_like(clae, attack, eps, **kwargs):
     "`attack(eps)` in the norm and space of the learner's own one"
     own = clae.attack if isinstance(clae.attack, Attack) else attack(eps)
     res = attack(eps, norm=own.norm, space=own.space, **kwargs)
-    res.stats = ifnone(own.stats, clae.stats)
+    res.set_stats(ifnone(own.stats, clae.stats))
     return res
 
 def adversarial_images(
@@ -66,7 +66,7 @@ def confidence_interval(
     "Mean of `values`, and Student's interval for it"
     v = np.asarray(values, dtype=float)
     if v.ndim != 1 or len(v) < 2:
-        raise ValueError(f"An interval needs a list of two values or more, and these have shape {v.shape}: measure more batches.")
+        raise ValueError(f"An interval needs two values or more, and these have shape {v.shape}: measure more batches.")
     if not 0 < level < 1: raise ValueError(f"level is a share between 0 and 1, such as .95, and it is {level}.")
     if (v == v[0]).all(): return v[0],v[0],v[0]
     with warnings.catch_warnings(action='ignore'): # SciPy warns of values that are nearly equal
@@ -100,6 +100,10 @@ def _sweep(attack, eps):
         def add(self, x, delta): return [super(_Sweep, self).add(x, e*delta) if e else x for e in eps]
     return _Sweep
 
+def _adversary_and_noise(clae, eps, seed):
+    "FGSM and random signs of each strength"
+    return _attack_like(clae, _sweep(FGSM, eps), 1.),_attack_like(clae, _sweep(RandomPerturbation, eps), 1., seed=seed)
+
 def _check_eps(eps):
     eps = tuple(dict.fromkeys(float(e) for e in L(eps)))
     if eps and all(0 <= e < math.inf for e in eps): return eps
@@ -123,15 +127,13 @@ def loss_vs_eps(
     eps = _check_eps(eps)
     cols = [('augmentation',0.), *itertools.product(('adversarial','random'), eps)]
     with seeded_clae(learn, seed, trained=True) as (clae,model,device):
-        adversarial = _attack_like(clae, _sweep(FGSM, eps), 1.)
-        noise = _attack_like(clae, _sweep(RandomPerturbation, eps), 1., seed=seed)
-        pair,losses = clae.loss_func.pair,[]
+        attacks,pair,losses = _adversary_and_noise(clae, eps, seed),clae.loss_func.pair,[]
         for x,*_ in full_batches(clae.dls.train, device, n_batches):
             x_q,x_p = clae.views(x)
             with torch.no_grad():
                 z_q = model(x_q)
                 losses.append(pair(z_q, model(x_p)))
-            for clae.attack in (adversarial,noise):
+            for clae.attack in attacks:
                 xs = clae.adversarial_views(x_q)
                 with torch.no_grad(), adversarial_bn(model): losses += [pair(z_q, model(x_adv)) for x_adv in xs]
         losses = torch.stack(losses).tolist()
@@ -189,8 +191,8 @@ def _labelled(learn, dls):
                          "give DataLoaders with both as dls.")
     valid = extract_features(learn, dls.valid)
     if valid[1] is None:
-        raise ValueError("The classifier learns from labels, and these images have none: give DataLoaders of labelled ones as dls. "
-                         "The encoder needs no other training for it.")
+        raise ValueError("The classifier learns from labels, and these images have none: "
+                         "give DataLoaders of labelled ones as dls. The encoder stays as it is.")
     return extract_features(learn, dls.train),valid
 
 def classifier_vs_eps(
@@ -211,21 +213,19 @@ def classifier_vs_eps(
         net = model if isinstance(model, ContrastiveModel) else ContrastiveModel(model, None)
         def _logits(x): return linear(net.features(x))
         normalized = split_normalize(getattr(dls.valid, 'after_batch', None))[1] is not None
-        contrastive,supervised = [_attack_like(clae, _sweep(FGSM, eps), 1.) for _ in range(2)]
-        noise = _attack_like(clae, _sweep(RandomPerturbation, eps), 1., seed=seed)
-        res = []
+        attacks,supervised,res = _adversary_and_noise(clae, eps, seed),_attack_like(clae, _sweep(FGSM, eps), 1.),[]
         for x,y,*_ in full_batches(dls.valid, device, n_batches, shuffle=True):
             x,y = x.as_subclass(Tensor),torch.searchsorted(classes, y.as_subclass(Tensor))
             if not normalized: x = clae.normalize(x)
             model.train()
             xs = []
-            for clae.attack in (contrastive,noise): xs += clae.adversarial_views(x)
+            for clae.attack in attacks: xs += clae.adversarial_views(x)
             model.eval()
             xs += supervised(_logits, x, lambda _, logits: F.cross_entropy(logits, y))
-            with torch.no_grad(): logits = torch.stack([_logits(x) for x in xs])                    # (kinds*eps,B,classes)
+            with torch.no_grad(): logits = torch.stack([_logits(x) for x in xs])      # (kinds*eps,B,classes)
             loss = F.cross_entropy(logits.transpose(1,2), y.expand(len(xs), -1), reduction='none')
             res.append(torch.stack([loss, (logits.argmax(2) == y).float()]))
-        loss,correct = torch.cat(res, 2).cpu().numpy()                                              # (kinds*eps,N)
+        loss,correct = torch.cat(res, 2).cpu().numpy()                                # (kinds*eps,N)
     n = loss.shape[1]
     kinds,strengths = zip(*cols)
     return _table(clae, np.repeat(kinds, n), np.repeat(strengths, n), image=np.tile(np.arange(n), len(cols)),

@@ -38,9 +38,8 @@ def _pixel_dls(dls):
 
 def _first_images(dls):
     "Images (B,C,H,W) of one training batch"
-    dl = dls.train
-    if getattr(dl, 'bs', None): check_batches(dl.bs, getattr(dl, 'n', None), dl.drop_last)
-    x = dls.one_batch()[0] if hasattr(dl, 'one_batch') else first(dl)[0]
+    check_loader(dls.train)
+    x = dls.one_batch()[0] if hasattr(dls.train, 'one_batch') else first(dls.train)[0]
     if isinstance(x, Tensor) and x.ndim == 4: return x
     found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
     raise ValueError(f"clae_learner needs batches that begin with images (B,C,H,W), and these begin with {found}.")

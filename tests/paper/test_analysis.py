@@ -103,6 +103,7 @@ def test_looking_from_within_training(precision, quiet, monkeypatch):
 
 def test_an_error_in_the_middle_changes_nothing_either(quiet, monkeypatch):
     learn = make(quiet, attack='rfgsm')
+    learn.model.train() # not the mode that the error leaves behind
     before = state(learn)
     monkeypatch.setattr(CLAECallback, 'adversarial_views', lambda self, x: self.model.eval() and self.views(x) and 1/0)
     for figure in (loss_vs_eps, partial(classifier_vs_eps, l2s=[1.]), adversarial_images, partial(bn_statistics, reestimate=True),

@@ -205,8 +205,7 @@ def _do_on_ray(trials, run, folder, address):
     connected = ray.is_initialized()
     if not connected: ray.init(address)
     try:
-        gpus = 1 if ray.cluster_resources().get('GPU') else 0
-        task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=5)(_ray_trial)
+        task = ray.remote(num_cpus=1, num_gpus=int('GPU' in ray.cluster_resources()), max_retries=5)(_ray_trial)
         folders = {task.remote(o, run, folder): folder/trial_name(o) for o in trials}
         left = list(folders)
         while left:
@@ -509,10 +508,7 @@ _encoder_figures = {
     '3b': ('the classifier against eps', _figure3b),
     '4':  ('statistics of the two batch norms', _figure4)}
 
-def _encoder_report(name, tables):
-    def short(v): return f'{v:.4g}' if isinstance(v, float) else str(v)
-    texts = [f'{title}:\n\n{_markdown_table(t.columns, t.map(short).values.tolist())}' for title,t in tables.items()]
-    return [f'## {name}', *texts]
+def _short(v): return f'{v:.4g}' if isinstance(v, float) else str(v)
 
 def _make_encoder_figure(job, examine, load):
     "`examine` gives an encoder's rows, picture, and tables by their titles"
@@ -524,8 +520,10 @@ def _make_encoder_figure(job, examine, load):
             continue
         df,fig,tables = examine(load(job.runs/name))
         rows.append(df.assign(trial=name))
-        text += _encoder_report(name, tables)
         figs.append(fig)
+        text.append(f'## {name}')
+        for title,t in tables.items():
+            text.append(f'{title}:\n\n{_markdown_table(t.columns, t.map(_short).values.tolist())}')
         if len(figs) > 1: plt.close(fig)
     return job.save('\n\n'.join(text) + '\n', pd.concat(rows) if rows else None, first(figs))
 

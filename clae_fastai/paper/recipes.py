@@ -57,11 +57,12 @@ class Recipe:
 
     def fit(self,
         learn:Learner, # Made with `learner_kwargs`
-        **kwargs # Passed to `Learner.fit`, for example `cbs`
+        cbs=None, # Callbacks besides the schedule
+        **kwargs # Passed to `Learner.fit`
     ):
         "Run the recipe's own schedule, constant or stepped"
         sched = ParamScheduler({'lr': lambda pct: self.lr_at(int(pct*self.epochs + 1e-6))})
-        learn.fit(self.epochs, self.lr, cbs=[sched, *L(kwargs.pop('cbs', None))], **kwargs)
+        learn.fit(self.epochs, self.lr, cbs=[sched, *L(cbs)], **kwargs)
 
     def to_json(self): return json.dumps(asdict(self))
 

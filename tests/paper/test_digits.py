@@ -1,18 +1,19 @@
-"The demonstration, from the command line, over three seeds."
+"The demonstration: `clae_train` as it is, for one seed. `benchmarks/digits.py` has three."
 import json
 
 import numpy as np
 import pytest
 
+from clae_fastai.cli import clae_train
+
 @pytest.mark.slow
-def test_trained_beats_pixels_and_the_untrained_encoder(cli):
-    rows = []
-    for seed in range(3):
-        r = cli('clae_train', '--seed', seed, '--name', f'seed{seed}')
-        assert r.returncode == 0, r.stderr
-        s = json.loads((cli.cwd/'runs'/f'seed{seed}'/'summary.json').read_text())
-        rows.append({enc: [v[n]['mean'] for n in ('1','5')] for enc,v in s['metrics']['knn'].items()})
-    (raw1,raw5),(un1,un5),(enc1,enc5) = (np.mean([r[k] for r in rows], 0) for k in ('raw','untrained','encoder'))
-    print(f'raw {raw1:.3f} {raw5:.3f}, untrained {un1:.3f} {un5:.3f}, trained {enc1:.3f} {enc5:.3f}')
-    assert enc1 > raw1 + .08 and enc5 > raw5 + .04
-    assert enc1 > un1 + .15 and enc5 > un5 + .15
+def test_trained_beats_pixels_and_the_untrained_encoder(tmp_path, monkeypatch):
+    """Margins are three standard deviations over the seeds of results/digits.csv below their means:
+    .109 (.013) and .062 (.007) above pixels, .367 (.019) and .317 (.031) above the untrained encoder"""
+    monkeypatch.chdir(tmp_path)
+    clae_train(seed=0, name='digits')
+    knn = json.loads((tmp_path/'runs'/'digits'/'summary.json').read_text())['metrics']['knn']
+    raw,untrained,trained = (np.array([knn[o][n]['mean'] for n in ('1','5')]) for o in ('raw','untrained','encoder'))
+    print(f'{raw=} {untrained=} {trained=}')
+    assert (trained > raw + [.07,.04]).all() and (trained > untrained + [.3,.22]).all()
+    assert (untrained < raw).all() # and would not pass

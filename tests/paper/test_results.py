@@ -20,7 +20,8 @@ def test_tables_of_the_trials(name, tmp_path, monkeypatch):
     for o in sets: Path(o).mkdir() # a folder's name is what counts
     seeds = int(re.search(r', (\d+) seeds?\.', (results/f'{name}-small.md').read_text())[1])
     make = figure if names[name].x else table
-    file = make(re.sub('^(fig|table)', '', name), 'small', [o if o == 'digits' else str(tmp_path/o) for o in sets], seeds, out=tmp_path)
+    data = [o if o == 'digits' else str(tmp_path/o) for o in sets]
+    file = make(re.sub('^(fig|table)', '', name), 'small', data, seeds, out=tmp_path)
     assert file.read_text() == (results/f'{name}-small.md').read_text()
     assert file.with_suffix('.csv').read_text() == (results/f'{name}-small.csv').read_text()
 
@@ -31,7 +32,8 @@ def test_claims(monkeypatch):
 def test_the_page_shows_them(monkeypatch):
     "The notebook's outputs are the files' text"
     monkeypatch.chdir(root/'nbs')
-    cells = [(''.join(c['source']), c['outputs']) for c in json.loads(Path('results.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
+    cells = json.loads(Path('results.ipynb').read_text())['cells']
+    cells = [(''.join(c['source']), c['outputs']) for c in cells if c['cell_type'] == 'code']
     helper, = [s for s,_ in cells if 'def show' in s]
     exec(helper, names := {})
     calls = [(s.splitlines()[-1], outs) for s,outs in cells if s.splitlines()[-1].startswith('show(')]
@@ -42,8 +44,10 @@ def test_the_page_shows_them(monkeypatch):
 
 def test_the_home_page_shows_table_1():
     "Its outputs are what its code makes of the files"
-    rows = [[o.strip() for o in l.split('|')[1:-1]] for l in (results/'table1-small.md').read_text().splitlines() if re.match(r'\| cifar10.* \| 0\.03 \|', l)]
-    shown = [l for l in (root/'README.md').read_text().splitlines() if re.match(r'\| (Plain|UEL|SimCLR) \|', l)]
+    def lines(file, start): return [o for o in (root/file).read_text().splitlines() if re.match(start, o)]
+    cifar10 = lines('results/table1-small.md', r'\| cifar10.* \| 0\.03 \|')
+    rows = [[o.strip() for o in l.split('|')[1:-1]] for l in cifar10]
+    shown = lines('README.md', r'\| (Plain|UEL|SimCLR) \|')
     assert len(rows) == len(shown) == 6
     for _,metric,method,_,mean,values,difference in rows:
         line, = [l for l in shown if l.lower().startswith(f'| {method} | {metric.lower()} |')]

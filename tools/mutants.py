@@ -154,7 +154,7 @@ def copy_tree(to):
             (to/f).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root/f, to/f)
 
-def run_tests(tree, tests, log):
+def run_tests(tree, tests, log, options):
     "In a process that was forked after the libraries were imported, which saves most of the time"
     with open(log, 'w') as f:
         for stream in (1, 2): os.dup2(f.fileno(), stream)
@@ -163,11 +163,12 @@ def run_tests(tree, tests, log):
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(tree))
     import pytest
-    os._exit(pytest.main(['-n0', '-x', '-q', '-m', '', '-p', 'no:cacheprovider', *(f'tests/{o}' for o in tests)]))
+    quick = ['-n0', '-q', '-m', '', '-p', 'no:cacheprovider', *options]
+    os._exit(pytest.main(quick + [f'tests/{o}' for o in tests]))
 
-def outcome(tree, tests, log, timeout):
+def outcome(tree, tests, log, timeout, *options):
     "pytest's exit code (1: a test failed), and the seconds it took"
-    p,start = multiprocessing.get_context('fork').Process(target=run_tests, args=(tree, tests, log)),time.time()
+    p,start = multiprocessing.get_context('fork').Process(target=run_tests, args=(tree, tests, log, options)),time.time()
     p.start()
     p.join(timeout)
     if p.is_alive():
@@ -200,7 +201,7 @@ def main():
             there = tree/file.relative_to(root)
             whole = there.read_text()
             there.write_text(whole.replace(text, instead))
-            code,seconds = outcome(tree, m.tests, log, a.timeout)
+            code,seconds = outcome(tree, m.tests, log, a.timeout, '-x')
             there.write_text(whole)
             if code not in (0,1): fail(f'{m.name}: the tests did not run (exit code {code}).')
             if not code: survived.append(m.name)

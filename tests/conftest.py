@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 matplotlib.use('Agg')
-if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1') # two processes with all threads each are many times slower
+# two processes with all threads each are many times slower
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')
 here = Path(__file__).parent
 
 # Where a new version of fastai, fastcore or nbdev is felt first: files, or tests of a file. Marked here, so that it is one list
@@ -52,7 +53,8 @@ def cli(tmp_path):
     "Run one of our commands in an empty folder: `cli('clae_train', '--epochs', '1')`"
     def run(cmd, *args, timeout=900):
         exe = Path(sys.executable).with_name(cmd)
-        return subprocess.run([exe, *map(str, args)], cwd=tmp_path, capture_output=True, text=True, timeout=timeout, env={**os.environ, 'PYTHONWARNINGS': 'ignore'})
+        env = {**os.environ, 'PYTHONWARNINGS': 'ignore'}
+        return subprocess.run([exe, *map(str, args)], cwd=tmp_path, capture_output=True, text=True, timeout=timeout, env=env)
     run.cwd = tmp_path
     return run
 
@@ -60,7 +62,8 @@ def tree(folder): return {str(f.relative_to(folder)): f.read_bytes() if f.is_fil
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
-    "A command in this process, as the shell would call it: `command(clae_train, '--eps', 'x')` asserts that it fails as it should, and returns the message"
+    """A command in this process, as the shell would call it: `command(clae_train, '--eps', 'x')` asserts that it fails as it
+    should, and returns the message"""
     def _command(func, *args):
         monkeypatch.setattr(sys, 'argv', [func.__name__, *map(str, args)])
         monkeypatch.chdir(tmp_path)

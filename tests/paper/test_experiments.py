@@ -19,7 +19,7 @@ from experiments_worker import fake, trials
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 
-from clae_fastai.paper import experiments
+from clae_fastai import experiments
 from clae_fastai.paper.experiments import aggregate, figure, grids, paired, sweep, table, trial_name
 
 worker = Path(__file__).with_name('experiments_worker.py')

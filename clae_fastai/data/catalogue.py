@@ -12,121 +12,141 @@ from dataclasses import dataclass
 from importlib import resources
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from ..core import *
 from .images import *
-from .images import _cached, _file_dls, _memory_dls, _sample
-from .folders import _folder_dls
+from .folders import *
 
 # %% ../../nbs/10_data.catalogue.ipynb #4a66e62d
 class _ArrayUnpickler(pickle.Unpickler):
     "Unpickle containers, numbers, strings and NumPy arrays; refuse everything else"
+    allowed = {'numpy': ('_reconstruct','ndarray','dtype','_frombuffer'), '_codecs': ('encode',)}
     def find_class(self, module, name):
-        if (module.split('.')[0], name) in (('numpy','_reconstruct'), ('numpy','ndarray'), ('numpy','dtype'), ('numpy','_frombuffer'), ('_codecs','encode')):
-            return super().find_class(module.replace('numpy.core', 'numpy._core'), name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no data file needs")
+        if name not in self.allowed.get(module.split('.')[0], ()):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no data file needs")
+        return super().find_class(module.replace('numpy.core', 'numpy._core'), name) # its name since NumPy 2
 
-def _load_arrays(f):
-    with open(f, 'rb') as o: return _ArrayUnpickler(o, encoding='latin1').load()
+def _load_arrays(file):
+    with open(file, 'rb') as f: return _ArrayUnpickler(f, encoding='latin1').load()
 
-def _cifar(root, train, test, meta, key, names):
+def _read_cifar(root, train, test, meta, label_key, class_key):
     "CIFAR in torchvision's binary layout, or as image folders `train/` and `test/`"
-    if (root/'train').is_dir(): return _two_folders(root)
-    files = [root/o for o in (*train, test, meta)]
+    if (root/'train').is_dir(): return _read_two_folders(root)
+    def _part(names, classes):
+        batches = [_load_arrays(root/o) for o in names]
+        images = torch.cat([torch.from_numpy(o['data']) for o in batches]).view(-1,3,32,32)
+        return MemoryImages(images, tensor([y for o in batches for y in o[label_key]]), classes)
     def _read():
-        def _part(fs):
-            parts = [_load_arrays(f) for f in fs]
-            return torch.cat([torch.from_numpy(o['data']) for o in parts]).view(-1,3,32,32),tensor([y for o in parts for y in o[key]])
-        vocab = _load_arrays(files[-1])[names]
-        return tuple(MemoryImages(*_part(fs), vocab) for fs in (files[:-2],files[-2:-1]))
-    return _cached(root, files, _read)
+        classes = _load_arrays(root/meta)[class_key]
+        return _part(train, classes),_part([test], classes)
+    return cached_images(root, [root/o for o in (*train, test, meta)], _read)
 
-def _read_cifar10 (root, **_): return _cifar(root, [f'data_batch_{i}' for i in range(1,6)], 'test_batch', 'batches.meta', 'labels', 'label_names')
-def _read_cifar100(root, **_): return _cifar(root, ['train'], 'test', 'meta', 'fine_labels', 'fine_label_names')
+def _read_cifar10(root, **_):
+    batches = [f'data_batch_{i}' for i in range(1,6)]
+    return _read_cifar(root, batches, 'test_batch', 'batches.meta', 'labels', 'label_names')
+
+def _read_cifar100(root, **_):
+    return _read_cifar(root, ['train'], 'test', 'meta', 'fine_labels', 'fine_label_names')
 
 # %% ../../nbs/10_data.catalogue.ipynb #aec120d1
-def _class_images(root):
-    "Image files below `root`, and for each the name of the folder it is in"
+def _class_items(root, label=parent_label):
+    "Images below `root` and their classes, by default the names of the folders they are in"
     if not root.is_dir(): raise FileNotFoundError(2, 'No such folder', str(root))
     files = get_image_files(root).sorted()
     if not files: raise FileNotFoundError(2, 'No image in', str(root))
-    return files,files.map(lambda f: f.parent.name)
+    return [ImageItem(f, label(f)) for f in files]
 
-def _from_files(train, valid):
-    "`MemoryImages` of (files, class names)"
-    vocab = sorted(set(train[1]))
-    index = {c:i for i,c in enumerate(vocab)}
-    return tuple(MemoryImages(read_images(fs), tensor([index[y] for y in ys]), vocab) for fs,ys in (train,valid))
+def _lines(file): return file.read_text().splitlines()
 
-def _two_folders(root):
-    train,valid = (_class_images(root/o) for o in ('train','test'))
-    if unknown := set(valid[1]) - set(train[1]): raise ValueError(f"{root/'test'} has classes that {root/'train'} has not: {', '.join(sorted(unknown))}.")
-    return _cached(root, [*train[0], *valid[0]], lambda: _from_files(train, valid))
+def _classes(items): return sorted({o.label for o in items})
+
+def _cached_items(root, train, test, *notes):
+    "The images of these items in memory; `notes` are the files that name their classes"
+    files = [*(o.image for o in train + test), *notes]
+    return cached_images(root, files, lambda: [MemoryImages.from_items(o, _classes(train)) for o in (train,test)])
+
+def _read_two_folders(root):
+    train,test = _class_items(root/'train'),_class_items(root/'test')
+    if unknown := set(_classes(test)) - set(_classes(train)):
+        raise ValueError(f"{root/'test'} has classes that {root/'train'} has not: {', '.join(sorted(unknown))}.")
+    return _cached_items(root, train, test)
 
 def _read_tinyimagenet(root, **_):
     "`train/<wnid>/images/*.JPEG`, and `val/images/*.JPEG` with their classes in `val/val_annotations.txt`"
-    files,notes = _class_images(root/'train')[0],root/'val'/'val_annotations.txt'
-    rows = [l.split('\t') for l in notes.read_text().splitlines()]
-    train,valid = (files, files.map(lambda f: f.parent.parent.name)),([root/'val'/'images'/o[0] for o in rows], [o[1] for o in rows])
-    return _cached(root, [*files, *valid[0], notes], lambda: _from_files(train, valid))
+    train,notes = _class_items(root/'train', lambda f: f.parent.parent.name),root/'val'/'val_annotations.txt'
+    rows = [line.split('\t') for line in _lines(notes)]
+    return _cached_items(root, train, [ImageItem(root/'val'/'images'/o[0], o[1]) for o in rows], notes)
 
 def _read_fashion_mnist(root, **_):
-    def _read():
-        parts = [torchvision.datasets.FashionMNIST(root.parent, train=o) for o in (True,False)]
-        return tuple(MemoryImages(o.data[:,None], o.targets, o.classes) for o in parts)
-    return _cached(root, [root/'raw'/f'{s}-{k}-ubyte' for s in ('train','t10k') for k in ('images-idx3','labels-idx1')], _read)
+    def _part(train):
+        data = torchvision.datasets.FashionMNIST(root.parent, train=train)
+        return MemoryImages(data.data[:,None], data.targets, data.classes)
+    files = [root/'raw'/f'{s}-{k}-ubyte' for s in ('train','t10k') for k in ('images-idx3','labels-idx1')]
+    return cached_images(root, files, lambda: (_part(True), _part(False)))
 
 # %% ../../nbs/10_data.catalogue.ipynb #88b95eda
 def _read_digits(root, size, **_):
-    d = load_digits()
-    ims = read_images([(o*255/16).round().astype(np.uint8) for o in d.images], 1, (size,size))
-    train,valid = train_test_split(np.arange(len(ims)), test_size=.25, stratify=d.target, random_state=0)
-    ds = MemoryImages(ims, tensor(d.target), [str(i) for i in range(10)])
-    return ds.take(train),ds.take(valid)
+    digits = load_digits()
+    images = read_images([(o*255/16).round().astype(np.uint8) for o in digits.images], 1, (size,size))
+    data = MemoryImages(images, tensor(digits.target), [str(i) for i in range(10)])
+    parts = train_test_split(np.arange(len(data)), test_size=.25, stratify=digits.target, random_state=0)
+    return [data.take(o) for o in parts]
 
 # %% ../../nbs/10_data.catalogue.ipynb #9171dd6e
-def _mat(f):
-    with open(f, 'rb') as o: return scipy.io.loadmat(o, squeeze_me=True)
+def _read_mat(file, key):
+    "A list of values from MATLAB's file"
+    with open(file, 'rb') as f: return np.atleast_1d(scipy.io.loadmat(f, squeeze_me=True)[key])
 
 def _read_cars(root, **_):
-    notes = {'cars_train': root/'devkit'/'cars_train_annos.mat', 'cars_test': root/'cars_test_annos_withlabels.mat'}
-    classes = [str(o) for o in np.atleast_1d(_mat(root/'devkit'/'cars_meta.mat')['class_names'])]
-    def _part(o): return [ImageItem(root/o/str(a['fname']), classes[int(a['class'])-1]) for a in np.atleast_1d(_mat(notes[o])['annotations'])]
-    return *map(_part, notes),classes
+    classes = [str(o) for o in _read_mat(root/'devkit'/'cars_meta.mat', 'class_names')]
+    def _part(folder, notes):
+        rows = _read_mat(notes, 'annotations')
+        return [ImageItem(root/folder/str(o['fname']), classes[int(o['class'])-1]) for o in rows]
+    train = _part('cars_train', root/'devkit'/'cars_train_annos.mat')
+    return train,_part('cars_test', root/'cars_test_annos_withlabels.mat'),classes
 
 def _read_aircraft(root, **_):
     data = root/'data'
-    def _part(o): return [ImageItem(data/'images'/f'{n}.jpg', y) for n,y in (l.split(' ', 1) for l in (data/f'images_variant_{o}.txt').read_text().splitlines())]
-    return _part('trainval'),_part('test'),(data/'variants.txt').read_text().splitlines()
+    def _part(name):
+        rows = [line.split(' ', 1) for line in _lines(data/f'images_variant_{name}.txt')]
+        return [ImageItem(data/'images'/f'{image}.jpg', label) for image,label in rows]
+    return _part('trainval'),_part('test'),_lines(data/'variants.txt')
 
 def _read_dtd(root, **_):
-    def _part(*os): return [ImageItem(root/'images'/l, l.split('/')[0]) for o in os for l in (root/'labels'/f'{o}1.txt').read_text().split()]
-    train,test = _part('train','val'),_part('test')
-    return train,test,sorted({o.label for o in train})
+    def _part(name):
+        return [ImageItem(root/'images'/o, o.split('/')[0]) for o in (root/'labels'/f'{name}1.txt').read_text().split()]
+    train = _part('train') + _part('val')
+    return train,_part('test'),_classes(train)
 
 def _read_pets(root, **_):
-    def _part(o): return [ImageItem(root/'images'/f'{l.split()[0]}.jpg', l.rpartition('_')[0]) for l in (root/'annotations'/f'{o}.txt').read_text().splitlines()]
-    train,test = _part('trainval'),_part('test')
-    return train,test,sorted({o.label for o in train})
+    def _part(name):
+        lines = _lines(root/'annotations'/f'{name}.txt')
+        return [ImageItem(root/'images'/f'{o.split()[0]}.jpg', o.rpartition('_')[0]) for o in lines]
+    train = _part('trainval')
+    return train,_part('test'),_classes(train)
 
 def _read_flowers(root, **_):
-    labels,ids,classes = np.atleast_1d(_mat(root/'imagelabels.mat')['labels']),_mat(root/'setid.mat'),torchvision.datasets.Flowers102.classes
-    def _part(*os): return [ImageItem(root/'jpg'/f'image_{i:05}.jpg', classes[labels[i-1]-1]) for o in os for i in np.atleast_1d(ids[o])]
-    return _part('trnid','valid'),_part('tstid'),[classes[i] for i in sorted(set(labels-1))]
+    labels,names = _read_mat(root/'imagelabels.mat', 'labels')-1,torchvision.datasets.Flowers102.classes
+    def _part(key):
+        return [ImageItem(root/'jpg'/f'image_{i:05}.jpg', names[labels[i-1]]) for i in _read_mat(root/'setid.mat', key)]
+    return _part('trnid') + _part('valid'),_part('tstid'),[names[i] for i in sorted(set(labels))]
 
 def _read_caltech101(root, seed, **_):
     "30 images of each of 102 classes, the background one among them, chosen by `seed`; the rest is for testing"
-    files,labels = _class_images(root/'101_ObjectCategories')
-    rng,train,test = random.Random(seed),[],[]
-    for c in (classes := sorted(set(labels))):
-        items = [ImageItem(f, y) for f,y in zip(files, labels) if y == c]
-        if len(items) <= 30: raise ValueError(f"{root/'101_ObjectCategories'/c} holds {len(items)} images, and the protocol trains on 30 of each class and tests on the rest: the archive is not extracted completely.")
-        rng.shuffle(items)
-        train,test = train + items[:30],test + items[30:]
-    return train,test,classes
+    folder = root/'101_ObjectCategories'
+    items,rng,train,test = _class_items(folder),random.Random(seed),[],[]
+    for c in _classes(items):
+        own = [o for o in items if o.label == c]
+        if len(own) <= 30:
+            raise ValueError(f"{folder/c} holds {len(own)} images, and the protocol trains on 30 of each class "
+                             "and tests on the rest: the archive is not extracted completely.")
+        rng.shuffle(own)
+        train,test = train + own[:30],test + own[30:]
+    return train,test,_classes(items)
 
 def _read_imagenet100(root, **_):
     "`train/<wnid>/*` and `val/<wnid>/*` of an ImageNet folder, for the 100 classes of Tian et al. (2020)"
     classes = sorted((resources.files('clae_fastai')/'imagenet100.txt').read_text().split())
-    def _part(o): return [ImageItem(f, c) for c in classes for f in _class_images(root/o/c)[0]]
+    def _part(name): return [o for c in classes for o in _class_items(root/name/c, lambda f: c)]
     return _part('train'),_part('val'),classes
 
 # %% ../../nbs/10_data.catalogue.ipynb #02584f29
@@ -147,88 +167,121 @@ class DataSet:
     fetch:Callable=None # `fetch(root)` downloads it
     memory:bool=False # Does it live in memory?
 
-def _tv(cls, **kwargs): return lambda root: getattr(torchvision.datasets, cls)(root, download=True, **kwargs)
+def _torchvision(cls): return lambda root: getattr(torchvision.datasets, cls)(root, download=True)
 
 _imagenet_terms = 'ImageNet terms: non-commercial research'
 catalogue = {o.name: o for o in (
-    DataSet('digits', 1347, 450, 10, 16, 'scikit-learn', 'CC BY 4.0', 'top1', 'https://archive.ics.uci.edu/dataset/80', _read_digits, memory=True),
-    DataSet('fashion_mnist', 60000, 10000, 10, 28, 'torchvision', 'MIT', 'top1', 'https://github.com/zalandoresearch/fashion-mnist', _read_fashion_mnist, ('FashionMNIST',), _tv('FashionMNIST'), True),
-    DataSet('cifar10',  50000, 10000, 10,  32, 'torchvision', 'none stated', 'top1', 'https://www.cs.toronto.edu/~kriz/cifar.html', _read_cifar10,  ('cifar-10-batches-py','cifar10'),  _tv('CIFAR10'),  True),
-    DataSet('cifar100', 50000, 10000, 100, 32, 'torchvision', 'none stated', 'top1', 'https://www.cs.toronto.edu/~kriz/cifar.html', _read_cifar100, ('cifar-100-python','cifar100'), _tv('CIFAR100'), True),
-    DataSet('tinyimagenet', 100000, 10000, 200, 64, 'path', _imagenet_terms, 'top1', 'http://cs231n.stanford.edu/tiny-imagenet-200.zip', _read_tinyimagenet, ('tiny-imagenet-200',), memory=True),
-    DataSet('imagenet100', 126689, 5000, 100, 224, 'path', _imagenet_terms, 'top1', 'https://image-net.org/download.php', _read_imagenet100, ('imagenet','ImageNet')),
-    DataSet('cars', 8144, 8041, 196, 224, 'fastai', 'non-commercial research', 'top1', 'https://ai.stanford.edu/~jkrause/cars/car_dataset.html', _read_cars, ('stanford_cars','stanford-cars'), lambda root: untar_data(URLs.CARS, data=root)),
-    DataSet('aircraft', 6667, 3333, 100, 224, 'torchvision', 'non-commercial research', 'mean_per_class', 'https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/', _read_aircraft, ('fgvc-aircraft-2013b',), _tv('FGVCAircraft')),
-    DataSet('dtd', 3760, 1880, 47, 224, 'torchvision', 'research', 'top1', 'https://www.robots.ox.ac.uk/~vgg/data/dtd/', _read_dtd, ('dtd',), _tv('DTD')),
-    DataSet('pets', 3680, 3669, 37, 224, 'torchvision', 'CC BY-SA 4.0', 'mean_per_class', 'https://www.robots.ox.ac.uk/~vgg/data/pets/', _read_pets, ('oxford-iiit-pet',), _tv('OxfordIIITPet')),
-    DataSet('caltech101', 3060, 6084, 102, 224, 'torchvision', 'CC BY 4.0', 'mean_per_class', 'https://data.caltech.edu/records/mzrjq-6wc02', _read_caltech101, ('caltech101','caltech_101'), _tv('Caltech101')),
-    DataSet('flowers', 2040, 6149, 102, 224, 'torchvision', 'none stated', 'mean_per_class', 'https://www.robots.ox.ac.uk/~vgg/data/flowers/102/', _read_flowers, ('flowers-102',), _tv('Flowers102')),
+    DataSet('digits', 1347, 450, 10, 16, 'scikit-learn', 'CC BY 4.0', 'top1',
+        'https://archive.ics.uci.edu/dataset/80', _read_digits, memory=True),
+    DataSet('fashion_mnist', 60000, 10000, 10, 28, 'torchvision', 'MIT', 'top1',
+        'https://github.com/zalandoresearch/fashion-mnist',
+        _read_fashion_mnist, ('FashionMNIST',), _torchvision('FashionMNIST'), memory=True),
+    DataSet('cifar10', 50000, 10000, 10, 32, 'torchvision', 'none stated', 'top1',
+        'https://www.cs.toronto.edu/~kriz/cifar.html',
+        _read_cifar10, ('cifar-10-batches-py','cifar10'), _torchvision('CIFAR10'), memory=True),
+    DataSet('cifar100', 50000, 10000, 100, 32, 'torchvision', 'none stated', 'top1',
+        'https://www.cs.toronto.edu/~kriz/cifar.html',
+        _read_cifar100, ('cifar-100-python','cifar100'), _torchvision('CIFAR100'), memory=True),
+    DataSet('tinyimagenet', 100000, 10000, 200, 64, 'path', _imagenet_terms, 'top1',
+        'http://cs231n.stanford.edu/tiny-imagenet-200.zip',
+        _read_tinyimagenet, ('tiny-imagenet-200',), memory=True),
+    DataSet('imagenet100', 126689, 5000, 100, 224, 'path', _imagenet_terms, 'top1',
+        'https://image-net.org/download.php', _read_imagenet100, ('imagenet','ImageNet')),
+    DataSet('cars', 8144, 8041, 196, 224, 'fastai', 'non-commercial research', 'top1',
+        'https://ai.stanford.edu/~jkrause/cars/car_dataset.html',
+        _read_cars, ('stanford_cars','stanford-cars'), lambda root: untar_data(URLs.CARS, data=root)),
+    DataSet('aircraft', 6667, 3333, 100, 224, 'torchvision', 'non-commercial research', 'mean_per_class',
+        'https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/',
+        _read_aircraft, ('fgvc-aircraft-2013b',), _torchvision('FGVCAircraft')),
+    DataSet('dtd', 3760, 1880, 47, 224, 'torchvision', 'research', 'top1',
+        'https://www.robots.ox.ac.uk/~vgg/data/dtd/', _read_dtd, ('dtd',), _torchvision('DTD')),
+    DataSet('pets', 3680, 3669, 37, 224, 'torchvision', 'CC BY-SA 4.0', 'mean_per_class',
+        'https://www.robots.ox.ac.uk/~vgg/data/pets/',
+        _read_pets, ('oxford-iiit-pet',), _torchvision('OxfordIIITPet')),
+    DataSet('caltech101', 3060, 6084, 102, 224, 'torchvision', 'CC BY 4.0', 'mean_per_class',
+        'https://data.caltech.edu/records/mzrjq-6wc02',
+        _read_caltech101, ('caltech101','caltech_101'), _torchvision('Caltech101')),
+    DataSet('flowers', 2040, 6149, 102, 224, 'torchvision', 'none stated', 'mean_per_class',
+        'https://www.robots.ox.ac.uk/~vgg/data/flowers/102/',
+        _read_flowers, ('flowers-102',), _torchvision('Flowers102')),
     DataSet('folder', None, None, None, None, 'path', "the images' own", 'top1', ''))}
 
 def datasets() -> pd.DataFrame:
     "The names that `get_dls` knows"
-    cols = 'name n_train n_test classes size source licence metric page'.split()
-    return pd.DataFrame([[ifnone(getattr(o, c), '') for c in cols] for o in catalogue.values()], columns=cols).set_index('name')
+    columns = 'name n_train n_test classes size source licence metric page'.split()
+    rows = [[ifnone(getattr(o, c), '') for c in columns] for o in catalogue.values()]
+    return pd.DataFrame(rows, columns=columns).set_index('name')
 
 # %% ../../nbs/10_data.catalogue.ipynb #a774cf14
-def _own_folder(path, folders):
+def _own_folder(path, names):
     "The data set's own folder in `path`, which may be `path` itself"
-    while found := [path/o for o in folders if (path/o).is_dir()]: path = found[0]
+    while found := [path/o for o in names if (path/o).is_dir()]: path = found[0]
     return path
 
-def _read(entry, path, download, **kwargs):
+def _read_checked(entry, path, **kwargs):
+    "What the entry's reader gives, once all its images are there and can be read"
+    try:
+        parts = entry.read(root := _own_folder(path, entry.folders), **kwargs)
+        if not entry.memory:
+            files = [o.image for o in parts[0] + parts[1]]
+            if missing := [f for f in files if not f.exists()]:
+                raise FileNotFoundError(2, f'{len(missing)} listed images are missing', str(missing[0]))
+            check_images(files, root=root)
+        return parts
+    except (FileNotFoundError, ValueError): raise
+    except Exception as e:
+        raise ValueError(f"{entry.name} in {path} cannot be read ({type(e).__name__}: {e}). "
+                         f"Extract it again; it is offered at {entry.page}.") from None
+
+def _read(entry, path, download, failed='', **kwargs):
     "What the entry's reader gives, after downloading if that is needed and possible"
-    if entry.source == 'path' and path is None: raise ValueError(f"{entry.name} is not downloaded automatically: get it from {entry.page} and pass `path`, the folder that it is in.")
+    if entry.source == 'path' and path is None:
+        raise ValueError(f"{entry.name} is not downloaded automatically: "
+                         f"get it from {entry.page} and pass `path`, the folder that it is in.")
     path = Path(path) if path is not None else fastai_path('data')
-    def _try():
-        try:
-            res = entry.read(root := _own_folder(path, entry.folders), **kwargs)
-            missing = [] if entry.memory else [o.image for o in res[0] + res[1] if not o.image.exists()]
-            if missing: raise FileNotFoundError(2, f'{len(missing)} listed images are missing', str(missing[0]))
-            if not entry.memory: check_images([o.image for o in res[0] + res[1]], root=root)
-            return res
-        except FileNotFoundError as e: return e
-        except ValueError: raise
-        except Exception as e: raise ValueError(f"{entry.name} in {path} cannot be read ({type(e).__name__}: {e}). Extract it again; it is offered at {entry.page}.") from None
-    res,failed = _try(),''
-    if isinstance(res, FileNotFoundError) and download and entry.fetch:
-        path.mkdir(parents=True, exist_ok=True)
-        try: entry.fetch(path)
-        except Exception as e: failed = f" The download failed ({type(e).__name__}: {e})."
-        res = _try()
-    if isinstance(res, FileNotFoundError): raise FileNotFoundError(f"{entry.name}: expected {res.filename}, which is not there ({res.strerror}).{failed} The data set is offered at {entry.page}.")
-    return res
+    try: return _read_checked(entry, path, **kwargs)
+    except FileNotFoundError as e: missing = e
+    if not download or entry.fetch is None:
+        raise FileNotFoundError(f"{entry.name}: expected {missing.filename}, which is not there ({missing.strerror})."
+                                f"{failed} The data set is offered at {entry.page}.")
+    path.mkdir(parents=True, exist_ok=True)
+    try: entry.fetch(path)
+    except Exception as e: failed = f" The download failed ({type(e).__name__}: {e})."
+    return _read(entry, path, False, failed, **kwargs)
 
 # %% ../../nbs/10_data.catalogue.ipynb #4c10f32b
 def get_dls(
     name:str|Path, # One of `datasets()`, or a folder of images
-    path:str|Path=None, # Where the images are, or are to be downloaded to (by default where fastai keeps its data); needed for folders, tinyimagenet and imagenet100
+    path:str|Path=None, # Where the images are or are downloaded to; by default where fastai keeps its data
     bs:int=64, # Images a batch, 2 or more
-    size:int=None, # Side of the images in pixels; the catalogue's by default, and see the table above for folders
+    size:int=None, # Side of the images in pixels; by default the catalogue's, and for folders see `folder_dls`
     limit:int=None, # Use this many training images, chosen by `seed`
-    seed:int=42, # Seed of that choice, of the held-out fifth of a folder without a test part, and of Caltech-101's split
+    seed:int=42, # Seed of that choice, of a folder's held-out fifth, and of Caltech-101's split
     download:bool=True, # Fetch what is not there?
     skip_bad:bool=False, # In folders, leave out files that cannot be read, instead of raising?
     channels:int=None, # In folders, 1: read all images as grey, 3: as colour; by default what they are
     **kwargs # Passed to the `DataLoaders`, for example `batch_tfms`, `num_workers`, `device`
 ) -> DataLoaders: # `train`: the images to train on; `valid`: the test images
     "`DataLoaders` of a data set, by name. Raises `FileNotFoundError` or `ValueError` before any training if something is missing"
-    if path is None and isinstance(name, (str,Path)) and name not in catalogue and Path(name).is_dir(): name,path = 'folder',name
-    if not isinstance(name, str) or name not in catalogue: raise ValueError(f"There is no data set {name!r}, nor such a folder. The names are {', '.join(catalogue)}.")
-    if bs < 2: raise ValueError(f"Contrast needs two images or more in a batch, and bs is {bs}.")
-    if size is not None and size < 4: raise ValueError(f"size is the side of the images in pixels, 4 or more, and it is {size}.")
-    if channels not in (None,1,3): raise ValueError(f"channels must be 1 or 3, and it is {channels}.")
-    if channels is not None and name != 'folder': raise ValueError(f"channels is for folders, whose images may be grey and in colour, and those of {name} are what they are: leave it out.")
+    if path is None and isinstance(name, (str,Path)) and name not in catalogue and Path(name).is_dir():
+        name,path = 'folder',name
+    entry = look_up(name, catalogue, 'data set', 'or pass a folder of images that exists')
+    check_batches(bs)
+    if size is not None and size < 4:
+        raise ValueError(f"size is the side of the images in pixels, 4 or more, and it is {size}.")
+    check_choice('channels', channels, (None,1,3))
     if name == 'folder':
         if path is None: raise ValueError("get_dls('folder') needs the folder's path.")
-        if not Path(path).is_dir(): raise FileNotFoundError(f"There is no folder {path}.")
-        dls = _folder_dls(Path(path), size, limit, seed, skip_bad, channels, bs=bs, **kwargs)
+        dls = folder_dls(path, size, limit, seed, skip_bad, channels, bs=bs, **kwargs)
     else:
-        entry = catalogue[name]
+        if channels is not None:
+            raise ValueError(f"channels is for folders, whose images may be grey and in colour, "
+                             f"and those of {name} are what they are: leave it out.")
         size = ifnone(size, entry.size)
         train,*rest = _read(entry, path, download, size=size, seed=seed)
-        train = _sample(train, limit, seed)
-        if entry.memory: dls = _memory_dls(train, *rest, size, bs=bs, **kwargs)
-        else: dls = _file_dls(train, *rest, [Resize(size)] if name == 'imagenet100' else [ResizeCenterCrop(size)], bs=bs, **kwargs)
-    if len(dls.train) == 0: raise ValueError(f"There are {dls.train.n} training images, fewer than one batch of {bs}: use a smaller bs.")
+        train = sample_items(train, limit, seed)
+        resize = Resize if name == 'imagenet100' else ResizeCenterCrop
+        if entry.memory: dls = memory_dls(train, *rest, size, bs=bs, **kwargs)
+        else: dls = file_dls(train, *rest, [resize(size)], bs=bs, **kwargs)
+    if not len(dls.train): check_batches(bs, dls.train.n)
     return dls

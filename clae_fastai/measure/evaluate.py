@@ -9,11 +9,11 @@ __all__ = ['table2', 'Evaluation', 'evaluate', 'Transfer', 'transfer']
 from fastai.vision.all import *
 import json
 from dataclasses import dataclass
+from ..core import *
 from ..method.models import *
 from ..data.catalogue import *
 from ..train.encoder import *
 from .features import *
-from .features import _check_data
 from .probe import *
 
 # %% ../../nbs/19_measure.evaluate.ipynb #d17a155e
@@ -21,17 +21,22 @@ def _protocol(name, method, dataset):
     "The arguments that protocol `name` sets, for an encoder trained by `method`"
     linear = method in ('plain','uel')
     adam = dict(probe_bs=128 if linear else 256, epochs=200 if dataset == 'tinyimagenet' else 1000)
-    protocols = dict(honest =dict(select='final',        knn_on='h', probe_on='h', k=200, temperature=.1, solver='lbfgs', **adam),
-                     authors=dict(select='best_on_test', knn_on='z', probe_on='z' if linear else 'h', k=200, temperature=.1 if linear else .5, solver='adam', **adam))
-    if name not in protocols: raise ValueError(f"There is no protocol {name!r}. The protocols are {', '.join(protocols)}.")
-    return protocols[name]
+    honest  = dict(select='final',        knn_on='h', probe_on='h', k=200, temperature=.1, solver='lbfgs', **adam)
+    authors = dict(select='best_on_test', knn_on='z', probe_on='h', k=200, temperature=.5, solver='adam',  **adam)
+    if linear: authors.update(probe_on='z', temperature=.1)
+    return look_up(name, dict(honest=honest, authors=authors), 'protocol')
 
-def _check_settings(o, has_head):
-    for k,known in dict(select=('final','best_on_test'), knn_on=('h','z'), probe_on=('h','z'), solver=('lbfgs','adam')).items():
-        if o[k] not in known: raise ValueError(f"{k} must be {' or '.join(map(repr, known))}, and it is {o[k]!r}.")
-    if o['select'] == 'best_on_test' and o['solver'] == 'lbfgs': raise ValueError("'lbfgs' has no epochs to select from: use select='final', or solver='adam'.")
-    if 'z' in (o['knn_on'],o['probe_on']) and not has_head:
-        raise ValueError(f"knn_on is {o['knn_on']!r} and probe_on {o['probe_on']!r}, and an encoder file has no head, so no embeddings z. Give knn_on='h' and probe_on='h' (--knn_on h --probe_on h on the command line), or pass the `Learner`, which has its head.")
+def _check_settings(select, knn_on, probe_on, solver, has_head, **others):
+    check_choice('select', select, ('final','best_on_test'))
+    check_choice('knn_on', knn_on, ('h','z'))
+    check_choice('probe_on', probe_on, ('h','z'))
+    check_choice('solver', solver, ('lbfgs','adam'))
+    if select == 'best_on_test' and solver == 'lbfgs':
+        raise ValueError("'lbfgs' has no epochs to select from: use select='final', or solver='adam'.")
+    if 'z' in (knn_on,probe_on) and not has_head:
+        raise ValueError(f"knn_on is {knn_on!r} and probe_on {probe_on!r}, and an encoder file has no head, so no embeddings z. "
+                         "Give knn_on='h' and probe_on='h' (--knn_on h --probe_on h on the command line), "
+                         "or pass the `Learner`, which has its head.")
 
 @dataclass(repr=False)
 class Evaluation:
@@ -46,19 +51,28 @@ class Evaluation:
     settings:dict # All that it takes to repeat this
 
     @property
-    def result(self): "The linear probe's accuracy, in the data set's metric, of the epoch that the protocol selects"; return getattr(self.probe, self.settings['select'])
+    def result(self):
+        "The linear probe's accuracy, in the data set's metric, of the epoch that the protocol selects"
+        return getattr(self.probe, self.settings['select'])
 
     def to_dict(self): return {**vars(self), 'probe': self.probe.to_dict(), 'result': self.result}
     def to_json(self): return json.dumps(self.to_dict())
 
     def __str__(self):
         s,p = self.settings,self.probe
-        fit = f"L-BFGS, penalty {p.settings['l2']:.2g}" if s['solver'] == 'lbfgs' else f"Adam, {p.settings['epochs']} epochs"
-        rows = [(f"kNN on {s['knn_on']} (k {s['k']}, temperature {s['temperature']:g})", 'top-1', self.knn)]
-        rows += [(f"linear probe on {s['probe_on']} ({fit})", n, v) for n,v in (('top-1', p.top1), ('top-5', p.top5), ('mean per class', p.mean_per_class)) if v is not None]
-        if p.best_on_test is not None: rows.append((f"the same at its best epoch on the test set, {p.best_epoch}", p.metric.replace('top1', 'top-1').replace('_', ' '), p.best_on_test))
-        w = max(len(o[0]) for o in rows)
-        return '\n'.join([f"{self.dataset}, protocol {self.protocol!r}: {self.n_train} training images, {self.n_test} test images, {self.n_classes} classes; accuracy in percent", '', *(f"{a:{w}}  {b:14}  {100*c:5.1f}" for a,b,c in rows)])
+        fit = f"L-BFGS, penalty {p.settings['l2']:.2g}" if s['solver'] == 'lbfgs' else f"Adam, {s['epochs']} epochs"
+        probe = f"linear probe on {s['probe_on']} ({fit})"
+        best_metric = p.metric.replace('top1', 'top-1').replace('_', ' ')
+        rows = [(f"kNN on {s['knn_on']} (k {s['k']}, temperature {s['temperature']:g})", 'top-1', self.knn),
+                (probe, 'top-1', p.top1),
+                (probe, 'top-5', p.top5),
+                (probe, 'mean per class', p.mean_per_class),
+                (f"the same at its best epoch on the test set, {p.best_epoch}", best_metric, p.best_on_test)]
+        rows = [row for row in rows if row[2] is not None]
+        width = max(len(row[0]) for row in rows)
+        return '\n'.join([f"{self.dataset}, protocol {self.protocol!r}: {self.n_train} training images, {self.n_test} test images, "
+                          f"{self.n_classes} classes; accuracy in percent", '',
+                          *(f"{what:{width}}  {metric:14}  {100*accuracy:5.1f}" for what,metric,accuracy in rows)])
     __repr__ = __str__
 
 # %% ../../nbs/19_measure.evaluate.ipynb #4c90d22b
@@ -67,13 +81,18 @@ def _dataset_dls(dataset, info, kwargs):
     if not isinstance(dataset, str):
         if kwargs: raise ValueError(f"{', '.join(kwargs)} would go to get_dls, and the data are DataLoaders already.")
         return 'DataLoaders','top1',dataset
-    size = info.get('size')
-    if size and len(set(size)) == 1: kwargs = merge(dict(size=size[0]), kwargs)
-    with no_random(reproducible=False): dls = get_dls(dataset, **merge(dict(drop_last=False), kwargs))
+    size,defaults = info.get('size', ()),dict(drop_last=False)
+    if len(set(size)) == 1: defaults['size'] = size[0]
+    with no_random(reproducible=False): dls = get_dls(dataset, **merge(defaults, kwargs))
     return dataset,catalogue[dataset].metric,dls
 
+def _features(model, dl, has_head):
+    "Features and labels of `dl` by the features' name, 'h' or 'z', on the model's device"
+    *features,y = extract_features(model, dl, 'both' if has_head else 'h', device=None)
+    return {which: (x,y) for which,x in zip('hz', features)}
+
 def evaluate(
-    model:Learner|nn.Module|str|Path, # A `clae_learner`, a `ContrastiveModel` or an encoder, which get the images as they come, or an encoder file
+    model:Learner|nn.Module|str|Path, # A `clae_learner`, a model or encoder that gets the images as they come, or an encoder file
     dataset:str|DataLoaders, # A name of `get_dls`, or `DataLoaders` with labels
     protocol:str='honest', # 'honest' or 'authors': what the arguments down to `epochs` are by default, see the table above
     select:str=None, # Which epoch of Adam's is the result: 'final' or 'best_on_test'
@@ -92,21 +111,21 @@ def evaluate(
     file = isinstance(model, (str,Path))
     info = load_encoder(model).info if file else getattr(model, 'encoder_info', {})
     has_head = not file and getattr(get_model(getattr(model, 'model', model)), 'head', None) is not None
-    given = dict(select=select, knn_on=knn_on, probe_on=probe_on, k=k, temperature=temperature, solver=solver, probe_bs=probe_bs, epochs=epochs)
-    o = merge(_protocol(protocol, info.get('method', 'simclr'), dataset), {k: v for k,v in given.items() if v is not None})
-    _check_settings(o, has_head)
+    given = dict(select=select, knn_on=knn_on, probe_on=probe_on, k=k, temperature=temperature,
+                 solver=solver, probe_bs=probe_bs, epochs=epochs)
+    settings = merge(_protocol(protocol, info.get('method', 'simclr'), dataset), {k: v for k,v in given.items() if v is not None})
+    _check_settings(**settings, has_head=has_head)
     name,metric,dls = _dataset_dls(dataset, info, kwargs)
-    def _extract(dl):
-        *f,y = extract_features(model, dl, 'both' if has_head else 'h')
-        return dict(zip('hz', f)),y
-    def _on(which, part): return part and (part[0][which],part[1])
-    train,test,held = (None if dl is None else _extract(dl) for dl in (dls.train, dls.valid, valid))
-    (x,y),(test_x,test_y) = _on(o['knn_on'], train),_on(o['knn_on'], test)
-    _check_data((x,y), (test_x,test_y))
-    if k is None: o['k'] = min(o['k'], len(y))
-    knn = float((knn_predict(x, y, test_x, o['k'], o['temperature']) == test_y).float().mean())
-    probe = linear_probe(*(_on(o['probe_on'], part) for part in (train,test)), o['solver'], _on(o['probe_on'], held), metric, o['epochs'], o['probe_bs'], seed=seed)
-    return Evaluation(name, protocol, len(y), len(test_y), len(y.unique()), knn, probe, dict(**o, seed=seed, encoder=info, data={k: str(v) for k,v in kwargs.items()}))
+    train,test = (_features(model, dl, has_head) for dl in (dls.train, dls.valid))
+    knn_on,probe_on = settings['knn_on'],settings['probe_on']
+    x,y = train[knn_on]
+    if k is None: settings['k'] = min(settings['k'], len(x))
+    knn = knn_accuracy((x,y), test[knn_on], settings['k'], settings['temperature'])
+    held_out = None if valid is None else _features(model, valid, has_head)[probe_on]
+    probe = linear_probe(train[probe_on], test[probe_on], settings['solver'], held_out, metric,
+                         settings['epochs'], settings['probe_bs'], seed=seed, device=x.device)
+    settings.update(seed=seed, encoder=info, data={k: str(v) for k,v in kwargs.items()})
+    return Evaluation(name, protocol, len(x), len(test[knn_on][0]), len(y.unique()), knn, probe, settings)
 
 # %% ../../nbs/19_measure.evaluate.ipynb #73b2fcd1
 table2 = 'cifar10 cifar100 cars aircraft dtd pets caltech101 flowers'.split()
@@ -119,8 +138,9 @@ class Transfer:
 
     def to_json(self): return json.dumps(dict(results={k: v.to_dict() for k,v in self.results.items()}, missing=self.missing))
     def __str__(self):
-        rows = [f"{k:14}{v.probe.metric.replace('_', ' '):16}{100*v.result:6.1f}{100*v.knn:8.1f}" for k,v in self.results.items()]
-        return '\n'.join([f"{'data set':14}{'metric':16}{'linear':>6}{'kNN':>8}", *rows, *(f'{k:14}missing: {v}' for k,v in self.missing.items())])
+        done = [f"{name:14}{e.probe.metric.replace('_', ' '):16}{100*e.result:6.1f}{100*e.knn:8.1f}" for name,e in self.results.items()]
+        missing = [f'{name:14}missing: {why}' for name,why in self.missing.items()]
+        return '\n'.join([f"{'data set':14}{'metric':16}{'linear':>6}{'kNN':>8}", *done, *missing])
     __repr__ = __str__
 
 def transfer(
@@ -132,12 +152,12 @@ def transfer(
     **kwargs
 ) -> Transfer:
     "Evaluate an encoder on several data sets. Raises `ValueError` if none can be"
-    res,wrong,names = Transfer({}, {}),None,L(names)
-    if unknown := set(names) - set(catalogue): raise ValueError(f"There is no data set {', '.join(sorted(unknown))}. The names are {', '.join(catalogue)}.")
+    names,done,error = L(names),Transfer({}, {}),None
+    for name in names: look_up(name, catalogue, 'data set')
     for name in names:
-        try: res.results[name] = evaluate(model, name, protocol, path=root, download=download, **kwargs)
+        try: done.results[name] = evaluate(model, name, protocol, path=root, download=download, **kwargs)
         except (FileNotFoundError, ValueError) as e:
-            res.missing[name] = str(e)
-            if isinstance(e, ValueError): wrong = ifnone(wrong, e)
-    if wrong and not res.results: raise wrong
-    return res
+            done.missing[name] = str(e)
+            if isinstance(e, ValueError): error = ifnone(error, e)
+    if error and not done.results: raise error
+    return done

@@ -10,7 +10,6 @@ from fastai.vision.all import *
 from ..core import *
 from ..train.distributed import local_dl
 from .features import *
-from .features import _check_data
 
 # %% ../../nbs/20_measure.monitors.ipynb #26b7d220
 class _Columns(Callback):
@@ -37,17 +36,20 @@ class KNNCallback(_Columns):
 
     def before_fit(self):
         super().before_fit()
-        self.loaders = [local_dl(ifnone(*o)) for o in ((self.train_dl, self.dls.train), (self.valid_dl, self.dls.valid))] # of several processes each looks at all images
+        dls = ifnone(self.train_dl, self.dls.train),ifnone(self.valid_dl, self.dls.valid)
+        self.loaders = [local_dl(dl) for dl in dls] # of several processes each looks at all images
         for dl in self.loaders:
             with no_random(reproducible=False):
-                if len(dl.dataset) == 0 or len(dl.dataset[0]) < 2: raise ValueError("KNNCallback needs labelled images to train and to test on, and the DataLoaders have none: give it `train_dl` and `valid_dl`.")
-        if not 1 <= self.k <= (n := len(self.loaders[0].dataset)): raise ValueError(f"k must lie between 1 and the number of training images, {n}, and it is {self.k}.")
+                if len(dl.dataset) == 0 or len(dl.dataset[0]) < 2:
+                    raise ValueError("KNNCallback needs labelled images to train and to test on, and the DataLoaders have none: "
+                                     "give it `train_dl` and `valid_dl`.")
+        n = len(self.loaders[0].dataset)
+        if not 1 <= self.k <= n: raise ValueError(f"k must lie between 1 and the number of training images, {n}, and it is {self.k}.")
 
     def after_train(self):
         if (self.epoch+1) % self.every or hasattr(self.learn, 'lr_finder'): return
-        train,test = (extract_features(self.learn, dl, self.which) for dl in self.loaders)
-        _check_data(train, test)
-        self.row = [float((knn_predict(*train, test[0], self.k, self.temperature) == test[1]).float().mean())]
+        train,test = (extract_features(self.learn, dl, self.which, device=None) for dl in self.loaders)
+        self.row = [knn_accuracy(train, test, self.k, self.temperature)]
 
 # %% ../../nbs/20_measure.monitors.ipynb #ed8b2275
 class CollapseMonitor(_Columns):
@@ -60,7 +62,9 @@ class CollapseMonitor(_Columns):
 
     def after_pred(self):
         z_q,z_p = (F.normalize(at_least_float32(z.detach()), dim=1) for z in self.pred[:2])
-        self.sums += torch.stack([z_q.std(0).mean(), (z_q - z_p).square().sum(1).mean(), F.pdist(z_q).square().mul(-2).exp().mean().log()])
+        alignment = (z_q - z_p).square().sum(1).mean()
+        uniformity = F.pdist(z_q).square().mul(-2).exp().mean().log()
+        self.sums += torch.stack([z_q.std(0).mean(), alignment, uniformity])
         self.n_batches += 1
 
     def after_train(self):

@@ -10,8 +10,8 @@ from fastai.vision.all import *
 import json, scipy.optimize
 from dataclasses import dataclass
 from sklearn.model_selection import train_test_split
+from ..core import *
 from .features import *
-from .features import _check_data
 
 # %% ../../nbs/18_measure.probe.ipynb #32c293b7
 @dataclass
@@ -53,37 +53,53 @@ def _adam_probe(x, y, test_x, test_y, n_classes, metric, epochs, bs, lr, seed):
     return linear,torch.stack(curve).tolist()
 
 # %% ../../nbs/18_measure.probe.ipynb #c631780e
-def _softmax_regression(x, y, l2, w, tol):
+def _blocks(parts, mean):
+    "Centred features and labels in blocks of 32 MiB: `parts` are features, labels and the rows that count, and none is copied as a whole"
+    for x,y,idx in parts:
+        for rows in idx.split(max(1, 2**22//len(mean))): yield x[rows].double().sub_(mean),y[rows,None]
+
+def _logits(x, w): return F.linear(x, w[:,:-1], w[:,-1])
+
+def _softmax_regression(parts, mean, l2, w, tol):
     "Weights and bias (K,F+1) that minimise the sum of cross-entropies plus l2/2 times the squared weights, starting at `w`"
-    def _loss(v):
-        w_ = torch.from_numpy(v).to(x.device).view_as(w).requires_grad_()
-        loss = F.cross_entropy(F.linear(x, w_[:,:-1], w_[:,-1]), y, reduction='sum') + l2/2*w_[:,:-1].square().sum()
-        g, = torch.autograd.grad(loss, w_)
-        return loss.item(),g.flatten().cpu().numpy()
-    res = scipy.optimize.minimize(_loss, w.flatten().cpu().numpy(), jac=True, method='L-BFGS-B', options=dict(ftol=tol, gtol=0, maxiter=5000, maxfun=10**6))
-    return torch.from_numpy(res.x).view_as(w).to(x.device)
+    def _loss_and_grad(v):
+        u = torch.from_numpy(v).to(w.device).view_as(w)
+        loss,grad = l2/2*u[:,:-1].square().sum(),F.pad(l2*u[:,:-1], (0,1))
+        for x,y in _blocks(parts, mean):
+            log_p = _logits(x, u).log_softmax(1)
+            loss -= log_p.gather(1, y).sum()
+            error = log_p.exp_().scatter_add_(1, y, log_p.new_full(y.shape, -1)) # softmax - one-hot
+            grad[:,:-1].addmm_(error.T, x)
+            grad[:,-1] += error.sum(0)
+        return loss.item(),grad.flatten().cpu().numpy()
+    options = dict(ftol=tol, gtol=0, maxiter=5000, maxfun=10**6)
+    res = scipy.optimize.minimize(_loss_and_grad, w.flatten().cpu().numpy(), jac=True, method='L-BFGS-B', options=options)
+    return torch.from_numpy(res.x).view_as(w).to(w.device)
 
 def _hold_out(x, y, seed):
-    "A fifth of the images for validation: the same share of each class, where each class has enough images"
-    stratify = y.cpu() if y.unique(return_counts=True)[1].min() >= 2 and len(y) >= 5*len(y.unique()) else None
+    "Four fifths of the images, and one for validation: the same share of each class, where each class has enough images"
+    n = y.bincount()
+    stratify = y.cpu() if n.min() >= 2 and len(y) >= 5*len(n) else None
     parts = train_test_split(np.arange(len(y)), test_size=.2, random_state=seed, stratify=stratify)
-    return [(x[idx],y[idx]) for idx in map(torch.as_tensor, parts)]
+    return [(x,y,torch.as_tensor(idx, device=x.device)) for idx in parts]
 
 def _lbfgs_probe(x, y, valid, n_classes, metric, l2s, seed):
     "Classifier, the chosen penalty, and the accuracy on held-out images for each of `l2s`"
-    mean = x.mean(0)
-    (fit_x,fit_y),(valid_x,valid_y) = _hold_out(x, y, seed) if valid is None else ((x,y),valid)
-    w,path,curve = x.new_zeros(n_classes, x.shape[1]+1),[],[]
+    if valid is None: fit,held_out = _hold_out(x, y, seed)
+    else: fit,held_out = ((*part,torch.arange(len(part[1]), device=x.device)) for part in ((x,y),valid))
+    held_y = held_out[1][held_out[2]]
+    mean = sum(rows.double().sum(0) for rows in x.split(4096))/len(x)
+    w,curve,best = mean.new_zeros(n_classes, len(mean)+1),[],None
     for l2 in l2s:
-        w = _softmax_regression(fit_x - mean, fit_y, l2, w, 1e-6)
-        path.append(w)
-        curve.append(float(_accuracy(F.linear(valid_x - mean, w[:,:-1], w[:,-1]).argmax(1), valid_y, metric)))
-    i = int(np.argmax(curve)) # of equals the strongest penalty
-    if valid is not None: x,y = torch.cat([x,valid_x]),torch.cat([y,valid_y])
-    w = _softmax_regression(x - mean, y, l2s[i], path[i], 1e-9)
-    linear = nn.utils.skip_init(nn.Linear, x.shape[1], n_classes, device=x.device, dtype=x.dtype) # draws nothing
+        w = _softmax_regression([fit], mean, l2, w, 1e-6)
+        pred = torch.cat([_logits(block, w).argmax(1) for block,_ in _blocks([held_out], mean)])
+        curve.append(float(_accuracy(pred, held_y, metric)))
+        if best is None or curve[-1] > max(curve[:-1]): best = l2,w # of equals the strongest penalty
+    l2,w = best
+    w = _softmax_regression([fit,held_out], mean, l2, w, 1e-9)
+    linear = nn.utils.skip_init(nn.Linear, len(mean), n_classes, device=w.device, dtype=w.dtype) # draws nothing
     linear.weight.data,linear.bias.data = w[:,:-1],w[:,-1] - w[:,:-1]@mean
-    return linear,l2s[i],curve
+    return linear,l2,curve
 
 # %% ../../nbs/18_measure.probe.ipynb #f5f4273f
 def linear_probe(
@@ -100,28 +116,38 @@ def linear_probe(
     device=None # Where to compute, `default_device()` by default
 ) -> Probe:
     "Logistic regression on features"
-    if solver not in ('lbfgs','adam'): raise ValueError(f"solver must be 'lbfgs' or 'adam', and it is {solver!r}.")
-    if metric not in ('top1','mean_per_class'): raise ValueError(f"metric must be 'top1' or 'mean_per_class', and it is {metric!r}.")
-    if valid is not None and solver == 'adam': raise ValueError("'adam' has nothing to choose on `valid`: add those images to `train`.")
-    if solver == 'adam' and not (epochs >= 1 and bs >= 1 and lr > 0): raise ValueError(f"epochs and bs must be 1 or more, and lr above 0; they are {epochs}, {bs} and {lr}.")
-    if l2s is not None and not (len(l2s) and min(l2s) >= 0): raise ValueError(f"l2s must be one penalty or more, each 0 or above, and it is {l2s}.")
-    _check_data(train, test)
-    if valid is not None: _check_data(train, valid)
+    check_choice('solver', solver, ('lbfgs','adam'))
+    check_choice('metric', metric, ('top1','mean_per_class'))
+    adam = solver == 'adam'
+    if valid is not None and adam: raise ValueError("'adam' has nothing to choose on `valid`: add those images to `train`.")
+    if adam and not (epochs >= 1 and bs >= 1 and lr > 0):
+        raise ValueError(f"epochs and bs must be 1 or more, and lr above 0; they are {epochs}, {bs} and {lr}.")
+    if l2s is None: l2s = np.logspace(5, -6, 45).tolist()
+    if not (len(l2s) and min(l2s) >= 0): raise ValueError(f"l2s must be one penalty or more, each 0 or above, and it is {l2s}.")
+    for other in (test,valid):
+        if other is not None: check_data(train, other)
     classes = train[1].unique()
-    if len(classes) < 2: raise ValueError("A classifier needs two classes or more in the training set, and there is one.")
+    n_classes = len(classes)
+    if n_classes < 2: raise ValueError("A classifier needs two classes or more in the training set, and there is one.")
     device = torch.device(ifnone(device, default_device()))
-    if solver == 'lbfgs' and device.type == 'mps': device = torch.device('cpu') # no float64
-    def _data(o): return o[0].to(device, torch.float64 if solver == 'lbfgs' else torch.float32),torch.searchsorted(classes, o[1]).to(device)
+    if not adam and device.type == 'mps': device = torch.device('cpu') # no float64
+    def _data(part):
+        x,y = part
+        return x.to(device, torch.float32 if adam else x.dtype),torch.searchsorted(classes.to(y.device), y).to(device)
     (x,y),(test_x,test_y) = _data(train),_data(test)
-    if solver == 'adam':
+    best_on_test = best_epoch = None
+    if adam:
         settings = dict(epochs=epochs, bs=bs, lr=lr)
-        linear,curve = _adam_probe(x, y, test_x, test_y, len(classes), metric, **settings, seed=seed)
-        best = int(np.argmax(curve))
+        linear,curve = _adam_probe(x, y, test_x, test_y, n_classes, metric, **settings, seed=seed)
+        best_on_test = max(curve)
+        best_epoch = curve.index(best_on_test) + 1
     else:
-        l2s = np.logspace(5, -6, 45).tolist() if l2s is None else l2s
-        linear,l2,curve = _lbfgs_probe(x, y, None if valid is None else _data(valid), len(classes), metric, l2s, seed)
+        linear,l2,curve = _lbfgs_probe(x, y, valid and _data(valid), n_classes, metric, l2s, seed)
         settings = dict(l2=l2, l2s=l2s, valid='a fifth of the training images' if valid is None else 'given')
-    with torch.no_grad(): logits = linear(test_x)
-    top1,per_class = (float(_accuracy(logits.argmax(1), test_y, o)) for o in ('top1','mean_per_class'))
-    return Probe(metric=metric, final=top1 if metric == 'top1' else per_class, best_on_test=curve[best] if solver == 'adam' else None, best_epoch=best+1 if solver == 'adam' else None, curve=curve, top1=top1,
-                 top5=float((logits.topk(5).indices == test_y[:,None]).any(1).float().mean()) if len(classes) > 5 else None, mean_per_class=per_class, settings=dict(solver=solver, seed=seed, **settings), linear=linear)
+    with torch.no_grad():
+        top = torch.cat([linear(rows.to(linear.weight)).topk(min(5, n_classes)).indices for rows in test_x.split(4096)])
+    hit = top == test_y[:,None]
+    accuracies = {name: float(_accuracy(top[:,0], test_y, name)) for name in ('top1','mean_per_class')}
+    return Probe(metric, accuracies[metric], best_on_test, best_epoch, curve, **accuracies,
+                 top5=float(hit.any(1).float().mean()) if n_classes > 5 else None,
+                 settings=dict(solver=solver, seed=seed, **settings), linear=linear)

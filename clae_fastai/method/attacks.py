@@ -7,56 +7,73 @@ __all__ = ['attacks', 'Attack', 'FGSM', 'RandomAttack', 'RFGSM', 'PGD', 'FFGSM',
 
 # %% ../../nbs/04_method.attacks.ipynb #4415ebdb
 from fastai.basics import *
+from contextlib import suppress
+from ..core import *
 
 # %% ../../nbs/04_method.attacks.ipynb #640594d4
-def _choice(name, value, valid):
-    if value not in valid: raise ValueError(f"{name} must be one of {', '.join(map(repr, valid))}, and it is {value!r}.")
-def _amount(name, value, low=0., high=math.inf):
-    if not (low <= value <= high and math.isfinite(value)):
-        raise ValueError(f"{name} must be a finite number of {low} or more{f' and at most {high}' if high < math.inf else ''}, and it is {value}.")
+def _check_size(name, value, high=math.inf):
+    "Raises `ValueError` for what is no size of a perturbation"
+    if 0 <= value <= high and math.isfinite(value): return
+    at_most = '' if high == math.inf else f" and at most {high}"
+    raise ValueError(f"{name} must be a finite number of 0 or more{at_most}, and it is {value}.")
 
-def _per_image(t, x): return t.view(-1, *[1]*(x.ndim-1))
+def _per_image(t, x):
+    "One number an image (B,), to be multiplied with images (B,C,H,W)"
+    return t.view(-1, *[1]*(x.ndim-1))
+
 def _l2(x): return _per_image(x.flatten(1).norm(dim=1), x)
 
 # %% ../../nbs/04_method.attacks.ipynb #6d02ea85
 class Attack:
     "Base of the attacks: a new attack is one method, `delta(x, grad)`"
-    stats = None # (mean, std), each (C,): the Normalize that made `x`; `CLAECallback` fills it in from its views
+    stats = None # (mean, std), each (C,): of the Normalize that made `x`, see `set_stats`
 
     def __init__(self,
         eps:float, # Largest size of an image's perturbation, 0 or more; 0 returns `x` itself
         norm:str='linf', # 'linf': largest change of a value; 'l2': length over (C,H,W)
-        space:str='normalized' # Units of `eps`: 'normalized' (no clamping, as published) or 'pixel' ([0,1], clamped to valid images)
+        space:str='normalized' # Units of `eps`: 'normalized' (no clamp, as published) or 'pixel' ([0,1], clamped)
     ):
-        _amount('eps', eps); _choice('norm', norm, ('linf','l2')); _choice('space', space, ('normalized','pixel'))
+        _check_size('eps', eps)
+        check_choice('norm', norm, ('linf','l2'))
+        check_choice('space', space, ('normalized','pixel'))
         store_attr('eps,norm,space')
 
     def __call__(self,
-        embed:Callable, # Maps images (B,C,H,W) to embeddings (B,D); the caller picks its batch norm and freezes its statistics
+        embed:Callable, # Images (B,C,H,W) to embeddings (B,D); the caller picks its batch norm and freezes its statistics
         x:Tensor, # Normalised images (B,C,H,W)
         loss:Callable # Contrastive loss of the batch, `(anchors, embeddings) -> scalar`
     ) -> Tensor: # `x_adv` (B,C,H,W), without graph
         "Perturb the images of a batch, together"
         if self.eps == 0: return x
         if self.space == 'pixel':
-            self.check_stats()
-            self.stats = [torch.as_tensor(o, dtype=x.dtype, device=x.device) for o in self.stats] # moved once, not in every step
+            self.set_stats(self.stats)
+            self.stats = [torch.as_tensor(s, dtype=x.dtype, device=x.device) for s in self.stats] # moved once
         x = x.detach()
         delta = self.delta(x, _BatchGradient(self, embed, x, loss))
         with torch.no_grad(): return self.add(x, delta)
 
     def delta(self,
         x:Tensor, # Images (B,C,H,W)
-        grad:Callable # `grad(delta)`: gradient (B,C,H,W) of the batch's loss at `x + delta`, in units of `space`; `grad()` is at `x` itself, where it costs one forward less
+        grad:Callable # `grad(delta)`: the batch's gradient (B,C,H,W) at `x + delta`, in units of `space`; `grad()`: at `x`
     ) -> Tensor: # Perturbation (B,C,H,W), in units of `space`
         "The perturbation: what makes an attack"
         raise NotImplementedError
 
-    def check_stats(self):
-        "Raises `ValueError` where pixel space is asked for and the images' normalisation is not known"
-        if self.stats is None: raise ValueError("space='pixel' needs to know how the images were normalised: use views that end in a Normalize, or set the attack's `stats` to the (mean, std) of each channel.")
+    def set_stats(self,
+        stats:tuple # (mean, std), each (C,), that images are normalised with; None: what is known already stays
+    ):
+        "What `CLAECallback` knows of its images. Raises `ValueError` where `space='pixel'` needs it and nobody knows"
+        self.stats = ifnone(stats, self.stats)
+        if self.space == 'pixel' and self.stats is None:
+            raise ValueError("space='pixel' needs to know how the images were normalised: use views that end in a "
+                             "Normalize, or set the attack's `stats` to the (mean, std) of each channel.")
 
-    def _stat(self, i, x): return torch.as_tensor(self.stats[i], dtype=x.dtype, device=x.device).view(-1,1,1) # a copy only where the attack was not called yet
+    def state_dict(self): "What an attack remembers from batch to batch, for a checkpoint"; return {}
+    def load_state_dict(self, state): "Go on from there"
+
+    def _stat(self, i, x):
+        "Mean (0) or standard deviation (1) of the channels; a copy only where the attack was not called yet"
+        return torch.as_tensor(self.stats[i], dtype=x.dtype, device=x.device).view(-1,1,1)
 
     def add(self,
         x:Tensor, # Images (B,C,H,W)
@@ -84,9 +101,12 @@ class Attack:
         "Back into the `eps` ball"
         if self.norm == 'linf': return delta.clamp(-self.eps, self.eps)
         n = _l2(delta)
-        return torch.where(n > self.eps*(1 + 16*torch.finfo(n.dtype).eps), delta*(self.eps/n), delta) # a step of exactly eps stays as it is
+        outside = n > self.eps*(1 + 16*torch.finfo(n.dtype).eps) # a step of exactly eps stays as it is
+        return torch.where(outside, delta*(self.eps/n), delta)
 
-    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k,v in vars(self).items() if k not in ('stats','generator') and k[0] != '_')})"
+    def __repr__(self):
+        args = [f'{k}={v!r}' for k,v in vars(self).items() if k not in ('stats','generator') and k[0] != '_']
+        return f"{type(self).__name__}({', '.join(args)})"
 
 # %% ../../nbs/04_method.attacks.ipynb #712ba67b
 class _BatchGradient:
@@ -97,7 +117,8 @@ class _BatchGradient:
 
     def __call__(self, delta=None):
         x = self.x if delta is None else self.attack.add(self.x, delta)
-        if self.anchor is None and delta is not None: self.anchor = self.embed(self.x).detach() # not in no_grad: autocast could keep its casts of the weights, which have no graph
+        if self.anchor is None and delta is not None:
+            self.anchor = self.embed(self.x).detach() # not in no_grad: autocast would keep weights cast without graph
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             z = self.embed(x)
@@ -111,13 +132,6 @@ class FGSM(Attack):
     def delta(self, x, grad): return self.eps*self.direction(grad())
 
 # %% ../../nbs/04_method.attacks.ipynb #6abbdfd5
-def _generator_state(g): return None if g is None else (str(g.device), g.get_state())
-
-def _generator(state):
-    "The generator of a saved state; None without one, and on a machine that has no such device, where it begins anew"
-    try: return None if state is None else torch.Generator(state[0]).set_state(state[1])
-    except RuntimeError: return None
-
 class RandomAttack(Attack):
     "Base of the attacks that draw random numbers, from a generator of their own"
     def __init__(self,
@@ -129,11 +143,25 @@ class RandomAttack(Attack):
         store_attr('seed')
         self.generator = None
 
-    def __getstate__(self): return {**vars(self), 'generator': _generator_state(self.generator)}
-    def __setstate__(self, state): vars(self).update(state, generator=_generator(state['generator']))
+    def state_dict(self):
+        "Device and state of the generator, None before its first draw"
+        return dict(generator=self.generator and (str(self.generator.device), self.generator.get_state()))
+
+    def load_state_dict(self, state):
+        "Go on from there; on a machine without such a device the generator begins anew"
+        self.generator = None
+        with suppress(RuntimeError):
+            device,state = state['generator'] or (None,None)
+            if device: self.generator = torch.Generator(device).set_state(state)
+
+    def __getstate__(self): return {**vars(self), **self.state_dict()} # a generator can neither be copied nor pickled
+    def __setstate__(self, state):
+        vars(self).update(state)
+        self.load_state_dict(state)
 
     def _draw(self, f, shape, x):
-        if self.generator is None or self.generator.device != x.device: self.generator = torch.Generator(x.device).manual_seed(self.seed + rank_distrib())
+        if self.generator is None or self.generator.device != x.device:
+            self.generator = torch.Generator(x.device).manual_seed(self.seed + rank_distrib())
         return f(shape, generator=self.generator, device=x.device, dtype=x.dtype)
 
     def random_direction(self, x):
@@ -151,7 +179,7 @@ class RFGSM(RandomAttack):
     ):
         super().__init__(eps, **kwargs)
         start_size = ifnone(start_size, eps/2)
-        _amount('start_size', start_size, high=eps)
+        _check_size('start_size', start_size, high=eps)
         store_attr('start_size')
 
     def delta(self, x, grad):
@@ -172,8 +200,10 @@ class PGD(RandomAttack):
     ):
         super().__init__(eps, **kwargs)
         step_size = ifnone(step_size, eps/4)
-        if not isinstance(steps, int) or steps < 1: raise ValueError(f"steps must be a whole number of 1 or more, and it is {steps!r}.")
-        _amount('step_size', step_size); _choice('start', start, ('uniform','zero'))
+        if not isinstance(steps, int) or steps < 1:
+            raise ValueError(f"steps must be a whole number of 1 or more, and it is {steps!r}.")
+        _check_size('step_size', step_size)
+        check_choice('start', start, ('uniform','zero'))
         store_attr('steps,step_size,start')
 
     def _start(self, x):
@@ -214,5 +244,5 @@ def get_attack(
     **kwargs # The attack's own arguments
 ) -> Attack:
     "The attack called `name`"
-    if name not in attacks: raise ValueError(f"There is no attack {name!r}. The attacks are {', '.join(attacks)}; any callable `(embed, x, loss) -> x_adv` can be passed as well.")
-    return attacks[name](eps, **kwargs)
+    attack = look_up(name, attacks, 'attack', 'any callable `(embed, x, loss) -> x_adv` can be passed as well')
+    return attack(eps, **kwargs)

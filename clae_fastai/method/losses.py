@@ -25,7 +25,8 @@ class TwoViewLoss(nn.Module):
         z_p:Tensor # The same images' other view (B,D), row k belonging to row k of `z_q`
     ) -> Tensor: # Scalar, or (B,) if `reduction='none'`; float32 or wider
         "Contrast each row of `z_q` with all rows of `z_p`"
-        with torch.autocast(z_q.device.type, enabled=False): rows = self.rows(at_least_float32(z_q), at_least_float32(z_p))
+        with torch.autocast(z_q.device.type, enabled=False):
+            rows = self.rows(at_least_float32(z_q), at_least_float32(z_p))
         return rows.mean() if self.reduction == 'mean' else rows
 
     def everybody(self,
@@ -51,7 +52,7 @@ class PlainLoss(TwoViewLoss):
 
 # %% ../../nbs/02_method.losses.ipynb #ad48d032
 class NTXentLoss(TwoViewLoss):
-    "Normalised temperature-scaled cross entropy (Chen et al. 2020): symmetric over the `2B` embeddings, cosine similarity"
+    "Normalised temperature-scaled cross entropy (Chen et al. 2020): symmetric over `2B` embeddings, cosine similarity"
     def __init__(self,
         temperature:float=.5, # Softmax temperature
         reduction:str='mean' # 'mean' or 'none'; an image's loss is the mean over its two views
@@ -70,7 +71,7 @@ class UELLoss(TwoViewLoss):
     def __init__(self,
         temperature:float=.1, # Softmax temperature
         neg_weight:float=1., # Weight of the spreading terms, `log(1-P)` of the negatives
-        detach_keys:bool=True, # Treat the second factor of each inner product as a constant, as published? `False`: the full gradient
+        detach_keys:bool=True, # Treat the second factor of each inner product as a constant, as published?
         reduction:str='mean' # 'mean' or 'none'; an image's loss is the mean over its two views
     ):
         super().__init__(temperature, reduction)
@@ -88,7 +89,8 @@ class UELLoss(TwoViewLoss):
         if len(keys) == 2: return -invariant.view(2, n).mean(0)                  # one image has no negatives
         top = sim.argmax(1, keepdim=True)
         rest = log_p.scatter(1, top, -torch.inf)
-        log_1mp = torch.log1p(-rest.exp()).scatter(1, top, rest.logsumexp(1, keepdim=True)) # of each row's largest P: log of the others' sum
+        others = rest.logsumexp(1, keepdim=True)                                 # of each row's largest P: log(1-P)
+        log_1mp = torch.log1p(-rest.exp()).scatter(1, top, others)
         spread = log_1mp.sum(1) - log_1mp[idx, partner]
         return -(invariant + self.neg_weight*spread).view(2, n).mean(0)
 
@@ -100,7 +102,8 @@ class CLAELoss(nn.Module):
         alpha:float=1. # Weight of the adversarial term, 0 or more
     ):
         super().__init__()
-        if not 0 <= alpha < math.inf: raise ValueError(f"alpha weighs the adversarial loss (eq. 16): it must be finite and 0 or more, and it is {alpha}.")
+        if not 0 <= alpha < math.inf:
+            raise ValueError(f"alpha weighs the adversarial loss (eq. 16): it must be finite and 0 or more, and it is {alpha}.")
         store_attr()
         self.loss_aug,self.loss_adv,self._reduction = None,None,'mean'
 
@@ -116,11 +119,13 @@ class CLAELoss(nn.Module):
         z2:Tensor # (B,D)
     ) -> Tensor: # Scalar, or (B,) if `reduction='none'`
         "`base(z1, z2)`, checked to be what a training step needs"
-        with torch.autocast(z1.device.type, enabled=False): loss = self.base(at_least_float32(z1), at_least_float32(z2))
+        with torch.autocast(z1.device.type, enabled=False):
+            loss = self.base(at_least_float32(z1), at_least_float32(z2))
         if self.reduction == 'none' and isinstance(loss, Tensor): return loss.expand(len(z1))
         if isinstance(loss, Tensor) and loss.ndim == 0: return loss
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise ValueError(f"The contrastive loss {self.base} must return one number, a tensor of shape (), and it returned {got}. Reduce it over the batch, for example with `.mean()`.")
+        raise ValueError(f"The contrastive loss {self.base} must return one number, a tensor of shape (), and it returned {got}. "
+                         "Reduce it over the batch, for example with `.mean()`.")
 
     def forward(self,
         z:Tensor|tuple, # `(z_q, z_p)`, `(z_q, z_p, z_adv)`, each (B,D), or one `z`

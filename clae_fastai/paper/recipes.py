@@ -9,47 +9,51 @@ __all__ = ['recipes', 'Recipe', 'get_recipe']
 from fastai.vision.all import *
 import json
 from dataclasses import dataclass, asdict
+from ..core import look_up
 from ..method.views import *
 from ..train.learner import *
 
 # %% ../../nbs/22_paper.recipes.ipynb #5ca2192d
-_opts = dict(sgd=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9), adam=partial(OptimWrapper, opt=torch.optim.Adam))
+_optimizers = dict(
+    sgd=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9),
+    adam=partial(OptimWrapper, opt=torch.optim.Adam))
 
 @dataclass(frozen=True)
 class Recipe:
     "Settings of one of the paper's experiments; `sources` says of each where it comes from"
-    name:str          # '<method>-<data set>'
-    data:str          # Data set
-    method:str        # One of `methods`
-    arch:str          # Encoder
-    size:int          # Side of the images in pixels
-    stem:str          # 'cifar' or 'imagenet'
-    views:str         # One of `view_presets`
-    head:str          # 'linear' or 'mlp'
-    n_out:int         # Dimensions of the embedding
+    name:str # '<method>-<data set>'
+    data:str # Data set
+    method:str # One of `methods`
+    arch:str # Encoder
+    size:int # Side of the images in pixels
+    stem:str # 'cifar' or 'imagenet'
+    views:str # One of `view_presets`
+    head:str # 'linear' or 'mlp'
+    n_out:int # Dimensions of the embedding
     temperature:float # Softmax temperature
-    eps:float         # Strength of the attack, in normalised pixels
-    alpha:float       # Weight of the adversarial loss
-    attack:str        # One of `attacks`
+    eps:float # Strength of the attack, in normalised pixels
+    alpha:float # Weight of the adversarial loss
+    attack:str # One of `attacks`
     adv_momentum:float # Momentum of the adversarial batch norm
-    bs:int            # Batch size
-    opt:str           # 'sgd' (momentum .9) or 'adam'
-    lr:float          # Learning rate
-    wd:float          # Weight decay, of every parameter
-    epochs:int        # Passes over the training images
-    steps:tuple       # ((epoch, factor), ...): from `epoch` on the learning rate is `factor*lr`; empty: constant
-    stats:tuple       # (mean, std) that images are normalised with; None: the views' own
-    sources:dict      # Field: 'paper', 'code' (the authors'), or 'ours'
+    bs:int # Batch size
+    opt:str # 'sgd' (momentum .9) or 'adam'
+    lr:float # Learning rate
+    wd:float # Weight decay, of every parameter
+    epochs:int # Passes over the training images
+    steps:tuple # ((epoch, factor), ...): from `epoch` on the learning rate is `factor*lr`; empty: constant
+    stats:tuple # (mean, std) that images are normalised with; None: the views' own
+    sources:dict # Field: 'paper', 'code' (the authors'), or 'ours'
 
     def learner_kwargs(self):
         "What `clae_learner` needs, besides the `dls`"
         names = 'arch method eps alpha attack adv_momentum temperature head n_out views stem lr wd'.split()
-        views = self.views if self.stats is None else TwoViews.from_preset(self.views, self.size, stats=self.stats)
-        return {**{k: getattr(self, k) for k in names}, 'views': views, 'opt_func': _opts[self.opt], 'wd_bn_bias': True}
+        kwargs = {k: getattr(self, k) for k in names}
+        if self.stats is not None: kwargs['views'] = TwoViews.from_preset(self.views, self.size, stats=self.stats)
+        return dict(kwargs, opt_func=_optimizers[self.opt], wd_bn_bias=True)
 
     def lr_at(self, epoch):
         "Learning rate in `epoch`"
-        return self.lr*next((f for e,f in reversed(self.steps) if epoch >= e), 1.)
+        return self.lr*next((factor for start,factor in reversed(self.steps) if epoch >= start), 1.)
 
     def fit(self,
         learn:Learner, # Made with `learner_kwargs`
@@ -60,24 +64,33 @@ class Recipe:
         learn.fit(self.epochs, self.lr, cbs=[sched, *L(kwargs.pop('cbs', None))], **kwargs)
 
     def to_json(self): return json.dumps(asdict(self))
-    def __str__(self): return '\n'.join(f"{k:13} {v!s:60} {self.sources.get(k, '')}".rstrip() for k,v in asdict(self).items() if k != 'sources')
+
+    def __str__(self):
+        values = [(k,v) for k,v in asdict(self).items() if k != 'sources']
+        return '\n'.join(f"{k:13} {v!s:60} {self.sources.get(k, '')}".rstrip() for k,v in values)
 
 # %% ../../nbs/22_paper.recipes.ipynb #1d0805ce
-def _recipe(method, data):
-    tiny,im100,sim = data == 'tinyimagenet',data == 'imagenet100',method == 'simclr'
-    m,large = methods[method],tiny or im100
-    values = dict(arch='resnet18', size=224 if large else 32, stem='imagenet' if large else 'cifar', views=m['views'], head=m['head'], n_out=m['n_out'], temperature=m['temperature'],
-                  eps=.03, alpha=1., attack='fgsm', adv_momentum=.01, bs=128 if tiny or not sim else 256, opt='adam' if sim else 'sgd', lr=3e-4 if sim else .03, wd=0. if sim else 5e-4,
-                  epochs=100 if sim or tiny else 301, steps=() if sim or tiny else ((120,.1),(160,.05),(200,.01)), stats=imagenet_stats if large else None)
-    sources = {k: 'ours' if im100 else 'code' for k in values}
-    sources.update(eps='paper', attack='paper', alpha='code')
-    return Recipe(name=f'{method}-{data}', data=data, method=method, sources=sources, **values)
+_sgd = dict(bs=128, opt='sgd', lr=.03, wd=5e-4, epochs=301, steps=((120,.1),(160,.05),(200,.01)))
+_adam = dict(bs=256, opt='adam', lr=3e-4, wd=0., epochs=100, steps=())
+_training = dict(plain=_sgd, uel=_sgd, simclr=_adam)
+_small = dict(size=32, stem='cifar', stats=None)
+_large = dict(size=224, stem='imagenet', stats=imagenet_stats)
+_images = dict(cifar10=_small, cifar100=_small, imagenet100=_large,
+               tinyimagenet=dict(_large, bs=128, epochs=100, steps=()))
 
-recipes = {r.name: r for r in [_recipe(m, d) for d in ('cifar10','cifar100','tinyimagenet') for m in ('plain','uel','simclr')] + [_recipe('simclr', 'imagenet100')]}
+def _recipe(method, data):
+    embedding = {k: methods[method][k] for k in ('views','head','n_out','temperature')}
+    attack = dict(eps=.03, alpha=1., attack='fgsm', adv_momentum=.01)
+    values = merge(dict(arch='resnet18'), embedding, attack, _training[method], _images[data])
+    sources = dict.fromkeys(values, 'ours' if data == 'imagenet100' else 'code')
+    sources.update(eps='paper', attack='paper', alpha='code')
+    return Recipe(f'{method}-{data}', data, method, sources=sources, **values)
+
+_known = [(m,d) for d in ('cifar10','cifar100','tinyimagenet') for m in methods] + [('simclr','imagenet100')]
+recipes = {f'{m}-{d}': _recipe(m, d) for m,d in _known}
 
 def get_recipe(
     name:str # One of `recipes`
 ) -> Recipe:
     "The recipe called `name`"
-    if name not in recipes: raise ValueError(f"There is no recipe {name!r}. The recipes are {', '.join(recipes)}.")
-    return recipes[name]
+    return look_up(name, recipes, 'recipe')

@@ -11,36 +11,33 @@ from fastai.callback.progress import ProgressCallback
 from importlib.util import find_spec
 from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
-import fastai.torch_core
 try: from fastai.distributed import DistributedDL, DistributedTrainer
-except (ImportError, NameError): # there is no accelerate, and nothing to mend
+except (ImportError, NameError): # there is no accelerate: nothing is distributed, and `learn.distributed` says what is missing
     class DistributedDL: pass
     class DistributedTrainer: pass
 from ..core import *
 
 # %% ../../nbs/13_train.distributed.ipynb #13d9df1b
-@patch
-def _broadcast(self:DistributedDL, t, rank):
-    "`t` of `rank`, on all ranks; through the device that the batches are on"
-    t = torch.tensor(t, dtype=torch.long).to(self.device)
-    dist.broadcast(t, rank)
-    return t.tolist()
+class _RankDL(DistributedDL):
+    "One rank's share of a `DataLoader`, on any device"
+    def _broadcast(self, t, rank):
+        "`t` of `rank`, on all ranks; through the device that the batches are on"
+        t = torch.tensor(t, dtype=torch.long).to(self.device)
+        dist.broadcast(t, rank)
+        return t.tolist()
 
-@patch
-def __len__(self:DistributedDL):
-    "Number of batches of each rank"
-    if self.dl.n is None or not self.bs: return self._orig___len__()
-    n = math.ceil(self.dl.n/self.world_size)
-    return n//self.bs if self.drop_last else math.ceil(n/self.bs)
+    def __len__(self):
+        "Number of batches of each rank"
+        if self.dl.n is None or not self.bs: return super().__len__()
+        n = math.ceil(self.dl.n/self.world_size)
+        return n//self.bs if self.drop_last else math.ceil(n/self.bs)
 
-@patch
-def get_idxs(self:DistributedDL):
-    "This rank's slice of rank 0's order"
-    if self.dl.n != 0: return self._orig_get_idxs()
-    self.n = self.n_padded = 0
-    return []
+    def get_idxs(self):
+        "This rank's slice of rank 0's order"
+        if self.dl.n != 0: return super().get_idxs()
+        self.n = self.n_padded = 0
+        return []
 
-# %% ../../nbs/13_train.distributed.ipynb #local0dl
 def local_dl(
     dl # A `DataLoader`, of this process or distributed
 ): # What a `DistributedDL` deals out
@@ -48,70 +45,51 @@ def local_dl(
     return dl.dl if isinstance(dl, DistributedDL) else dl
 
 # %% ../../nbs/13_train.distributed.ipynb #589d7565
-@patch
-def _wrap_dl(self:DistributedTrainer, dl): return dl if isinstance(dl, DistributedDL) else DistributedDL(dl, device=self.accelerator.device)
+class _RankTrainer(DistributedTrainer):
+    "Train on all ranks, and leave the learner as it was"
+    name = 'distributed_trainer' # as fastai calls its own in the learner
+    wrapped = False
 
-@patch
-def before_fit(self:DistributedTrainer):
-    self.old_bns = {n: m for n,m in self.learn.model.named_modules(remove_duplicate=False) if isinstance(m, _BatchNorm)}
-    self._orig_before_fit()
+    def _wrap_dl(self, dl): return dl if isinstance(dl, DistributedDL) else _RankDL(dl, device=self.accelerator.device)
 
-@patch
-def after_fit(self:DistributedTrainer):
-    for b in self.learn.model.buffers(): dist.broadcast(b, 0)
-    self.restore()
+    def before_fit(self):
+        if self.wrapped: return # this is a validation inside a fit, or it comes after a fit that failed
+        self.wrapped,self.in_validation = True,self.learn.lock.locked() # which fastai holds in `validate` and `get_preds`
+        self.own_loaders = self.learn.dls.loaders
+        modules = self.learn.model.named_modules(remove_duplicate=False)
+        self.own_norms = {name: m for name,m in modules if isinstance(m, _BatchNorm)}
+        super().before_fit()
 
-@patch
-def restore(self:DistributedTrainer):
-    "Undo `before_fit`, unless that is done"
-    if not hasattr(self, 'old_dls'): return
-    model = self.learn.model = getattr(self.learn.model, 'module', self.learn.model)
-    self.learn.dls.loaders = self.old_dls
-    del self.old_dls
-    for name,bn in self.old_bns.items():
-        parent,_,child = name.rpartition('.')
-        parent = model.get_submodule(parent)
-        now = getattr(parent, child)
-        bn._parameters,bn._buffers,bn.training = now._parameters,now._buffers,now.training
-        setattr(parent, child, bn)
+    def after_fit(self):
+        if self.learn.lock.locked() and not self.in_validation: return # the fit around this validation goes on
+        for b in self.learn.model.buffers(): dist.broadcast(b, 0)
+        self.restore()
 
-@patch
-def to_distributed(self:Learner,
-    sync_bn:bool=True, # Share batch norm's statistics between ranks? That needs GPUs
-    **kwargs # accelerate's options, such as `cpu`
-):
-    "Train on all ranks from now on, each with its own random numbers"
-    logger,progress = self.logger,hasattr(self, 'progress')
-    self._orig_to_distributed(sync_bn, **kwargs)
-    self.distributed_trainer.old = logger,progress
-    if rank_distrib(): set_seed((torch.initial_seed() + rank_distrib()) % 2**32)
-    return self
-
-@patch
-def detach_distributed(self:Learner):
-    "Train on one process again"
-    cb = getattr(self, 'distributed_trainer', None)
-    if cb is None: return self
-    cb.restore()
-    self.remove_cb(cb)
-    self.logger,progress = cb.old
-    if progress and not hasattr(self, 'progress'): self.add_cb(ProgressCallback())
-    return self
-
-# %% ../../nbs/13_train.distributed.ipynb #a1a56823
-_maybe_gather = fastai.torch_core.maybe_gather
-def _gather_in_group(x, axis=0): return x if world_size() == 1 else _maybe_gather(x, axis)
-fastai.torch_core.maybe_gather = _gather_in_group
+    def restore(self):
+        "Undo `before_fit`, unless that is done"
+        if not self.wrapped: return
+        self.wrapped = False
+        model = self.learn.model = get_model(self.learn.model)
+        self.learn.dls.loaders = self.own_loaders
+        for name,norm in self.own_norms.items():
+            parent,_,child = name.rpartition('.')
+            parent = model.get_submodule(parent)
+            now = getattr(parent, child) # `norm` itself, or the `SyncBatchNorm` that was trained in its place
+            norm._parameters,norm._buffers,norm.training = now._parameters,now._buffers,now.training
+            setattr(parent, child, norm)
 
 # %% ../../nbs/13_train.distributed.ipynb #46dd1a10
 def set_rank_device():
     "Make the GPU of this process's local rank the default one, for PyTorch and fastai; to be called before anything is put on a GPU"
-    if torch.cuda.is_available() and 'LOCAL_RANK' in os.environ:
-        n,rank = torch.cuda.device_count(),int(os.environ['LOCAL_RANK'])
-        if rank >= n: raise ValueError(f"There are {n} GPUs, and process {rank} needs one of its own: start {n} processes (torchrun --nproc_per_node={n}), or hide the GPUs (CUDA_VISIBLE_DEVICES='') to train on CPUs.")
-        torch.cuda.set_device(rank)
+    if not torch.cuda.is_available() or 'LOCAL_RANK' not in os.environ: return
+    n,rank = torch.cuda.device_count(),int(os.environ['LOCAL_RANK'])
+    if rank >= n:
+        raise ValueError(f"There are {n} GPUs, and process {rank} needs one of its own: "
+                         f"start {n} processes (torchrun --nproc_per_node={n}), "
+                         "or hide the GPUs (CUDA_VISIBLE_DEVICES='') to train on CPUs.")
+    torch.cuda.set_device(rank)
 
-_groups = itertools.count()
+_group_numbers = itertools.count()
 
 @contextmanager
 def _process_group(backend):
@@ -120,23 +98,40 @@ def _process_group(backend):
         yield
         return
     store,rank,n = next(dist.rendezvous('env://'))
-    store = dist.PrefixStore(f'clae_fastai/{next(_groups)}', store) # the launcher's store outlives a group: each needs its own names
+    store = dist.PrefixStore(f'clae_fastai/{next(_group_numbers)}', store) # the launcher's outlives a group: each needs its own names
     dist.init_process_group(backend, store=store, rank=rank, world_size=n)
     try: yield
     finally: dist.destroy_process_group()
 
+@contextmanager
+def _on_all_ranks(learn, trainer):
+    "`learn` with the callback `trainer`: one log, and random numbers of each rank's own"
+    logger,progress = learn.logger,hasattr(learn, 'progress')
+    learn.add_cb(trainer)
+    if rank := rank_distrib():
+        learn.remove_cb(ProgressCallback)
+        set_seed((torch.initial_seed() + rank) % 2**32)
+    try: yield
+    finally:
+        trainer.restore()
+        learn.remove_cb(trainer)
+        learn.logger = logger
+        if progress and not hasattr(learn, 'progress'): learn.add_cb(ProgressCallback())
+
 @patch
 @contextmanager
 def distributed(self:Learner,
-    **kwargs # For fastai's `distrib_ctx`, in place of what fits the device: `cpu`, `sync_bn` and accelerate's options
+    **kwargs # In place of what fits the device: `cpu`, `sync_bn` (share batch norm's statistics?), and accelerate's options
 ):
     "Train on all processes that `torchrun` or `accelerate launch` has started; in one process, nothing changes"
-    if num_distrib() <= 1:
+    if num_distrib() <= 1 or hasattr(self, 'distributed_trainer'): # the latter inside another such context
         yield self
         return
-    if not find_spec('accelerate'): raise ImportError("Training on several processes needs accelerate: pip install accelerate")
+    if not find_spec('accelerate'):
+        raise ImportError("Training on several processes needs accelerate: pip install accelerate")
     gpu = torch.device(ifnone(getattr(self.dls, 'device', None), default_device())).type == 'cuda'
     if gpu:
         set_rank_device()
         if torch.device(self.dls.device) != default_device(): self.dls.to(default_device())
-    with _process_group('nccl' if gpu else 'gloo'), self.distrib_ctx(**merge({} if gpu else dict(cpu=True, sync_bn=False), kwargs)): yield self
+    options = merge({} if gpu else dict(cpu=True, sync_bn=False), kwargs)
+    with _process_group('nccl' if gpu else 'gloo'), _on_all_ranks(self, _RankTrainer(**options)): yield self

@@ -11,59 +11,68 @@ from ..core import *
 
 # %% ../../nbs/12_train.finite.ipynb #4b1ab3c3
 class CheckFinite(Callback):
-    "Stop, naming epoch and batch, when the training loss is no finite number, or leave out steps whose loss or gradients are not"
+    "Stop, naming epoch and batch, when the training loss is not finite, or leave out steps whose loss or gradients are not"
     order,run_valid = Recorder.order+1,False
     checkpoint_attrs = ('n_skipped','in_a_row')
     def __init__(self,
         on_nonfinite:str='stop', # 'stop', or 'skip' the step and count it, which costs one synchronisation a step
         max_skips:int=10 # 'skip' stops, too, after more than so many steps in a row
     ):
-        if on_nonfinite not in ('stop','skip'): raise ValueError(f"on_nonfinite must be 'stop' or 'skip', and it is {on_nonfinite!r}.")
+        check_choice('on_nonfinite', on_nonfinite, ('stop','skip'))
         store_attr()
         self.n_skipped,self.in_a_row,self.finite = 0,0,None
 
     def before_fit(self): self.n_skipped,self.in_a_row,self.finite = 0,0,None
 
     def before_batch(self):
-        if self.on_nonfinite == 'skip':
-            self.buffers = [b.clone() for b in self.model.buffers()]
-            self.sums = (list(self.clae.sums),self.clae.n_batches) if hasattr(self.learn, 'clae') else None
-            self.canceled = False
+        if self.on_nonfinite == 'stop': return
+        self.canceled,self.buffers = False,[b.clone() for b in self.model.buffers()]
+        if terms := getattr(self.learn, 'loss_terms', None): self.terms = dict(sums=dict(terms.sums), n_batches=terms.n_batches)
 
     def before_step(self):
         if self.on_nonfinite == 'stop': return
         sums = [p.grad.sum().float() for p in self.model.parameters() if p.grad is not None]
         ok = torch.stack([self.loss.detach().float().mean(), *sums]).isfinite().all().float()
         if world_size() > 1: torch.distributed.all_reduce(ok, torch.distributed.ReduceOp.MIN)
-        if ok.item(): self.in_a_row,self.finite = 0,self.loss.detach()
-        else:
-            self.canceled = True
-            self._skip()
-            raise CancelStepException
+        if ok.item():
+            self.in_a_row,self.finite = 0,self.loss.detach()
+            return
+        self.canceled = True
+        self._skip()
+        raise CancelStepException
 
-    def _missed(self): return self.on_nonfinite == 'skip' and not self.canceled and not self.loss.isfinite().all()
+    def _canceled_by_others(self):
+        "Has another callback canceled this step, and has its loss not been looked at here?"
+        return self.on_nonfinite == 'skip' and not self.canceled and not self.loss.isfinite().all()
+
     def after_cancel_step(self):
-        if self._missed(): self._skip() # the gradient scaler was faster
+        if self._canceled_by_others(): self._skip() # the gradient scaler was faster
+
     def after_cancel_batch(self):
-        if self._missed(): # gradient accumulation had put off the step: what it has gathered is lost
-            self.opt.zero_grad()
-            self._skip()
+        if not self._canceled_by_others(): return
+        self.opt.zero_grad() # gradient accumulation had put off the step: what it has gathered is lost
+        self._skip()
 
     def _skip(self):
-        self.n_skipped += 1; self.in_a_row += 1
+        "Count the step, and undo what its forward has done"
+        self.n_skipped += 1
+        self.in_a_row += 1
         with torch.no_grad():
             for b,kept in zip(self.model.buffers(), self.buffers): b.copy_(kept)
-        if self.sums: self.clae.sums,self.clae.n_batches = self.sums
+        if terms := getattr(self.learn, 'loss_terms', None): vars(terms).update(self.terms)
         self.learn.loss = ifnone(self.finite, torch.zeros_like(self.loss))
-        if self.in_a_row > self.max_skips: self._stop(f'{self.in_a_row} steps in a row had a loss or gradient that is not finite, the last')
+        if self.in_a_row > self.max_skips:
+            self._stop(f'{self.in_a_row} steps in a row had a loss or gradient that is not finite, the last')
 
     def after_batch(self):
         if not math.isfinite(self.learn.smooth_loss): self._stop('The training loss is not finite')
 
     def _stop(self, what):
-        if hasattr(self.learn, 'lr_finder'): raise CancelFitException # its search ends, and the weights go back to what they were
-        raise FloatingPointError(f"{what} in epoch {self.epoch}, batch {self.iter}. Training stopped; what was saved before is kept. "
+        if hasattr(self.learn, 'lr_finder'): raise CancelFitException # its search ends, and gives the weights back
+        raise FloatingPointError(f"{what} in epoch {self.epoch}, batch {self.iter}. "
+                                 "Training stopped; what was saved before is kept. "
                                  "Lower the learning rate or eps, raise the temperature, or train in higher precision.")
 
     def after_fit(self):
-        if self.n_skipped: print(f"{self.n_skipped} of {self.learn.train_iter} steps were skipped, as their loss or gradients were not finite.")
+        if self.n_skipped:
+            print(f"{self.n_skipped} of {self.learn.train_iter} steps were skipped, as their loss or gradients were not finite.")

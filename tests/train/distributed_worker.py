@@ -1,5 +1,8 @@
-"""What `test_distributed.py` runs under torchrun, on every rank: `distributed_worker.py exact|learner|monitors|fastai OUT`; results go to OUT/NAME-RANK.pt. Its first part is also the reference in one process."""
-import hashlib, math, sys
+"""What `test_distributed.py` runs under torchrun, on every rank: `distributed_worker.py NAME ... OUT`, where a NAME is one of the
+functions exact, learner, monitors and resume. Results go to OUT/NAME-RANK.pt. Its first part is also the reference in one process."""
+import hashlib
+import math
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from unittest.mock import patch
@@ -7,8 +10,10 @@ from unittest.mock import patch
 import torch
 from torch import distributed as dist, nn
 
-from clae_fastai.all import (FGSM, Callback, Checkpoint, CLAECallback, CLAELoss, CollapseMonitor, ContrastiveModel, DataBlock, DataLoader, DataLoaders, ImageBlock, IndexSplitter, KNNCallback, Learner, NTXentLoss, OptimWrapper, PILImageBW,
-                             PlainLoss, ProgressCallback, Recorder, UELLoss, clae_learner, projection_head, dual_bns, gather, get_dls, np, num_distrib, partial, rank_distrib, rank_offset, resnet8, set_seed)
+from clae_fastai.all import (FGSM, Callback, Checkpoint, CLAECallback, CLAELoss, CollapseMonitor, ContrastiveModel, DataBlock,
+    DataLoader, DataLoaders, ImageBlock, IndexSplitter, KNNCallback, Learner, NTXentLoss, OptimWrapper, PILImageBW, PlainLoss,
+    ProgressCallback, Recorder, Resume, RFGSM, UELLoss, clae_learner, dual_bns, evaluate, extract_features, gather, get_dls, np,
+    num_distrib, partial, projection_head, rank_distrib, rank_offset, resnet8, set_seed)
 
 losses = dict(plain=PlainLoss, uel=UELLoss, uel_full=partial(UELLoss, detach_keys=False), simclr=NTXentLoss)
 n_images,steps = 48,3
@@ -19,8 +24,10 @@ class Record(Callback):
     def __init__(self): self.seen = []
     def before_step(self):
         params = OrderedDict((k.removeprefix('module.'), p) for k,p in self.model.named_parameters())
-        self.seen.append(dict(x_q=self.learn.xb[0], x_adv=self.learn.xb[2], loss=self.learn.loss.detach(), grads={k: p.grad.clone() for k,p in params.items()}))
-    def after_step(self): self.seen[-1]['params'] = {k.removeprefix('module.'): p.detach().clone() for k,p in self.model.named_parameters()}
+        grads = {k: p.grad.clone() for k,p in params.items()}
+        self.seen.append(dict(x_q=self.learn.xb[0], x_adv=self.learn.xb[2], loss=self.learn.loss.detach(), grads=grads))
+    def after_step(self):
+        self.seen[-1]['params'] = {k.removeprefix('module.'): p.detach().clone() for k,p in self.model.named_parameters()}
 
 class Watch(FGSM):
     "FGSM that keeps the gradients it takes the signs of"
@@ -40,17 +47,21 @@ def exact_learner(method, bs, order=None):
     encoder = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 16, 3))
     model = ContrastiveModel(encoder, projection_head(16, 'mlp', 8)).double()
     dls = DataLoaders(DataLoader([(o,) for o in pairs], bs=bs), DataLoader([], bs=bs), device='cpu')
-    learn = Learner(dls, model, CLAELoss(losses[method](), alpha=.7), opt_func=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9), cbs=[CLAECallback(lambda x: (x[:,0],x[:,1]), Watch(.03)), Record()], lr=.1)
+    learn = Learner(dls, model, CLAELoss(losses[method](), alpha=.7), lr=.1,
+                    opt_func=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9),
+                    cbs=[CLAECallback(lambda x: (x[:,0],x[:,1]), Watch(.03)), Record()])
     learn.remove_cbs([Recorder, ProgressCallback]) # the one smooths losses in float32 only, the other needs it
     return learn
+
+def save(out, name, **results): torch.save(results, out/f'{name}-{rank_distrib()}.pt')
 
 def exact(out):
     for m in losses:
         learn = exact_learner(m, n_images//steps//num_distrib())
         with learn.distributed():
             learn.fit(1)
-            if m == 'plain': torch.save(gathered(), out/f'gather-{rank_distrib()}.pt')
-        torch.save(learn.record.seen, out/f'{m}-{rank_distrib()}.pt')
+            if m == 'plain': save(out, 'gather', **gathered())
+        save(out, m, seen=learn.record.seen)
 
 def gathered():
     "`gather` by itself: order, gradient, twice in one step, tensors without gradient, dtypes"
@@ -61,7 +72,8 @@ def gathered():
     once = z.grad.clone()
     (every + (r+1)*gather(z.T.contiguous().T)).square().sum().backward() # a second use, not contiguous
     with torch.no_grad(): plain = gather(z)
-    return dict(every=every.detach(), offset=rank_offset(3), once=once, twice=z.grad - once, plain=plain, types=[gather(z.detach().to(d)).dtype for d in (torch.float64, torch.float32, torch.bfloat16)])
+    types = [gather(z.detach().to(d)).dtype for d in (torch.float64, torch.float32, torch.bfloat16)]
+    return dict(every=every.detach(), offset=rank_offset(3), once=once, twice=z.grad - once, plain=plain, types=types)
 
 class Batches(Callback):
     "Which images a rank trains on, and what its views draw"
@@ -76,35 +88,51 @@ class Batches(Callback):
 
 def state(learn): return {k: v.clone() for k,v in learn.model.state_dict().items()}
 
-def digits_learner(**kwargs):
+def digits_learner(cbs=(), **kwargs):
     set_seed(7)
-    return clae_learner(get_dls('digits', bs=16, limit=149), partial(resnet8, width=4), views='digits', cbs=Batches(), **kwargs)
+    dls = get_dls('digits', bs=16, limit=149)
+    return clae_learner(dls, partial(resnet8, width=4), views='digits', cbs=[Batches(), *cbs], **kwargs)
+
+def parts(learn):
+    "What `distributed` must leave as it was"
+    return [type(m) for m in learn.model.modules()],list(learn.dls.loaders),sorted(str(type(c)) for c in learn.cbs)
+
+def failure(f, *args):
+    "What `f` says when it fails"
+    try: f(*args)
+    except Exception as e: return str(e)
 
 def learner(out):
-    rank = rank_distrib()
-    def save(name, **kw): torch.save(kw, out/f'{name}-{rank}.pt')
-
-    learn = digits_learner() # batch norm, all the usual callbacks, twice
-    before = [type(m) for m in learn.model.modules()],learn.dls.loaders,[type(c) for c in learn.cbs]
-    first = state(learn)
+    "The usual learner: batch norm, all the usual callbacks"
+    learn = digits_learner()
+    before,first = parts(learn),state(learn)
     with learn.distributed():
         learn.fit_one_cycle(2, 3e-3)
         values = [list(o) for o in learn.recorder.values]
-        valid = learn.validate()
+        valid = list(learn.validate())
         preds = learn.get_preds()
-    after = [type(m) for m in learn.model.modules()],learn.dls.loaders,[type(c) for c in learn.cbs]
-    one = learn.get_preds() if rank == 0 else None # alone
-    if rank == 0: learn.show_views(2)
-    save('digits', first=first, state=state(learn), **{k: getattr(learn.batches, k) for k in ('seen','n_iter','draws')}, same=[before[0] == after[0], all(a is b for a,b in zip(before[1], after[1], strict=True)), sorted(map(str, before[2])) == sorted(map(str, after[2]))],
-         group=dist.is_initialized(), values=values, valid=list(valid), preds=preds, one=one, labels=[o[1] for o in learn.dls.valid_ds])
-    with learn.distributed(): learn.fit(1)
-    save('again', state=state(learn))
+    kept = [a == b for a,b in zip(before, parts(learn), strict=True)]
+    seen = {k: getattr(learn.batches, k) for k in ('seen','n_iter','draws')}
+    save(out, 'digits', first=first, state=state(learn), **seen, kept=kept, group=dist.is_initialized(), values=values, valid=valid,
+         preds=preds, labels=[o[1] for o in learn.dls.valid_ds])
+
+    # on its own after the context: our own functions on rank 0 alone, and fastai's error where its loop would run
+    alone = dict(outside=[failure(f) for f in (learn.validate, learn.get_preds, partial(learn.fit, 1))])
+    if rank_distrib() == 0:
+        learn.show_views(2)
+        learn.export_encoder(out/'encoder.safetensors')
+        features,labels = extract_features(learn, learn.dls.valid)
+        alone.update(features=features, labels=labels, result=evaluate(learn, learn.dls).knn)
+    save(out, 'alone', **alone)
+    with learn.distributed(), learn.distributed(): learn.fit(1)
+    save(out, 'again', state=state(learn), kept=[a == b for a,b in zip(before, parts(learn), strict=True)])
 
     items = [np.array(x[0]) for x,_ in get_dls('digits', bs=16, limit=64).train_ds] # no labels, and nothing to validate on
     set_seed(7)
-    learn = clae_learner(DataBlock([ImageBlock(PILImageBW)], splitter=IndexSplitter([])).dataloaders(items, bs=16, num_workers=0), resnet8, views='digits', attack='pgd')
+    dls = DataBlock([ImageBlock(PILImageBW)], splitter=IndexSplitter([])).dataloaders(items, bs=16, num_workers=0)
+    learn = clae_learner(dls, resnet8, views='digits', attack='pgd')
     with learn.distributed(): learn.fit(1, 1e-3)
-    save('unlabelled', state=state(learn))
+    save(out, 'unlabelled', state=state(learn))
 
     shapes = []
     def loss(z_q, z_p): # of somebody else: this rank's batch, before normalisation
@@ -112,41 +140,73 @@ def learner(out):
         return (z_q - z_p).square().mean()
     learn = digits_learner(method=loss)
     with learn.distributed(): learn.fit(1, 1e-3)
-    save('other', state=state(learn), shapes=shapes)
+    save(out, 'other', state=state(learn), shapes=shapes)
+    sync_bn(out)
+    nested_and_failed(out)
 
-    learn = digits_learner() # both sets of batch norms are shared where sync_bn is; the forward needs a GPU
-    bns = [m for m in learn.model.modules() if isinstance(m, nn.BatchNorm2d)]
-    with learn.distributed(sync_bn=True), patch.object(nn.parallel.DistributedDataParallel, '_passing_sync_batchnorm_handle'): # which refuses them on a CPU
-        learn.distributed_trainer.before_fit()
+def sync_bn(out):
+    "Both sets of batch norms are shared where sync_bn is; the forward needs a GPU"
+    learn = digits_learner()
+    def norms(cls=nn.BatchNorm2d): return [m for m in learn.model.modules() if isinstance(m, cls)]
+    own = norms()
+    def restored(): return all(a is b for a,b in zip(own, norms(), strict=True)) and not norms(nn.SyncBatchNorm)
+    with patch.object(nn.parallel.DistributedDataParallel, '_passing_sync_batchnorm_handle'), learn.distributed(sync_bn=True):
+        learn.distributed_trainer.before_fit() # DistributedDataParallel itself would refuse them on a CPU
         duals = dual_bns(learn.model)
         sync = [isinstance(m, nn.SyncBatchNorm) for d in duals for m in (d.clean, d.adv)]
-    save('sync', sync=sync, n=len(duals), restored=all(a is b for a,b in zip(bns, [m for m in learn.model.modules() if isinstance(m, nn.BatchNorm2d)])) and not any(isinstance(m, nn.SyncBatchNorm) for m in learn.model.modules()))
+    after = restored()
+    with learn.distributed(sync_bn=True): refused = failure(learn.fit, 1)
+    save(out, 'sync', sync=sync, n=len(duals), restored=[after, restored()], refused=refused)
 
-    learn = digits_learner() # a fit that fails
+def nested_and_failed(out):
+    "A validation inside a fit, and fits that fail"
+    class Validate(Callback):
+        order,run_valid = 90,False
+        def before_train(self): # the first epoch's training comes after it
+            self.learn.validate()
+            self.learn.model.train()
+            self.learn.dl,self.wrapped = self.learn.dls.train,isinstance(self.learn.model, nn.parallel.DistributedDataParallel)
     class Fail(Callback):
         def after_batch(self): raise RuntimeError('boom')
-    loaders = learn.dls.loaders
-    try:
-        with learn.distributed(): learn.fit(1, cbs=Fail())
-    except RuntimeError as e: message = str(e)
-    save('fail', message=message, unwrapped=isinstance(learn.model, ContrastiveModel) and all(a is b for a,b in zip(learn.dls.loaders, loaders, strict=True)) and not dist.is_initialized())
+    learn = digits_learner()
+    before = parts(learn)
+    validate = Validate()
+    with learn.distributed():
+        message = failure(partial(learn.fit, 1, cbs=Fail()))
+        learn.fit(1, cbs=validate)
+        unwrapped = isinstance(learn.model, ContrastiveModel)
+    nested = state(learn)
+    with learn.distributed(): failure(partial(learn.fit, 1, cbs=Fail()))
+    save(out, 'fail', message=message, wrapped=validate.wrapped, unwrapped=unwrapped, state=nested,
+         kept=[a == b for a,b in zip(before, parts(learn), strict=True)], group=dist.is_initialized())
 
 def monitors(out):
-    "Evaluation while training, steps that are skipped on all ranks when one has no finite loss, and a group that is not there"
+    "Evaluation while training, and steps that are skipped on all ranks when one has no finite loss"
     class Boom(nn.Module):
-        def forward(self, z_q, z_p): return (z_q*z_p).sum(1).mean()*(math.inf if rank_distrib() == 1 and learn.train_iter == 1 else 1.)
+        def forward(self, z_q, z_p):
+            scale = math.inf if rank_distrib() == 1 and learn.train_iter == 1 else 1.
+            return (z_q*z_p).sum(1).mean()*scale
     learn = digits_learner(method=Boom(), on_nonfinite='skip')
     learn.add_cbs([KNNCallback(k=5), CollapseMonitor()])
     with learn.distributed(): learn.fit(1, 1e-3)
     row = dict(zip(list(learn.recorder.metric_names)[1:-1], learn.recorder.values[-1]))
-    alone = digits_learner(on_nonfinite='skip') # a launcher, and no process group
-    alone.fit(1, 1e-3, cbs=Checkpoint(out/str(rank_distrib())))
-    torch.save(dict(row=row, skipped=learn.check_finite.n_skipped, state=state(learn)), out/f'monitors-{rank_distrib()}.pt')
+    save(out, 'monitors', row=row, skipped=learn.check_finite.n_skipped, state=state(learn))
 
-def fastai(out):
-    "fastai's own context, as it is"
-    learn = digits_learner()
-    with learn.distrib_ctx(cpu=True, sync_bn=False): learn.fit(1, 1e-3)
-    torch.save(dict(state=state(learn), draws=learn.batches.draws), out/f'fastai-{rank_distrib()}.pt')
+class PowerCut(Callback):
+    order,run_valid = 2000,False
+    def after_batch(self):
+        if self.learn.train_iter == 6: raise RuntimeError('the lights went out')
 
-if __name__ == '__main__': globals()[sys.argv[1]](Path(sys.argv[2]))
+def resume(out):
+    "Interrupted and resumed with as many processes: every rank's attack, too, draws what it would have drawn"
+    def run(*cbs):
+        learn = digits_learner(attack=RFGSM(.03), cbs=cbs)
+        with learn.distributed(): message = failure(learn.fit_one_cycle, 2, 3e-3)
+        return dict(message=message, state=state(learn), attack=learn.clae.attack.generator.get_state(), values=learn.recorder.values)
+    folder = out/'checkpoints'
+    whole = run()
+    cut = run(Checkpoint(folder, every_batches=1), PowerCut())
+    save(out, 'resume', whole=whole, cut=cut, resumed=run(Resume(folder)))
+
+if __name__ == '__main__':
+    for name in sys.argv[1:-1]: globals()[name](Path(sys.argv[-1]))

@@ -1,5 +1,8 @@
 "Several processes, started by torchrun on the CPU, against one."
-import json, os, subprocess, sys, time
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -13,13 +16,22 @@ here = Path(__file__).parent
 
 def torchrun(n, *args, cwd=None, timeout=600):
     cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *map(str, args)]
-    return subprocess.run(cmd, cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
+    env = {**os.environ, 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    return subprocess.run(cmd, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=env)
 
 def launch(n, *args):
     "Run the worker on `n` processes; its standard output"
     p = torchrun(n, here/'distributed_worker.py', *args)
     assert p.returncode == 0, p.stdout[-3000:] + p.stderr[-6000:]
     return p.stdout
+
+@pytest.fixture(scope='module')
+def two(tmp_path_factory):
+    "All that two processes do, in one launch: results by name, of each rank; `two.out` is the folder, `two.log` what they print"
+    out = tmp_path_factory.mktemp('two')
+    def _two(name): return results(out, name, 2)
+    _two.out,_two.log = out,launch(2, 'exact', 'learner', 'monitors', 'resume', out)
+    return _two
 
 def results(out, name, n): return [torch.load(out/f'{name}-{r}.pt', weights_only=False) for r in range(n)]
 
@@ -28,24 +40,25 @@ def same(a, b): return a.keys() == b.keys() and all(torch.equal(v, b[k]) for k,v
 def close(a, b): torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 
 @pytest.mark.slow
-def test_monitors(tmp_path):
-    for r in '01': (tmp_path/r).mkdir()
-    launch(2, 'monitors', tmp_path)
-    a,b = results(tmp_path, 'monitors', 2)
+def test_monitors(two):
+    a,b = two('monitors')
     assert a['skipped'] == b['skipped'] == 1 and same(a['state'], b['state'])
     assert .1 < a['row']['knn'] <= 1 and a['row']['z_std'] == b['row']['z_std'] > 0
 
 @pytest.mark.slow
 @pytest.mark.parametrize('n', [2,4])
-def test_equals_one_process_on_the_whole_batch(tmp_path, n):
+def test_equals_one_process_on_the_whole_batch(request, tmp_path, n):
     "Adversary, loss, averaged gradients and weights of three steps, float64, no batch norm"
-    launch(n, 'exact', tmp_path)
+    if n == 2: out = request.getfixturevalue('two').out
+    else:
+        out = tmp_path
+        launch(n, 'exact', out)
     b = n_images//steps//n
     order = torch.arange(n_images).view(n, steps, b).transpose(0, 1).flatten() # a step's images: one slice of each rank's part
     for m in losses:
         learn = exact_learner(m, n*b, order)
         learn.fit(1)
-        ranks,one = results(tmp_path, m, n),learn.record.seen
+        ranks,one = [o['seen'] for o in results(out, m, n)],learn.record.seen
         assert [len(o) for o in ranks] == [steps]*n and len(one) == steps
         for i,s in enumerate(one):
             r = [o[i] for o in ranks]
@@ -55,13 +68,14 @@ def test_equals_one_process_on_the_whole_batch(tmp_path, n):
             close(torch.cat([o['x_adv'] for o in r])[clear], s['x_adv'][clear])
             close(sum(o['loss'] for o in r)/n, s['loss'])
             for o in r:
-                for k in s['grads']: close(o['grads'][k], s['grads'][k]); close(o['params'][k], s['params'][k])
+                for k in s['grads']:
+                    close(o['grads'][k], s['grads'][k])
+                    close(o['params'][k], s['params'][k])
             assert all(same(o['params'], r[0]['params']) for o in r)
 
-    g = results(tmp_path, 'gather', n)
     every = torch.cat([torch.arange(6.).view(3,2) + 10*r for r in range(n)])
     total = sum(range(1, n+1))
-    for r,o in enumerate(g):
+    for r,o in enumerate(results(out, 'gather', n)):
         own = every[3*r:3*r+3]
         assert torch.equal(o['every'], every) and torch.equal(o['plain'], every) and o['offset'] == 3*r
         assert torch.equal(o['once'], torch.full((3,2), float(total)))
@@ -69,10 +83,9 @@ def test_equals_one_process_on_the_whole_batch(tmp_path, n):
         assert o['types'] == [torch.float64, torch.float32, torch.bfloat16]
 
 @pytest.mark.slow
-def test_training_with_batch_norm(tmp_path):
+def test_training_with_batch_norm(two):
     "The usual learner: shared shuffling and weights, own images and views, one log, and a learner that is as before afterwards"
-    out = launch(2, 'learner', tmp_path)
-    a,b = results(tmp_path, 'digits', 2)
+    a,b = two('digits')
     assert same(a['first'], b['first']) and same(a['state'], b['state']) and not same(a['first'], a['state'])
     assert a['n_iter'] == b['n_iter'] == [(4,4,.5),(4,8,1.)] # 149 images, 75 a rank, in batches of 16
     for e in (slice(0,4), slice(4,8)): # an epoch's images, divided between the ranks
@@ -81,22 +94,44 @@ def test_training_with_batch_norm(tmp_path):
     assert [o.tolist() for o in a['seen'][:4]] != [o.tolist() for o in a['seen'][4:]]
     assert len(set(a['draws'] + b['draws'])) == 16
     assert a['values'] == b['values'] and len(a['values']) == 2 and len(a['values'][0]) == 4 # losses are means over the ranks
-    assert a['same'] == b['same'] == [True]*3 and not a['group'] and not b['group']
+    assert a['kept'] == b['kept'] == [True]*3 and not a['group'] and not b['group']
     assert a['valid'][0] == b['valid'][0] and len(a['preds'][0]) == len(b['preds'][0]) == len(a['labels'])
-    assert a['one'][1].tolist() == a['labels'] # on rank 0 alone, in the data set's order
     for name in ('again','unlabelled','other'):
-        a,b = (o['state'] for o in results(tmp_path, name, 2))
+        a,b = (o['state'] for o in two(name))
         assert same(a, b), name
-    assert all(set(o['shapes']) == {(16,64),(1,64)} for o in results(tmp_path, 'other', 2))
-    for o in results(tmp_path, 'sync', 2): assert o['n'] > 0 and len(o['sync']) == 2*o['n'] and all(o['sync']) and o['restored']
-    for o in results(tmp_path, 'fail', 2): assert o['message'].endswith('boom') and o['unwrapped']
-    assert out.count('train_loss') == 5 # one table for each of the fits that got so far, of rank 0
+    assert all(o['kept'] == [True]*3 for o in two('again'))
+    assert all(set(o['shapes']) == {(16,64),(1,64)} for o in two('other'))
+    assert two.log.count('train_loss') == 9 # one table for each of the fits that got so far, of rank 0
 
 @pytest.mark.slow
-def test_fastai_context(tmp_path):
-    launch(2, 'fastai', tmp_path)
-    a,b = results(tmp_path, 'fastai', 2)
-    assert same(a['state'], b['state']) and not set(a['draws']) & set(b['draws'])
+def test_after_the_context(two):
+    "Evaluation, features, pictures and files are rank 0's alone; fastai's own loop says that there is no process group"
+    a,b = two('alone')
+    assert a['labels'].tolist() == two('digits')[0]['labels'] # in the data set's order
+    assert a['features'].isfinite().all() and .1 < a['result'] <= 1 and (two.out/'encoder.safetensors').exists()
+    for o in (a,b): assert len(o['outside']) == 3 and all('process group' in message for message in o['outside'])
+
+@pytest.mark.slow
+def test_batch_norms_and_failures(two):
+    "SyncBatchNorms go when the context ends, also when they could not be used; a fit that fails leaves nothing behind"
+    for o in two('sync'):
+        assert o['n'] > 0 and len(o['sync']) == 2*o['n'] and all(o['sync'])
+        assert 'SyncBatchNorm' in o['refused'] and o['restored'] == [True,True]
+    a,b = two('fail')
+    assert same(a['state'], b['state'])
+    for o in (a,b):
+        assert o['message'].endswith('boom') and o['wrapped'] and o['unwrapped']
+        assert o['kept'] == [True]*3 and not o['group']
+
+@pytest.mark.slow
+def test_resuming_on_as_many_processes(two):
+    a,b = two('resume')
+    for o in (a,b):
+        whole,resumed = o['whole'],o['resumed']
+        assert 'lights' in o['cut']['message'] and whole['message'] is resumed['message'] is None
+        assert same(whole['state'], resumed['state']) and torch.equal(whole['attack'], resumed['attack'])
+        assert whole['values'] == resumed['values']
+    assert not torch.equal(a['whole']['attack'], b['whole']['attack'])
 
 def test_without_accelerate():
     "It imports and trains on one process; on more it says what is missing"
@@ -104,49 +139,53 @@ def test_without_accelerate():
         import sys, os
         sys.modules['accelerate'] = None
         from clae_fastai.all import *
-        learn = Learner(DataLoaders.from_dsets([(torch.randn(3),torch.randn(1))]*8, [], bs=4, num_workers=0, device='cpu'), nn.Linear(3,1), MSELossFlat())
-        with learn.distributed(): print('alone')
+        pairs = [(torch.randn(3),torch.randn(1))]*8
+        dls = DataLoaders.from_dsets(pairs, [], bs=4, num_workers=0, device='cpu')
+        learn = Learner(dls, nn.Linear(3,1), MSELossFlat())
+        with learn.distributed(), learn.no_bar(), learn.no_logging(): learn.fit(1)
+        print('alone', local_dl(dls.train) is dls.train)
         os.environ.update(WORLD_SIZE='2', RANK='1')
         try:
             with learn.distributed(): pass
         except ImportError as e: print(e)
     '''
-    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300, env={k: v for k,v in os.environ.items() if k not in ('WORLD_SIZE','RANK')})
+    env = {k: v for k,v in os.environ.items() if k not in ('WORLD_SIZE','RANK')}
+    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300, env=env)
     assert p.returncode == 0, p.stderr
-    assert p.stdout.splitlines() == ['alone', 'Training on several processes needs accelerate: pip install accelerate']
+    assert p.stdout.splitlines() == ['alone True', 'Training on several processes needs accelerate: pip install accelerate']
 
 clae_train = Path(sys.executable).with_name('clae_train')
-short = ['--limit', 256, '--epochs', 3, '--every-batches', 1]
+
+def cut(run):
+    "As if the run had died in its last epoch"
+    (run/'summary.json').unlink()
+    checkpoints(run/'checkpoints')[-1].unlink()
+    return checkpoints(run/'checkpoints')[-1].stem
 
 @pytest.mark.slow
 def test_command_and_resuming_on_another_number_of_processes(cli):
-    "`torchrun clae_train`: one run folder, one log; killed, it goes on in one process"
-    p = torchrun(2, clae_train, *short, '--name', 'two', cwd=cli.cwd)
+    "`torchrun clae_train`: one run folder, one log; interrupted, it goes on in one process, and again in two"
+    p = torchrun(2, clae_train, '--limit', 256, '--epochs', 3, '--every-batches', 1, '--name', 'two', cwd=cli.cwd)
     assert p.returncode == 0, p.stderr[-4000:]
     run, = (cli.cwd/'runs').iterdir()
-    assert p.stdout.count('\ntrained encoder') == 1 and p.stdout.count('in 2 processes') == 1 and len(pd.read_csv(run/'history.csv')) == 3
-    summary = json.loads((run/'summary.json').read_text())
-    assert summary['settings']['processes'] == 2
+    assert p.stdout.count('\ntrained encoder') == 1 and p.stdout.count('in 2 processes') == 1
     assert load_checkpoint(checkpoints(run/'checkpoints')[-1])['n_iter'] == 2 # of 128 images a process, by 64
+    def summary(): return json.loads((run/'summary.json').read_text())
+    first = summary()
+    assert first['settings']['processes'] == 2 and len(pd.read_csv(run/'history.csv')) == 3
 
-    (run/'summary.json').unlink() # as if it had died in the last epoch
-    for f in checkpoints(run/'checkpoints')[-1:]: f.unlink()
-    last, = checkpoints(run/'checkpoints')[-1:]
+    assert cut(run).startswith('epoch0002-batch')
     r = cli('clae_train', '--resume', 'two')
     assert r.returncode == 0, r.stderr
-    s = json.loads((run/'summary.json').read_text())
-    assert s['settings']['processes'] == 1 and len(pd.read_csv(run/'history.csv')) == 3 and last.stem.startswith('epoch0002-batch')
-    assert s['metrics']['knn']['untrained'] == summary['metrics']['knn']['untrained']
+    assert summary()['settings']['processes'] == 1 and len(pd.read_csv(run/'history.csv')) == 3
+    assert summary()['metrics']['knn']['untrained'] == first['metrics']['knn']['untrained']
+
+    assert cut(run).startswith('epoch0002-batch')
+    r = torchrun(2, clae_train, '--resume', 'two', cwd=cli.cwd)
+    assert r.returncode == 0, r.stderr[-4000:]
+    assert summary()['settings']['processes'] == 2 and len(pd.read_csv(run/'history.csv')) == 3
 
 @pytest.mark.slow
-def test_command_on_one_and_on_two_processes(cli):
-    "Begun on one process, killed, gone on with on two; user errors say which process they are from"
-    p = subprocess.Popen([clae_train, *map(str, short), '--name', 'one'], cwd=cli.cwd, env={**os.environ, 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1'}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    folder = cli.cwd/'runs'/'one'/'checkpoints'
-    while not checkpoints(folder): assert p.poll() is None; time.sleep(.02)
-    p.kill(); p.wait()
-    r = torchrun(2, clae_train, '--resume', 'one', cwd=cli.cwd)
-    assert r.returncode == 0, r.stderr[-4000:]
-    assert json.loads((folder.parent/'summary.json').read_text())['settings']['processes'] == 2 and len(pd.read_csv(folder.parent/'history.csv')) == 3
+def test_user_errors_of_several_processes(cli):
     r = torchrun(2, clae_train, '--eps', '-1', cwd=cli.cwd)
     assert r.returncode != 0 and r.stderr.count('clae_train: ') == 1

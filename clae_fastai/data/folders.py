@@ -99,7 +99,7 @@ def folder_dls(
     if not path.is_dir(): raise FileNotFoundError(f"There is no folder {path}.")
     folder = _read_folder(path, seed, skip_bad)
     channels = _n_channels(folder.modes, channels)
-    sides = {side for size in folder.sizes for side in size}
+    sides = {side for width_height in folder.sizes for side in width_height}
     side = sides.pop() if len(sides) == 1 else None # where all are squares of one size
     small = side is not None and side <= 64
     if size is None: size = side if small else _cropped_size(folder)

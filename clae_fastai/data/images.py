@@ -241,7 +241,8 @@ class ResizeCenterCrop(DisplayedTransform):
     def __init__(self,
         size:int # Side in pixels
     ): self.size = size
-    def encodes(self, x:Image.Image): return TF.center_crop(TF.resize(x, self.size, TF.InterpolationMode.BICUBIC), self.size)
+    def encodes(self, x:Image.Image):
+        return TF.center_crop(TF.resize(x, self.size, TF.InterpolationMode.BICUBIC), self.size)
 
 # %% ../../nbs/08_data.images.ipynb #48babad4
 def _open_image(cls, file):

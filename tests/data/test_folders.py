@@ -37,8 +37,8 @@ def test_a_lonely_image_is_for_training(tmp_path):
 
 def test_several_sizes(tmp_path):
     "The first of the smallest images is named; of large images of one size nothing is said, and nothing is resized"
-    for i,size in enumerate(((300,230),(260,240),(100,300),(300,100))): image(tmp_path/'mixed'/f'{i}.png', i, size)
-    with pytest.raises(ValueError, match='2.png is 100x300 pixels, .* size=100'): get_dls(tmp_path/'mixed', bs=2)
+    for i,size in enumerate(((300,230),(260,240),(300,100),(100,300))): image(tmp_path/'mixed'/f'{i}.png', i, size)
+    with pytest.raises(ValueError, match='2.png is 300x100 pixels, .* size=100'): get_dls(tmp_path/'mixed', bs=2)
     assert get_dls(tmp_path/'mixed', bs=2, size=120, num_workers=0).one_batch()[0].shape == (2,3,120,120)
     for i in range(2): image(tmp_path/'large'/f'{i}.png', i, (240,240))
     for size,side in ((None,224),(240,240)):

@@ -18,7 +18,7 @@ newest = """
     method/test_golden.py
     method/test_method_matrix.py::test_two_steps_of_everything
     method/test_method_matrix.py::test_precision_is_what_it_says
-    data/test_data.py::test_fastai_finds_what_it_expects
+    data/test_images.py::test_fastai_finds_what_it_expects
     train/test_learner.py::test_life_of_a_learner
     train/test_learner.py::test_predict
     train/test_learner.py::test_another_device_after_loading

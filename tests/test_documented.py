@@ -16,7 +16,8 @@ names = [(m,n) for m in modules for n in importlib.import_module(f'clae_fastai.{
 def undocumented(f):
     "Arguments of `f` without a docment"
     docs = docments(f, returns=False)
-    return [k for k in inspect.signature(f).parameters if k not in ('self','args','kwargs') and not docs.get(k)]
+    named = [k for k,p in inspect.signature(f).parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [k for k in named if k != 'self' and not docs.get(k)]
 
 def test_every_module_is_in_all():
     import clae_fastai.all as everything

@@ -167,3 +167,11 @@ def test_commands_import_nothing_heavy():
     assert res.returncode == 0, res.stderr
     other = [o for o in res.stdout.split() if o.split('.')[0] not in sys.stdlib_module_names]
     assert sorted(other)[:9] == ['clae_fastai','clae_fastai.cli'] # of a thousand others the first ones will do
+
+def test_what_is_newest_is_there():
+    "The list of tests for the newest line, in conftest.py, names files and functions that exist"
+    from conftest import newest
+    for name in newest:
+        file,_,test = name.partition('::')
+        assert (root/'tests'/file).is_file(), name
+        assert not test or f'def {test}(' in (root/'tests'/file).read_text(), name

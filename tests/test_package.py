@@ -48,7 +48,10 @@ def test_the_wheel_runs_outside_the_repository(dist, tmp_path):
     subprocess.run([python, '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', wheel], check=True, env=clean)
     site = next(env.glob('lib/python*/site-packages'))
     (site/'borrowed.pth').write_text(sysconfig.get_path('purelib') + '\n')
-    where = subprocess.run([python, '-W', 'ignore', '-c', 'import clae_fastai; print(clae_fastai.__file__)'], cwd=tmp_path, capture_output=True, text=True, env=clean).stdout
+    def run(*args):
+        quiet = {**clean, 'PYTHONWARNINGS': 'ignore'}
+        return subprocess.run(args, cwd=tmp_path, capture_output=True, text=True, env=quiet)
+    where = run(python, '-c', 'import clae_fastai; print(clae_fastai.__file__)').stdout
     assert where.strip().startswith(str(site)), where
-    p = subprocess.run([env/'bin'/'clae_train', '--limit', '64', '--epochs', '1'], cwd=tmp_path, capture_output=True, text=True, env={**clean, 'PYTHONWARNINGS': 'ignore'})
+    p = run(env/'bin'/'clae_train', '--limit', '64', '--epochs', '1')
     assert p.returncode == 0 and (tmp_path/'runs'/'digits-simclr-1'/'encoder.safetensors').exists(), p.stderr

@@ -39,35 +39,42 @@ def relink(md, page, pages, cfg):
         if not url or ('://' in url and not url.startswith(site)) or url.startswith('mailto:'): return m[0]
         path = url[len(site):] if url.startswith(site) else posixpath.normpath(f'{page.path.parent.as_posix()}/{url}')
         anchor = anchor and '#' + anchor
-        if (to := pages.get(re.sub(r'\.(html|ipynb)$', '', path))): return '](' + posixpath.relpath(to.out.as_posix(), page.out.parent.as_posix()) + anchor + ')'
-        inside = posixpath.normpath(f'nbs/{path}')
-        return f']({repo}{inside}{anchor})' if path.startswith('..') and (root/inside).is_file() else m[0] # a file beside the notebooks: on GitHub
+        if (to := pages.get(re.sub(r'\.(html|ipynb)$', '', path))):
+            return f']({posixpath.relpath(to.out.as_posix(), page.out.parent.as_posix())}{anchor})'
+        inside = posixpath.normpath(f'nbs/{path}') # a file beside the notebooks: on GitHub
+        return f']({repo}{inside}{anchor})' if path.startswith('..') and (root/inside).is_file() else m[0]
     return re.sub(r'\]\(([^)\s]+)\)', target, md)
 
 def type_link(typ, lookup):
     "`typ` as code, linked to its documentation where that is known"
     if '[' not in typ and '|' in typ: return r' \| '.join(type_link(o.strip(), lookup) for o in typ.split('|'))
     typ = re.sub(r'torch\.nn\.modules\.\w+\.', 'nn.', typ)
-    url = lookup.doc(typ)
-    if typ in ('Tensor', 'torch.Tensor'): url = 'https://docs.pytorch.org/docs/stable/tensors.html#torch.Tensor'
-    elif re.fullmatch(r'(torch\.)?(nn|optim)\.\w+', typ): url = f'https://docs.pytorch.org/docs/stable/generated/torch.{typ.removeprefix("torch.")}.html'
+    url,torch = lookup.doc(typ),'https://docs.pytorch.org/docs/stable/'
+    if typ in ('Tensor', 'torch.Tensor'): url = f'{torch}tensors.html#torch.Tensor'
+    elif re.fullmatch(r'(torch\.)?(nn|optim)\.\w+', typ): url = f'{torch}generated/torch.{typ.removeprefix("torch.")}.html'
     return f'[`{typ}`]({url})' if url else f'`{typ}`'
 
 # What `show_doc` wrote: heading, source, signature with the docments as comments, docstring
 
 def arguments(f, src):
     "`name: (type, default, comment)` of the arguments of the function `f` and of its result, as they stand in `src`"
-    notes = {t.start[0]: t.string[1:].strip() for t in tokenize.generate_tokens(io.StringIO(src).readline) if t.type == tokenize.COMMENT}
+    tokens = tokenize.generate_tokens(io.StringIO(src).readline)
+    notes = {t.start[0]: t.string[1:].strip() for t in tokens if t.type == tokenize.COMMENT}
     a,text_of = f.args, lambda o: ast.get_source_segment(src, o) if o else ''
     pos = a.posonlyargs + a.args
-    args = [(o.arg, o, d) for o,d in zip(pos + a.kwonlyargs, [None]*(len(pos) - len(a.defaults)) + a.defaults + a.kw_defaults)]
+    defaults = [None]*(len(pos) - len(a.defaults)) + a.defaults + a.kw_defaults
+    args = [(o.arg, o, d) for o,d in zip(pos + a.kwonlyargs, defaults)]
     if a.vararg: args.insert(len(pos), (f'*{a.vararg.arg}', a.vararg, None))
     if a.kwarg: args.append((f'**{a.kwarg.arg}', a.kwarg, None))
     res = {n: (text_of(o.annotation), text_of(d), notes.get(o.lineno, '')) for n,o,d in args if n != 'self'}
-    if f.returns: res['returns'] = (text_of(f.returns), '', notes.get(f.returns.end_lineno, '') if not args or f.returns.end_lineno > args[-1][1].lineno else '')
+    if f.returns:
+        own_line = not args or f.returns.end_lineno > args[-1][1].lineno # else the comment is the last argument's
+        res['returns'] = (text_of(f.returns), '', notes.get(f.returns.end_lineno, '') if own_line else '')
     return res
 
-def heading(level, name): return f'<h{level} id="{name.lower()}" class="api" markdown="span">{name.replace("_", chr(92) + "_")}</h{level}>'
+def heading(level, name):
+    shown = name.replace('_', r'\_')
+    return f'<h{level} id="{name.lower()}" class="api" markdown="span">{shown}</h{level}>'
 
 re_heading = re.compile(r'<h(\d) id="(\S+)" class="api" markdown="span">(.+?)</h\d>')
 
@@ -78,37 +85,59 @@ def functions(src):
         if isinstance(n, ast.FunctionDef): res[n.name] = n
         if isinstance(n, ast.ClassDef):
             methods = {o.name: o for o in n.body if isinstance(o, ast.FunctionDef)}
-            res[n.name] = methods.get('__init__') or next((res[b.id] for b in n.bases if isinstance(b, ast.Name) and b.id in res), None)
+            of_bases = [res[b.id] for b in n.bases if isinstance(b, ast.Name) and b.id in res]
+            res[n.name] = methods.get('__init__') or next(iter(of_bases), None)
             res.update({f'{n.name}.{k}': o for k,o in methods.items()})
     return res
 
+re_shown = re.compile(r'''---\n\n
+    (?:\[source\]\((?P<src>[^)]*)\)\{.*?\}\n\n)?
+    (?P<h>\#+)\ (?P<name>.+?)\n\n
+    ```python\n(?P<sig>.*?)```\s*
+    (?P<doc>.*)''', re.S|re.X)
+
+def as_table(rows):
+    "Rows of text as a Markdown table, without the columns that are empty"
+    cols = [i for i in range(len(rows[0])) if i == 0 or any(r[i] for r in rows[1:])]
+    head,*body = [[r[i] for i in cols] for r in rows]
+    return '\n'.join('| ' + ' | '.join(r) + ' |' for r in [head, ['---']*len(cols), *body])
+
+def wrapped(name, args, typ):
+    "A signature, its lines broken between arguments"
+    parts = [n + (t and f':{t}') + (d and f'={d}') for n,(t,d,_) in args.items() if n != 'returns']
+    sig = f'{name}({", ".join(o.replace(" ", nbsp) for o in parts)})' + (typ and f'{nbsp}->{nbsp}{typ}')
+    if len(sig) > 84: sig = fill(sig, 84, subsequent_indent=' '*4, break_long_words=False, break_on_hyphens=False)
+    return sig.replace(nbsp, ' ')
+
 def api(md, page, lookup):
-    m = re.fullmatch(r'---\n\n(?:\[source\]\((?P<src>[^)]*)\)\{.*?\}\n\n)?(?P<h>#+) (?P<name>.+?)\n\n```python\n(?P<sig>.*?)```\s*(?P<doc>.*)', md.strip(), re.S)
+    m = re_shown.fullmatch(md.strip())
     if not m: return md
     name,sig,table = m['name'].replace('\\', ''),m['sig'].rstrip(),''
-    try: tree = ast.parse(sig := re.sub('=<[^<>]*>', '=...', re.sub(r'^def [\w.]+', 'def f', sig)) + '\n    pass') # a dataclass has `=<factory>`
+    sig = re.sub('=<[^<>]*>', '=...', re.sub(r'^def [\w.]+', 'def f', sig)) + '\n    pass' # a dataclass has `=<factory>`
+    try: tree = ast.parse(sig)
     except SyntaxError: sig = m['sig'].removeprefix('def ').rstrip() # some other repr that is no Python
     else:
         args,f = arguments(tree.body[0], sig),page.functions.get(name) or page.functions.get(name.split('.')[-1])
-        if f: # types and defaults as they were written; arguments that come from elsewhere (`delegates`), and links, as nbdev has them
+        if f: # types and defaults as they were written; arguments from elsewhere (`delegates`), and links, as nbdev has them
             own = arguments(f, page.src)
-            args = {n: (own[n][0] or t, own[n][1] or d, c if own[n][2] else '') if n in own else (t,d,c) for n,(t,d,c) in args.items()}
+            def written(n, t, d, c): return (own[n][0] or t, own[n][1] or d, c if own[n][2] else '') if n in own else (t,d,c)
+            args = {n: written(n, *o) for n,o in args.items()}
             kw = next((n for n in own if n.startswith('**')), None) # fastcore gives their comment to the result
             if kw in args and own[kw][2]: args[kw] = (*args[kw][:2], own[kw][2])
-        args = {n: (t if t != 'NoneType' else '', d, c) for n,(t,d,c) in args.items() if (n,t,c) != ('returns','None','')} # said of every `x=None`, of every `__init__`
-        typ = args.get('returns', ('',))[0]
-        parts = [n + (t and f':{t}') + (d and f'={d}') for n,(t,d,_) in args.items() if n != 'returns']
-        sig = f'{name}({", ".join(parts)})' + (typ and f' -> {typ}')
-        if len(sig) > 84: sig = fill(f'{name}({", ".join(o.replace(" ", nbsp) for o in parts)})' + (typ and f'{nbsp}->{nbsp}{typ}'), 84, subsequent_indent=' '*4, break_long_words=False, break_on_hyphens=False).replace(nbsp, ' ')
-        rows = [[n if n == 'returns' else f'`{n}`', t and type_link(t, lookup), d and f'`{d}`', re.sub(r'(?<!\\)\|', r'\|', c)] for n,(t,d,c) in args.items()]
-        cols = [i for i in range(4) if i == 0 or any(r[i] for r in rows)]
-        if 3 in cols: table = '<div class="args" markdown>\n\n' + '\n'.join('| ' + ' | '.join(r[i] for i in cols) + ' |' for r in [['argument', 'type', 'default', 'meaning'], ['---']*4, *rows]) + '\n\n</div>'
+        if args.get('returns', ('','',''))[::2] == ('None',''): del args['returns'] # said of every `__init__`
+        args = {n: (t if t != 'NoneType' else '', d, c) for n,(t,d,c) in args.items()} # said of every `x=None`
+        sig = wrapped(name, args, args.get('returns', ('',))[0])
+        def row(n, t, d, c):
+            return [n if n == 'returns' else f'`{n}`', t and type_link(t, lookup), d and f'`{d}`', re.sub(r'(?<!\\)\|', r'\|', c)]
+        rows = [['argument','type','default','meaning'], *(row(n, *o) for n,o in args.items())]
+        if any(r[3] for r in rows[1:]): table = f'<div class="args" markdown>\n\n{as_table(rows)}\n\n</div>'
     source = f'[source]({m["src"]}){{ .source }}\n\n' if m['src'] else ''
     return f'{heading(len(m["h"]), name)}\n\n{source}```python\n{sig}\n```\n\n{m["doc"].strip().strip("*")}\n\n{table}'
 
 def constants(page, shown):
     "What a module exports besides functions and classes: `show_doc` says nothing of it"
-    body = {n.targets[0].id: n for n in ast.parse(page.src).body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)}
+    assigned = [n for n in ast.parse(page.src).body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)]
+    body = {n.targets[0].id: n for n in assigned}
     names = [n for n in ast.literal_eval(body['__all__'].value) if n.lower() not in shown] if '__all__' in body else []
     parts = [f'{heading(3, n)}\n\n````python\n{ast.get_source_segment(page.src, body[n])}\n````' for n in names if n in body]
     return ['## Constants', *parts] if parts else []
@@ -134,18 +163,24 @@ def output(o, save, page, lookup):
     if 'image/png' in data: return f'![{alt}]({save(b64decode(text(data["image/png"])), "png")}){{ .figure }}'
     if 'image/svg+xml' in data: return f'![Output of the code above]({save(text(data["image/svg+xml"]).encode(), "svg")}){{ .figure }}'
     if 'text/html' in data: # blank lines would end the HTML; a pandas table gets the site's style instead of its own
-        h = re.sub(r'<style.*?</style>|(?<=<table) border="1" class="dataframe"|(?<=<table) class="fastprogress"|(?<=<tr) style="[^"]*"', '', text(data['text/html']), flags=re.S)
+        styles = ('<style.*?</style>', '(?<=<table) border="1" class="dataframe"', '(?<=<table) class="fastprogress"',
+                  '(?<=<tr) style="[^"]*"')
+        h = re.sub('|'.join(styles), '', text(data['text/html']), flags=re.S)
         return '<div class="output-html">\n' + re.sub(r'\n\s*\n', '\n', h) + '\n</div>'
     s = text(o.get('text') or data.get('text/plain')) or '\n'.join(o.get('traceback', []))
     return fence(re.sub(r'\x1b\[[0-9;]*m', '', s), '.text .output') if s.strip() else ''
 
 def merge_headings(parts):
-    "A heading that only names the symbol documented below it is that symbol's; and no two have the same id (a function `grid`, a class `Grid`)"
+    """A heading that only names the symbol documented below it is that symbol's; and no two have the same id (a function `grid`,
+    a class `Grid`)"""
     res,seen = [],set()
     for p in parts:
         if m := re_heading.match(p):
             level,id,name = m[1],m[2],m[3].replace('\\', '')
-            if res and (h := re.fullmatch(r'(#+) \[?`?(.+?)`?(?:\]\(\S*\))?', res[-1])) and h[2] == name: level = len(h[1]); res.pop()
+            above = res and re.fullmatch(r'(#+) \[?`?(.+?)`?(?:\]\(\S*\))?', res[-1])
+            if above and above[2] == name:
+                level = len(above[1])
+                res.pop()
             if id in seen: id = name
             seen.add(id)
             p = f'<h{level} id="{id}" class="api" markdown="span">{m[3]}</h{level}>' + p[m.end():]
@@ -169,7 +204,9 @@ def markdown(page, pages, cfg, lookup, out):
         if src and opts.get('echo') != 'false':
             code = fence(src, '.python')
             fold = opts.get('code-fold')
-            if fold in ('true', 'show'): code = f'???{"+" if fold == "show" else ""} code "{opts.get("code-summary", "Code").strip(chr(34))}"\n\n' + re.sub('^', '    ', code, flags=re.M)
+            if fold in ('true', 'show'):
+                summary = opts.get('code-summary', 'Code').strip('"')
+                code = f'???{"+" if fold == "show" else ""} code "{summary}"\n\n' + re.sub('^', '    ', code, flags=re.M)
             parts.append(code)
         if opts.get('output') != 'false': parts += [output(o, save, page, lookup) for o in c.get('outputs', [])]
     if page.src: parts += constants(page, {m[2] for p in parts if (m := re_heading.match(p))})
@@ -181,7 +218,8 @@ def on_page_content(page_html, **kwargs): # MkDocs calls it on each page: see `h
     from latex2mathml.converter import convert
     def math(m):
         res = convert(html.unescape(m[2]), display='block' if m[1] == 'div' else 'inline')
-        return re.sub(r'(?:<mi mathvariant="normal">\w</mi>)+', lambda w: '<mi mathvariant="normal">' + re.sub('<.*?>', '', w[0]) + '</mi>', res) # `\mathrm{sign}` is one word
+        def word(w): return '<mi mathvariant="normal">' + re.sub('<.*?>', '', w[0]) + '</mi>' # `\mathrm{sign}` is one word
+        return re.sub(r'(?:<mi mathvariant="normal">\w</mi>)+', word, res)
     return re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', math, page_html, flags=re.S)
 
 # The site
@@ -196,35 +234,42 @@ def process():
     proc_nbs(n_workers=2, force=stale)
     return cfg
 
+def navigation(found):
+    "The sidebar: home, the rooms under their floors, the other pages, then what is in folders, each folder a section"
+    nav = [{'Home': 'index.md'}]
+    for p in (o for o in found if o.path != Path('index.ipynb')):
+        inside = p.path.parent != Path('.')
+        is_room = not inside and p.path.stem[0].isdigit()
+        floor,_,room = p.out.stem.rpartition('.') if is_room else ('', '', p.title)
+        section = p.path.parent.name.title() if inside else floor.title()
+        if section and section not in nav[-1]: nav.append({section: []})
+        to = nav[-1][section] if section else nav
+        to.append({room: p.out.as_posix()})
+    return nav
+
+def hidden(p): return bool(re.search(r'(^|/)[._]', p.as_posix()))
+
 def build(out):
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
     from nbdev.doclinks import NbdevLookup
     cfg,lookup = process(),NbdevLookup()
-    found = [Page(p.relative_to(nbs)) for p in sorted(nbs.rglob('*.ipynb')) if not re.search(r'(^|/)[._]', p.relative_to(nbs).as_posix())]
+    found = [Page(p) for o in sorted(nbs.rglob('*.ipynb')) if not hidden(p := o.relative_to(nbs))]
     found.sort(key=lambda p: (p.path.parent, p.path.stem != 'index')) # else in the order of their names
     pages = {n.as_posix(): p for p in found for n in (p.path.with_suffix(''), p.out.with_suffix(''))}
-    nav = [{'Home': 'index.md'}]
-    for p in found:
-        if p.path.stem == 'index' and p.path.parent == Path('.'): continue
-        if p.path.parent == Path('.') and not p.path.stem[0].isdigit(): # no module's
-            nav.append({p.title: p.out.as_posix()}); continue
-        floor,_,room = p.out.stem.rpartition('.')
-        section = p.path.parent.name.title() if p.path.parent != Path('.') else floor.title()
-        if not section: # a room without a floor
-            nav.append({p.title: p.out.as_posix()}); continue
-        if section not in nav[-1]: nav.append({section: []})
-        nav[-1][section].append({room if floor else p.title: p.out.as_posix()})
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         shutil.copytree(assets/'static', tmp/'static')
-        for p in nbs.rglob('*'):
-            if p.suffix in ('.png', '.jpg', '.svg', '.gif'): (tmp/p.relative_to(nbs)).parent.mkdir(parents=True, exist_ok=True); shutil.copy(p, tmp/p.relative_to(nbs))
+        for p in (o for o in nbs.rglob('*') if o.suffix in ('.png', '.jpg', '.svg', '.gif')):
+            to = tmp/p.relative_to(nbs)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(p, to)
         for p in found:
             (tmp/p.out).parent.mkdir(parents=True, exist_ok=True)
             (tmp/p.out).write_text(markdown(p, pages, cfg, lookup, tmp))
-        build(load_config(str(assets/'mkdocs.yml'), docs_dir=str(tmp), site_dir=str(out), nav=nav, site_name=cfg.title, site_description=cfg.description,
-                          repo_url=cfg.git_url, repo_name=f'{cfg.user}/{cfg.repo}', copyright=f'{cfg.copyright}. Apache-2.0.'))
+        names = dict(site_name=cfg.title, site_description=cfg.description, repo_url=cfg.git_url, repo_name=f'{cfg.user}/{cfg.repo}',
+                     copyright=f'{cfg.copyright}. Apache-2.0.')
+        build(load_config(str(assets/'mkdocs.yml'), docs_dir=str(tmp), site_dir=str(out), nav=navigation(found), **names))
     (out/'404.html').unlink(missing_ok=True) # its links start at the server's root
     return found
 

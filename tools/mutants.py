@@ -66,20 +66,23 @@ mutant('method.views', 'one-view', 'both views are the same one',
 # data
 
 mutant('data.images', 'sixteen-bits', 'the lower half of 16 bits instead of the upper',
-       'data/test_data.py::test_sixteen_bit_images',
+       'data/test_folders.py::test_sixteen_bit_images',
        ('(np.asarray(im) >> 8)', '(np.asarray(im) & 255)'))
 mutant('data.images', 'stale', 'an image that has changed counts as checked',
-       'data/test_data.py::test_readable_images_are_remembered',
+       'data/test_images.py::test_readable_images_are_remembered',
        ('old[:2] == stamp: return old', 'old: return old'))
 mutant('data.catalogue', 'label-order', 'classes are numbered from the end',
-       'data/test_data.py::test_catalogue',
-       ('index = {c:i for i,c in enumerate(vocab)}', 'index = {c:i for i,c in enumerate(vocab[::-1])}'))
+       'data/test_catalogue.py::test_catalogue',
+       ('index = {c:i for i,c in enumerate(vocab)}', 'index = {c:i for i,c in enumerate(vocab[::-1])}'),
+       ('data.images', 'index = {c: i for i,c in enumerate(classes or ())}',
+        'index = {c: i for i,c in enumerate((classes or [])[::-1])}'))
 mutant('data.catalogue', 'split-seed', "Caltech-101's split has no seed",
-       'data/test_data.py::test_caltech_split_by_seed',
+       'data/test_catalogue.py::test_caltech_split_by_seed',
        ('random.Random(seed)', 'random.Random(0)'))
 mutant('data.folders', 'lonely', 'a class of one image is tested on, and not trained',
-       'data/test_data.py::test_a_lonely_image_is_for_training',
-       ('train + [o for o in valid if o.label not in known]', 'train'))
+       'data/test_folders.py::test_a_lonely_image_is_for_training',
+       ('train + [o for o in valid if o.label not in known]', 'train'),
+       ('return train + [o for o in test if o.label not in known],', 'return train,'))
 
 # train
 
@@ -92,19 +95,22 @@ mutant('train.checkpoint', 'random-state', "PyTorch's generator begins anew at a
 mutant('train.checkpoint', 'attack-state', "the attack's generator begins anew at a resume",
        f'{resume}::test_optimisers[sgd]',
        ('method.callback', "checkpoint_attrs = ('sums','n_batches','attack_generator')",
-        "checkpoint_attrs = ('sums','n_batches')"))
+        "checkpoint_attrs = ('sums','n_batches')"),
+       ("attack=getattr(clae, 'attack', None)", 'attack=None'))
 mutant('method.callback', 'scaler', "the attack's loss is not scaled under float16",
        f'{matrix}::test_precision_is_what_it_says',
        ('loss = self.loss_func.pair if scaler is None else', 'loss = self.loss_func.pair if True else'))
 mutant('train.precision', 'dtype', 'float16 is bfloat16',
        f'{matrix}::test_precision_is_what_it_says',
-       ('dtype=torch.bfloat16 if bf16 else torch.float16', 'dtype=torch.bfloat16'))
+       ('dtype=torch.bfloat16 if bf16 else torch.float16', 'dtype=torch.bfloat16'),
+       ('dtype = torch.bfloat16 if mixed.amp_mode == AMPMode.BF16 else torch.float16', 'dtype = torch.bfloat16'))
 mutant('train.finite', 'rollback', 'a skipped step leaves its batch in the statistics',
        f'{matrix}::test_a_skipped_step_leaves_nothing',
        ('for b,kept in zip(self.model.buffers(), self.buffers): b.copy_(kept)', 'pass'))
 mutant('train.encoder', 'header', 'any file passes as an encoder',
        'test_fuzz.py::test_wrong_headers',
-       ("if wrong := [k for k,ok in good.items() if not ok]:", 'if wrong := []:'))
+       ("if wrong := [k for k,ok in good.items() if not ok]:", 'if wrong := []:'),
+       ('return [k for k,ok in good.items() if not ok]', 'return []'))
 mutant('core', 'rank-offset', "a process takes the first one's rows for its own",
        'train/test_distributed.py::test_equals_one_process_on_the_whole_batch[2]',
        ('return 0 if world_size() == 1 else n*dist.get_rank()', 'return 0'))
@@ -122,7 +128,8 @@ mutant('measure.probe', 'centring', "the probe's bias is that of centred feature
        ('w[:,-1] - w[:,:-1]@mean', 'w[:,-1]'))
 mutant('measure.probe', 'chosen', 'the weakest penalty instead of the best',
        'measure/test_evaluate.py::test_the_penalty_is_chosen_without_the_test_set',
-       ('i = int(np.argmax(curve))', 'i = len(curve)-1'))
+       ('i = int(np.argmax(curve))', 'i = len(curve)-1'),
+       ('if best is None or curve[-1] > max(curve[:-1]): best = l2,w', 'best = l2,w'))
 
 # paper
 
@@ -131,13 +138,15 @@ mutant('paper.experiments', 'trial-name', "a trial's name depends on the order o
        ('sort_keys=True', 'sort_keys=False'))
 mutant('paper.analysis', 'bn-of-noise', 'Figure 4 estimates the adversarial statistics on clean views',
        f'{figures}::test_bn_statistics_are_those_of_the_layers_inputs',
-       ("nets['adv'](clae.adversarial_views(x_q))", "nets['adv'](x_q)"))
+       ("nets['adv'](clae.adversarial_views(x_q))", "nets['adv'](x_q)"),
+       ('with adversarial_bn(adv): adv(clae.adversarial_views(x_q))', 'with adversarial_bn(adv): adv(x_q)'))
 
 # runs
 
 mutant('cli', 'eval-seed', "a folder's held-out fifth is another one in clae_eval",
        'test_cli.py::test_eval_is_on_the_data_of_the_run',
-       ("*(['seed'] if o['data'] == 'folder' else [])", '*[]'))
+       ("*(['seed'] if o['data'] == 'folder' else [])", '*[]'),
+       ('runs', "if settings['data'] == 'folder': names.append('seed')", 'pass'))
 
 def module(name): return f'clae_fastai/{name.replace(".", "/")}.py'
 
@@ -154,7 +163,7 @@ def copy_tree(to):
             (to/f).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root/f, to/f)
 
-def run_tests(tree, tests, log):
+def run_tests(tree, tests, log, options):
     "In a process that was forked after the libraries were imported, which saves most of the time"
     with open(log, 'w') as f:
         for stream in (1, 2): os.dup2(f.fileno(), stream)
@@ -163,11 +172,12 @@ def run_tests(tree, tests, log):
     sys.dont_write_bytecode = True
     sys.path.insert(0, str(tree))
     import pytest
-    os._exit(pytest.main(['-n0', '-x', '-q', '-m', '', '-p', 'no:cacheprovider', *(f'tests/{o}' for o in tests)]))
+    quick = ['-n0', '-q', '-m', '', '-p', 'no:cacheprovider', *options]
+    os._exit(pytest.main(quick + [f'tests/{o}' for o in tests]))
 
-def outcome(tree, tests, log, timeout):
+def outcome(tree, tests, log, timeout, *options):
     "pytest's exit code (1: a test failed), and the seconds it took"
-    p,start = multiprocessing.get_context('fork').Process(target=run_tests, args=(tree, tests, log)),time.time()
+    p,start = multiprocessing.get_context('fork').Process(target=run_tests, args=(tree, tests, log, options)),time.time()
     p.start()
     p.join(timeout)
     if p.is_alive():
@@ -200,7 +210,7 @@ def main():
             there = tree/file.relative_to(root)
             whole = there.read_text()
             there.write_text(whole.replace(text, instead))
-            code,seconds = outcome(tree, m.tests, log, a.timeout)
+            code,seconds = outcome(tree, m.tests, log, a.timeout, '-x')
             there.write_text(whole)
             if code not in (0,1): fail(f'{m.name}: the tests did not run (exit code {code}).')
             if not code: survived.append(m.name)

@@ -4,7 +4,8 @@ import json, re
 from pathlib import Path
 
 root = Path(__file__).parent.parent
-pages = {re.sub(r'^\d+_', '', p.stem): p.relative_to(root).as_posix() for p in (root/'nbs').glob('*.ipynb')} # on GitHub a link to a page leads to its notebook
+# on GitHub a link to a page leads to its notebook
+pages = {re.sub(r'^\d+_', '', p.stem): p.relative_to(root).as_posix() for p in (root/'nbs').glob('*.ipynb')}
 
 def text(o): return ''.join(o) if isinstance(o, list) else o
 
@@ -21,7 +22,8 @@ def render(cell):
     if cell['cell_type'] != 'code' or not src or '#| hide' in src: return ''
     code = '\n'.join(l for l in src.splitlines() if not l.startswith('#|')).strip()
     if '#| output: false' in src: return f'```python\n{code}\n```'
-    if picture := re.search(r"Image\('\.\./(.+?)', alt='(.+?)'\)", code): return f'![{picture[2]}]({picture[1]})' # the file itself, and not its copy in the notebook
+    # a picture's own file, and not its copy in the notebook
+    if picture := re.search(r"Image\('\.\./(.+?)', alt='(.+?)'\)", code): return f'![{picture[2]}]({picture[1]})'
     return '\n\n'.join(([] if '#| echo: false' in src else [f'```python\n{code}\n```']) + list(filter(None, map(output, cell['outputs']))))
 
 cells = json.loads((root/'nbs/index.ipynb').read_text())['cells']

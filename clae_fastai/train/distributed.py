@@ -55,7 +55,7 @@ class _RankTrainer(DistributedTrainer):
     def before_fit(self):
         if self.wrapped: return # in a validation inside a fit, or after a fit that failed
         self.wrapped,self.validating = True,self.learn.lock.locked() # as in `validate` and `get_preds`
-        self.own_loaders,self.own_logger = self.learn.dls.loaders,self.learn.logger
+        self.own_loaders = self.learn.dls.loaders
         modules = self.learn.model.named_modules(remove_duplicate=False)
         self.own_norms = {name: m for name,m in modules if isinstance(m, _BatchNorm)}
         super().before_fit()
@@ -70,7 +70,7 @@ class _RankTrainer(DistributedTrainer):
         if not self.wrapped: return
         self.wrapped = False
         model = self.learn.model = get_model(self.learn.model)
-        self.learn.dls.loaders,self.learn.logger = self.own_loaders,self.own_logger
+        self.learn.dls.loaders = self.own_loaders
         for name,norm in self.own_norms.items():
             parent,_,child = name.rpartition('.')
             parent = model.get_submodule(parent)
@@ -117,11 +117,13 @@ def distributed(self:Learner,
         set_rank_device()
         self.dls.to(default_device())
     options = merge({} if gpu else dict(cpu=True, sync_bn=False), kwargs)
-    rank = rank_distrib()
+    rank,logger = rank_distrib(),self.logger
     progress = self.cbs.filter(risinstance(ProgressCallback)) if rank else [] # one log
     with _process_group('nccl' if gpu else 'gloo'):
         trainer = _RankTrainer(**options)
         if rank: set_seed((torch.initial_seed() + rank) % 2**32) # random numbers of its own
         with self.removed_cbs(progress), self.added_cbs(trainer):
             try: yield self
-            finally: trainer.restore()
+            finally:
+                trainer.restore()
+                self.logger = logger

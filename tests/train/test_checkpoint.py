@@ -16,7 +16,7 @@ import safetensors
 import torch
 
 from fastai.vision.all import (Callback, ImageDataLoaders, OptimWrapper, PILImage, RandomCrop, Resize, aug_transforms, nn, partial,
-                               ranger, set_seed)
+                               ranger, set_seed, working_directory)
 
 from clae_fastai.cli import clae_train
 from clae_fastai.data.catalogue import get_dls
@@ -41,10 +41,7 @@ def finish(p):
 
 def train_here(cwd, *args):
     "`clae_train` in this process"
-    with pytest.MonkeyPatch.context() as m:
-        m.chdir(cwd)
-        m.setattr(sys, 'argv', ['clae_train', *map(str, args)])
-        clae_train()
+    with working_directory(cwd): clae_train.main(list(map(str, args)))
 
 def newest(folder): return [f.name for f in checkpoints(folder)[-1:]]
 

@@ -128,13 +128,14 @@ def run_folder(tmp_path_factory):
 @pytest.fixture(scope='module')
 def encoder_file(run_folder): return run_folder/'encoder.safetensors'
 
-@pytest.mark.parametrize('seed', range(40))
+@pytest.mark.parametrize('seed', range(5))
 def test_damaged_encoders(tmp_path, encoder_file, seed):
-    "Either it loads (a flipped bit of a weight is a weight), or the error names it"
+    "The checksum finds every change, also a flipped bit of a weight"
     f = tmp_path/'damaged.safetensors'
-    f.write_bytes(damaged(encoder_file.read_bytes(), seed))
-    try: load_encoder(f)
-    except ValueError as e: assert f.name in str(e), e
+    whole = encoder_file.read_bytes()
+    f.write_bytes(data := damaged(whole, seed))
+    assert data != whole
+    with pytest.raises(ValueError, match=f.name): load_encoder(f)
 
 headers = [dict(arch='x'), dict(arch='../x'), dict(arch='__init__'), dict(stem='x'), dict(channels='0'), dict(channels='-1'), dict(channels='"3"'), dict(channels='1e9'), dict(channels='[3]'), dict(channels='{'), dict(channels='null'),
            dict(mean='[1,2]'), dict(std='[0]'), dict(std='{}'), dict(std='"x"'), dict(mean='NaN'), dict(size='-1'), dict(size='"x"'), dict(format='x'), dict(format='')]

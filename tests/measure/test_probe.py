@@ -78,8 +78,9 @@ def plain_probe(x, y, valid, l2s):
     w = plain_fit(x - mean, y, l2s[i], path[i], 1e-9)
     return w[:,:-1],w[:,-1] - w[:,:-1]@mean,l2s[i],curve
 
-@pytest.mark.parametrize('dtype,sizes,given', [(torch.float32,(300,40,6),False), (torch.float16,(300,40,6),True), (torch.float32,(700,6000,4),False),
-                                               (torch.float64,(500,6000,4),True)]) # of 6,000 numbers a block has 349 rows
+@pytest.mark.parametrize('dtype,sizes,given', [
+    (torch.float32,(300,40,6),False), (torch.float16,(300,40,6),True),
+    (torch.float32,(700,6000,4),False), (torch.float64,(500,6000,4),True)]) # of 6,000 numbers a block has 349 rows
 def test_lbfgs_in_blocks_is_that_of_the_whole_features(blobs, dtype, sizes, given):
     (x,y),test = blobs(*sizes, 0, 4),blobs(200, *sizes[1:], 1, 4)
     x,l2s = x.to(dtype),[1e4,10.] if sizes[1] > 100 else [1e4,10.,1e-2,1e-5]
@@ -117,7 +118,8 @@ def test_accuracies_of_more_test_images_than_a_block(blobs):
         assert p.mean_per_class == pytest.approx(np.mean([float(hit[ty == c,0].float().mean()) for c in range(7)]))
 
 @pytest.mark.parametrize('wrong,words', [
-    (dict(solver='adam', epochs=0), 'epochs .* 0, 256'), (dict(solver='adam', bs=0), 'bs .* 0 and'), (dict(solver='adam', lr=0.), 'lr above 0'),
+    (dict(solver='adam', epochs=0), 'epochs .* 0, 256'), (dict(solver='adam', bs=0), 'bs .* 0 and'),
+    (dict(solver='adam', lr=0.), 'lr above 0'),
     (dict(solver='adam', lr=float('nan')), 'lr above 0'), (dict(l2s=[]), 'one penalty or more'), (dict(l2s=[1.,-1.]), '0 or above')])
 def test_bad_probe_settings(blobs, wrong, words):
     with pytest.raises(ValueError, match=words): linear_probe(blobs(60, 5, 3), blobs(30, 5, 3, 1), **wrong)

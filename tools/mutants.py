@@ -124,10 +124,10 @@ mutant('measure.features', 'twice', 'images that the DataLoaders have normalised
        f'{learner}::test_life_of_a_learner[True-1]',
        ("if split_normalize(getattr(dl, 'after_batch', None))[1] is not None: normalize = noop", 'pass'))
 mutant('measure.probe', 'centring', "the probe's bias is that of centred features",
-       'measure/test_evaluate.py::test_lbfgs_reaches_scikit_learns_loss',
+       'measure/test_probe.py::test_lbfgs_reaches_scikit_learns_loss',
        ('w[:,-1] - w[:,:-1]@mean', 'w[:,-1]'))
 mutant('measure.probe', 'chosen', 'the weakest penalty instead of the best',
-       'measure/test_evaluate.py::test_the_penalty_is_chosen_without_the_test_set',
+       'measure/test_probe.py::test_the_penalty_is_chosen_without_the_test_set',
        ('i = int(np.argmax(curve))', 'i = len(curve)-1'),
        ('if best is None or curve[-1] > max(curve[:-1]): best = l2,w', 'best = l2,w'))
 

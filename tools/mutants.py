@@ -123,7 +123,7 @@ mutant('measure.features', 'votes', 'all neighbours weigh the same',
        f'{golden}::test_knn',
        ('votes = ((sim - sim[:,:1])/temperature).exp_()', 'votes = torch.ones_like(sim)'))
 mutant('measure.features', 'twice', 'images that the DataLoaders have normalised are normalised again',
-       f'{learner}::test_life_of_a_learner[True-1]',
+       f'{learner}::test_life_of_a_learner',
        ("if split_normalize(getattr(dl, 'after_batch', None))[1] is not None: normalize = noop", 'pass'))
 mutant('measure.probe', 'centring', "the probe's bias is that of centred features",
        'measure/test_probe.py::test_lbfgs_reaches_scikit_learns_loss',

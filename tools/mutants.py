@@ -76,8 +76,7 @@ mutant('data.images', 'stale', 'an image that has changed counts as checked',
 mutant('data.catalogue', 'label-order', 'classes are numbered from the end',
        'data/test_catalogue.py::test_catalogue',
        ('index = {c:i for i,c in enumerate(vocab)}', 'index = {c:i for i,c in enumerate(vocab[::-1])}'),
-       ('data.images', 'index = {c: i for i,c in enumerate(classes or ())}',
-        'index = {c: i for i,c in enumerate((classes or [])[::-1])}'))
+       ('data.images', 'index = {c: i for i,c in enumerate(classes)}', 'index = {c: i for i,c in enumerate(classes[::-1])}'))
 mutant('data.catalogue', 'split-seed', "Caltech-101's split has no seed",
        'data/test_catalogue.py::test_caltech_split_by_seed',
        ('random.Random(seed)', 'random.Random(0)'))

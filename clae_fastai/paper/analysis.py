@@ -257,7 +257,7 @@ def bn_statistics(
 ) -> pd.DataFrame: # `estimate` ('as trained', 're-estimated'), `layer`, `channel`, `kind` ('clean', 'adv', 'clean_p'), `mean`, `var`
     "Mean and variance of every channel in every dual batch norm"
     if all(m.clean.running_mean is None for m in dual_bns(learn.model)):
-        raise ValueError("This learner has no dual batch norm with running statistics: train one with an attack, and an encoder with batch norm.")
+        raise ValueError("This learner has no dual batch norm with statistics: train one with an attack, and an encoder with batch norm.")
     estimate,res = 're-estimated' if reestimate else 'as trained',[]
     with seeded_clae(learn, seed, trained=True) as (clae,model,device):
         nets = dict(clean=model, adv=model)

@@ -253,6 +253,13 @@ def test_float16_elsewhere_is_fastais(quiet):
     learn.fit(1)
     assert kinds == {torch.float16 if dls.device.type == 'cuda' else torch.float32}
 
+def test_to_bf16_later_is_bf16_on_every_device(quiet):
+    learn = quiet(clae_learner(get_dls('digits', bs=32, limit=32), resnet8, views='digits')).to_bf16()
+    kinds = set()
+    learn.model.encoder.conv1.register_forward_hook(lambda m,i,o: kinds.add(o.dtype))
+    learn.fit(1)
+    assert kinds == {torch.bfloat16}
+
 @pytest.mark.parametrize('attack', ['fgsm','rfgsm','ffgsm','pgd','random'])
 def test_every_attack_in_low_precision_leaves_all_gradients(quiet, attack):
     learn = quiet(clae_learner(get_dls('digits', bs=32, limit=32), resnet8, views='digits', attack=attack, precision='bf16'))

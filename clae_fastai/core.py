@@ -140,7 +140,8 @@ def check_choice(
     choices:tuple # What is possible
 ):
     "Raises `ValueError` where an argument is none of its choices"
-    if value not in choices: raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, and it is {value!r}.")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, and it is {value!r}.")
 
 def check_batches(
     bs:int, # Images a batch
@@ -153,4 +154,4 @@ def check_batches(
     if bs < 2 or n and not drop_last and n % bs == 1:
         of = '' if n is None else f" of {n} images"
         raise ValueError(f"Contrast needs two images in every batch, and batches of {bs}{of} leave one alone: "
-                         "use another batch size, or drop_last=True.")
+            "use another batch size, or drop_last=True.")

@@ -42,26 +42,26 @@ class Attack:
         if self.eps == 0: return x
         if self.space == 'pixel':
             self.set_stats(self.stats)
-            self.stats = [torch.as_tensor(s, dtype=x.dtype, device=x.device).view(-1,1,1) for s in self.stats] # moved once
+            self.stats = [torch.as_tensor(s, dtype=x.dtype, device=x.device).view(-1,1,1) for s in self.stats]
         x = x.detach()
         delta = self.delta(x, _batch_gradient(self, embed, x, loss))
         with torch.no_grad(): return self.add(x, delta)
 
     def delta(self,
         x:Tensor, # Images (B,C,H,W)
-        grad:Callable # Gradient of the batch's loss (B,C,H,W), in units of `space`: `grad()` at `x`, `grad(delta)` at `x + delta`
+        grad:Callable # `grad()`, `grad(delta)`: the loss's gradient (B,C,H,W) at `x`, at `x + delta`
     ) -> Tensor: # Perturbation (B,C,H,W), in units of `space`
         "The perturbation: what makes an attack"
         raise NotImplementedError
 
     def set_stats(self,
-        stats:tuple # (mean, std), each (C,), that images are normalised with; None: what is known already stays
+        stats:tuple # (mean, std), each (C,), that images are normalised with; None: what was known stays
     ):
-        "What `CLAECallback` tells of its images. Raises `ValueError` where `space='pixel'` needs it and nobody knows"
+        "`CLAECallback` calls it. Raises `ValueError` where `space='pixel'` needs what nobody knows"
         self.stats = ifnone(stats, self.stats)
         if self.space == 'pixel' and self.stats is None:
             raise ValueError("space='pixel' needs to know how the images were normalised: "
-                "use views that end in a Normalize, or set the attack's `stats` to each channel's (mean, std).")
+                "use views that end in a Normalize, or set the attack's `stats`, (mean, std).")
 
     def state_dict(self): "What it remembers from batch to batch, for a checkpoint"; return {}
     def load_state_dict(self, state): "Go on from there"
@@ -101,7 +101,7 @@ class Attack:
 
 # %% ../../nbs/04_method.attacks.ipynb #712ba67b
 def _batch_gradient(attack, embed, x, loss):
-    "`grad(delta)` of one batch: the gradient of `loss(f(x), f(x+delta))` with respect to the images"
+    "`grad(delta)` of one batch: the gradient of `loss(f(x), f(x+delta))` in the images"
     anchor = None
     def grad(delta=None):
         nonlocal anchor
@@ -123,7 +123,7 @@ class FGSM(Attack):
 
 # %% ../../nbs/04_method.attacks.ipynb #6abbdfd5
 class RandomAttack(Attack):
-    "Base of the attacks that draw random numbers, from a generator of their own"
+    "Base of the attacks that draw from a random generator of their own"
     def __init__(self,
         eps:float, # Largest size of an image's perturbation
         seed:int=0, # Seed of the attack's own generator
@@ -138,13 +138,13 @@ class RandomAttack(Attack):
         return dict(generator=self.generator and (str(self.generator.device), self.generator.get_state()))
 
     def load_state_dict(self, state):
-        "Go on from there; on a machine without such a device the generator begins anew"
+        "Go on from there, or anew on a machine without such a device"
         self.generator = None
         if state['generator'] is None: return
         device,random_state = state['generator']
         with suppress(RuntimeError): self.generator = torch.Generator(device).set_state(random_state)
 
-    def __getstate__(self): return {**vars(self), **self.state_dict()} # a generator can neither be copied nor pickled
+    def __getstate__(self): return {**vars(self), **self.state_dict()} # generators cannot be pickled
     def __setstate__(self, state):
         vars(self).update(state)
         self.load_state_dict(state)
@@ -163,7 +163,7 @@ class RFGSM(RandomAttack):
     "R+FGSM (Tramer et al. 2018): a random step of `start_size`, then FGSM with `eps - start_size`"
     def __init__(self,
         eps:float, # Largest size of an image's perturbation
-        start_size:float=None, # Size of the random step, at most `eps`; half of it by default
+        start_size:float=None, # Size of the random step, at most `eps`, by default half of it
         **kwargs
     ):
         super().__init__(eps, **kwargs)

@@ -19,7 +19,7 @@ from .views import *
 def check_clae(
     clae:Callback, # A learner's `CLAECallback`
     fitting:bool=False # Is the learner about to fit, instead of being made?
-) -> tuple: # (mean, std) that its images are normalised with, or None
+) -> tuple: # (mean, std) of its images' normalisation, or None
     "Raises `ValueError` for what cannot be trained"
     learn = clae.learn
     if not isinstance(learn.loss_func, CLAELoss):

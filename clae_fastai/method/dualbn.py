@@ -21,7 +21,7 @@ class DualBatchNorm(nn.Module):
         self.clean,self.adv,self.use_adv = clean,adv,False
 
     def forward(self, x):
-        in_backward = torch._C._current_graph_task_id() != -1 # private: PyTorch has no public way to ask
+        in_backward = torch._C._current_graph_task_id() != -1 # PyTorch has no public way to ask
         if in_backward and not torch.compiler.is_compiling():
             raise ValueError("Gradient checkpointing repeats forwards and forgets which batch norm they went through: "
                 "switch it off for the encoder (timm: set_grad_checkpointing(False)).")
@@ -37,7 +37,7 @@ def dual_bns(
     return [m for m in model.modules() if isinstance(m, DualBatchNorm)]
 
 def _replace_modules(model, kinds, replace):
-    "Exchange each module of these kinds for `replace(module)`; one that is used twice stays shared"
+    "Exchange modules of these kinds for `replace(module)`; a shared one stays shared"
     if isinstance(model, kinds): return replace(model)
     new = {}
     for parent in list(model.modules()):
@@ -52,7 +52,7 @@ def convert_dual_bn(
     model:nn.Module, # Any model; changed in place
     adv_momentum:float=.01 # Weight of the newest batch in the adversarial running statistics, in [0,1]
 ) -> nn.Module: # `model`, or the `DualBatchNorm` that takes its place if it is a batch norm itself
-    "Give every batch norm of `model`, of whatever kind, an adversarial twin, unless it has one"
+    "Give every batch norm of `model`, of any kind, an adversarial twin, unless it has one"
     if not 0 <= adv_momentum <= 1: raise ValueError(f"adv_momentum must lie in [0,1], and it is {adv_momentum}.")
     def _dual(m):
         if isinstance(m, DualBatchNorm): return m
@@ -64,7 +64,7 @@ def convert_dual_bn(
 def strip_dual_bn(
     model:nn.Module # A model, converted or not; changed in place
 ) -> nn.Module: # `model`, with the clean batch norms only
-    "Undo `convert_dual_bn`: the model's `state_dict` has the stock keys again"
+    "Undo `convert_dual_bn`: the stock keys again in `state_dict`"
     return _replace_modules(model, DualBatchNorm, lambda m: m.clean)
 
 def set_dual_bn(

@@ -96,14 +96,14 @@ class UELLoss(TwoViewLoss):
 
 # %% ../../nbs/02_method.losses.ipynb #4262edcf
 class CLAELoss(nn.Module):
-    "`base(z_q, z_p) + alpha*base(z_q, z_adv)` (eq. 16), as a fastai loss function"
+    "`base(z_q, z_p) + alpha*base(z_q, z_adv)` (eq. 16)"
     def __init__(self,
         base:Callable, # Two-view loss `(z_q, z_p) -> scalar`
         alpha:float=1. # Weight of the adversarial term, 0 or more
     ):
         super().__init__()
         if not 0 <= alpha < math.inf:
-            raise ValueError(f"alpha, the weight of the adversarial loss, must be finite and 0 or more, and it is {alpha}.")
+            raise ValueError(f"alpha must be finite and 0 or more, and it is {alpha}.")
         store_attr()
         self.loss_aug,self.loss_adv,self._reduction = None,None,'mean'
 
@@ -124,8 +124,8 @@ class CLAELoss(nn.Module):
         if self.reduction == 'none' and isinstance(loss, Tensor): return loss.expand(len(z1))
         if isinstance(loss, Tensor) and loss.ndim == 0: return loss
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise ValueError(f"The contrastive loss {self.base} must return one number, a tensor of shape (), and not {got}: "
-            "reduce it over the batch, for example with `.mean()`.")
+        raise ValueError(f"The contrastive loss {self.base} must return a tensor of shape (), and not {got}: "
+            "reduce it over the batch, as with `.mean()`.")
 
     def forward(self,
         z:Tensor|tuple, # `(z_q, z_p)`, `(z_q, z_p, z_adv)`, each (B,D), or one `z`

@@ -59,9 +59,8 @@ def _drop_classifier(model):
         if hasattr(model, aux): setattr(model, aux, None)
     if hasattr(model, 'aux_logits'): model.aux_logits = False
     layers = [(n,m) for n,m in model.named_modules() if n and isinstance(m, (nn.Linear,nn.Conv2d))]
-    if layers:
-        name,last = layers[-1]
-        if len(last.weight) == 1000: _set_submodule(model, name, nn.Identity())
+    name,last = layers[-1] if layers else (None,None)
+    if last is not None and len(last.weight) == 1000: _set_submodule(model, name, nn.Identity())
     return model
 
 # %% ../../nbs/06_method.models.ipynb #5591e048
@@ -84,12 +83,12 @@ def _timm_model(name, weights, n_in):
     "timm's model of that name, without its classifier"
     try:
         import timm
-        names,more = timm.list_models(),"all of `timm.list_models()` can be used as well"
-    except ImportError: names,more = [],"timm's can be used as well, once it is installed (pip install timm)"
+        names = timm.list_models()
+    except ImportError: names = []
     if name.split('.')[0] not in names:
         known = _functions()
-        if close := difflib.get_close_matches(name, [*known, *names]): more += f"; the nearest names are {', '.join(close)}"
-        look_up(name, known, 'architecture', more)
+        close = difflib.get_close_matches(name, [*known, *names])
+        look_up(name, known, 'architecture', f"timm's go as well (pip install timm); nearest: {', '.join(close) or 'none'}")
     if weights not in (None,'DEFAULT'):
         raise ValueError(f"timm's weights go by the architecture's name, and not by {weights!r}: "
             "use one such as 'resnet18.a1_in1k' with pretrained=True.")
@@ -117,8 +116,8 @@ def _set_n_in(model, n_in, keep_weights):
     name,old = _first_conv(model)
     if old is None or old.in_channels == n_in: return
     if keep_weights and old.in_channels != 3:
-        raise ValueError(f"The given weights are for images of {old.in_channels} channels, and these have {n_in}: "
-            "only weights for three channels can be adapted.")
+        raise ValueError(f"The given weights are for {old.in_channels} channels, and the images have {n_in}: "
+            "only weights for three can be adapted.")
     new = nn.Conv2d(n_in, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation, old.groups,
         old.bias is not None, old.padding_mode)
     if keep_weights:
@@ -129,13 +128,13 @@ def _set_n_in(model, n_in, keep_weights):
         new.weight.data = w
         if old.bias is not None: new.bias.data = old.bias.data
     _set_submodule(model, name, new)
-    if hasattr(model, 'transform_input'): model.transform_input = False # GoogLeNet, Inception v3: re-scales three colours
+    if hasattr(model, 'transform_input'): model.transform_input = False # GoogLeNet's and Inception's, for three colours
 
 def key_difference(
     state:dict, # A state dict
     model:nn.Module # What it is to be loaded into
 ) -> str: # '' where all fit
-    "Which keys of `state` do not fit `model`, in words"
+    "Which keys do not fit, in words"
     own = model.state_dict()
     parts = {
         'misses': own.keys() - state.keys(),
@@ -152,7 +151,7 @@ def _load_state(model, state, n_in):
     name,_ = _first_conv(model)
     if f'{name}.weight' in state: _set_n_in(model, state[f'{name}.weight'].shape[1], keep_weights=False)
     if diff := key_difference(state, model):
-        raise ValueError(f"The given weights do not fit the architecture: their state dict {diff}.")
+        raise ValueError(f"The given weights do not fit the architecture: the state dict {diff}.")
     model.load_state_dict(state)
     _set_n_in(model, n_in, keep_weights=True)
 
@@ -234,7 +233,7 @@ def projection_head(
 
 # %% ../../nbs/06_method.models.ipynb #7aa01433
 class ContrastiveModel(nn.Module):
-    "Encoder and projection head: `model(x)` is `z`, `model(x_q, x_p, x_adv)` the tuple of all embeddings"
+    "Encoder and projection head: `model(x)` is `z`, `model(x_q, x_p, x_adv)` all embeddings"
     def __init__(self,
         encoder:nn.Module, # Images (B,C,H,W) to features (B,F), maps (B,F,h,w) or tokens (B,N,F), which are averaged
         head:nn.Module, # Features (B,F) to embeddings (B,D)

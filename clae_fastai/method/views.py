@@ -23,10 +23,10 @@ def image_stats(
     views:Callable, # Such as `TwoViews`
     dls:DataLoaders # Whose batches the views are made of
 ) -> tuple: # (mean, std) as tensors (C,), or None
-    "What images are normalised with. Raises `ValueError` where both the views and the `DataLoaders` do it"
+    "What images are normalised with. Raises `ValueError` where both normalise"
     stats,own = getattr(views, 'stats', None),split_normalize(getattr(dls.train, 'after_batch', None))[1]
     if own is not None and stats is not None:
-        raise ValueError("The DataLoaders and the views would normalise, which makes twice: "
+        raise ValueError("DataLoaders and views would normalise the images twice: "
             "take the Normalize out of the DataLoaders, or use clae_learner, which does.")
     return ifnone(stats, own)
 

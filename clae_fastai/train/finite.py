@@ -75,4 +75,4 @@ class CheckFinite(Callback):
 
     def after_fit(self):
         if self.n_skipped:
-            print(f"{self.n_skipped} of {self.train_iter} steps were skipped, as their loss or gradients were not finite.")
+            print(f"{self.n_skipped} of {self.train_iter} steps were skipped: their loss or gradients were not finite.")

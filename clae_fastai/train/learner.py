@@ -116,7 +116,8 @@ def clae_learner(
         views = TwoViews.from_preset(views, size, n_in, stats)
     precision,fast = precision_cbs(precision, device)
     if channels_last: fast.append(ChannelsLast())
-    cbs = [CLAECallback(views, attack, adv_momentum, attack_bn), CheckFinite(on_nonfinite), *fast, *L(cbs)]
+    clae = CLAECallback(views, attack, adv_momentum, attack_bn)
+    cbs = [clae, DevicePrecision(), CheckFinite(on_nonfinite), *fast, *L(cbs)]
     learn = Learner(pixels, model, loss_func, cbs=cbs, **kwargs)
     learn.precision = precision
     learn.encoder_info = _encoder_info(arch, encoder, n_in, size, method, getattr(views, 'stats', None))

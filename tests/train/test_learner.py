@@ -204,7 +204,7 @@ def test_mistakes_with_weights_and_sizes():
     dls = get_dls('digits', bs=32, limit=128)
     other = resnet8().state_dict()
     for kw,words in ((dict(weights={}), 'misses'), (dict(weights=other), 'misses .* in another shape'),
-                     (dict(weights='x.pth'), 'no weights .*safetensors')):
+                     (dict(weights='x.pth'), 'no trained weights .*safetensors')):
         with pytest.raises(ValueError, match=words): clae_learner(dls, resnet18, **kw)
     for kw in (dict(pretrained=True), dict(weights='DEFAULT')):
         with pytest.raises(ValueError, match='no trained weights for resnet8'): clae_learner(dls, resnet8, **kw)

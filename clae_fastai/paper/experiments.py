@@ -52,48 +52,43 @@ def grids(
     "All tables and figures that are grids, at a scale"
     epochs = look_up(scale, _scales, 'scale')['epochs']
     longer = round(epochs*11/6) # without the attack, in the time that CLAE takes
-    long_baseline = f'SimCLR, {longer} epochs'
     targets = ['digits'] if scale == 'smoke' else table2
     def data(*names): return dict(small=('cifar10',), smoke=('digits',)).get(scale, names)
-    def axis(option, *values): return {option: {v: {option: v} for v in values or _axis_values[scale][option]}}
-    def simclr(title, axes, baseline=('eps',0), x=None, **options):
-        return Grid(title, axes, baseline, data('cifar100'), dict(method='simclr', **options), x)
-    def on_off(x, title): return simclr(title, axis(x) | axis('eps', 0, .03), x=x)
-    off,fgsm = dict(eps=0),dict(attack='fgsm')
+    def axis(option, *values, zero={}):
+        return {option: zero | {v: {option: v} for v in values or _axis_values[scale][option]}}
+    def simclr(title, axes, baseline=None, **options):
+        *_,(name,labels) = axes.items() # compared with the first label of the last axis
+        base = dict(method='simclr', **options)
+        return Grid(title, axes, (name, ifnone(baseline, first(labels))), data('cifar100'), base)
+    def along(title, axes): return replace(simclr(title, axes), x=first(axes))
+    on_off,off,fgsm = axis('eps', 0, .03),dict(eps=0),dict(attack='fgsm')
     return dict(
         table1=Grid(
             'Table 1: three methods, with and without adversarial examples',
             axis('method', *methods) | axis('eps', 0, .03, .07), ('eps',0),
             data('cifar10','cifar100','tinyimagenet'), omit=(('tinyimagenet','knn'),)),
         table2=Grid(
-            'Table 2: transfer', axis('eps', 0, .03), ('eps',0), data('imagenet100'),
+            'Table 2: transfer', on_off, ('eps',0), data('imagenet100'),
             dict(method='simclr', transfer=' '.join(targets)), metrics=('linear', *(f'transfer_{o}' for o in targets)),
             paper={('imagenet100','linear',0): 61.7, ('imagenet100','linear',.03): 62.4}),
-        fig5a=on_off('bs', 'Figure 5a: batch size'),
-        fig5b=on_off('n_out', 'Figure 5b: embedding dimension'),
-        fig5c=on_off('arch', 'Figure 5c: architecture'),
-        fig6a=simclr(
-            'Figure 6a: weight of the adversarial loss',
-            dict(alpha={0: off} | axis('alpha')['alpha']), ('alpha',0), 'alpha'),
-        fig6b=simclr('Figure 6b: strength of the attack', axis('eps'), x='eps'),
-        fig6c=on_off('epochs', 'Figure 6c: epochs'),
-        fig7=simclr(
-            'Figure 7: attacks', dict(attack={'none': off} | axis('attack', 'fgsm','rfgsm','ffgsm','pgd')['attack']),
-            ('attack','none'), 'attack'),
+        fig5a=along('Figure 5a: batch size', axis('bs') | on_off),
+        fig5b=along('Figure 5b: embedding dimension', axis('n_out') | on_off),
+        fig5c=along('Figure 5c: architecture', axis('arch') | on_off),
+        fig6a=along('Figure 6a: weight of the adversarial loss', axis('alpha', zero={0: off})),
+        fig6b=along('Figure 6b: strength of the attack', axis('eps')),
+        fig6c=along('Figure 6c: epochs', axis('epochs') | on_off),
+        fig7=along('Figure 7: attacks', axis('attack', 'fgsm','rfgsm','ffgsm','pgd', zero={'none': off})),
         random=simclr(
             'Adversarial against random-sign views',
-            {'third view': {'none': off, 'random signs': dict(attack='random'), 'adversarial': fgsm}},
-            ('third view','random signs')),
+            {'third view': {'none': off, 'random signs': dict(attack='random'), 'adversarial': fgsm}}, 'random signs'),
         start=simclr(
             'Zero against random start of the attack',
-            dict(start={'zero': fgsm, 'uniform': dict(attack='ffgsm'), 'random signs': dict(attack='rfgsm')}),
-            ('start','zero')),
-        compute=simclr(
-            'Equal compute',
-            dict(trained={
-                long_baseline: dict(off, epochs=longer), f'SimCLR, {epochs} epochs': off, f'CLAE, {epochs} epochs': {}}),
-            ('trained',long_baseline)),
-        strong=simclr('Over a strong baseline', axis('eps', 0, .03), recipe=None, lr=3e-3, epochs=4*epochs))
+            dict(start={'zero': fgsm, 'uniform': dict(attack='ffgsm'), 'random signs': dict(attack='rfgsm')})),
+        compute=simclr('Equal compute', dict(trained={
+            f'SimCLR, {longer} epochs': dict(off, epochs=longer),
+            f'SimCLR, {epochs} epochs': off,
+            f'CLAE, {epochs} epochs': {}})),
+        strong=simclr('Over a strong baseline', on_off, recipe=None, lr=3e-3, epochs=4*epochs))
 
 # %% ../../nbs/24_paper.experiments.ipynb #91b712d4
 def _data_set(data):
@@ -108,7 +103,7 @@ def _data_set(data):
 def _scale_options(scale, method, label):
     if scale != 'paper': return look_up(scale, _scales, 'scale')
     recipe = look_up(f'{method}-{label}', recipes, 'recipe', "use another --scale, or other data")
-    return dict(recipe=recipe.name, arch=recipe.arch, epochs=recipe.epochs, bs=recipe.bs, lr=recipe.lr)
+    return dict(recipe=recipe.name, **{k: getattr(recipe, k) for k in ('arch','epochs','bs','lr')})
 
 @patch
 def cells(self:Grid,
@@ -118,7 +113,7 @@ def cells(self:Grid,
     "What there is to train for a grid, but for the seeds"
     sets = [_data_set(o) for o in L(ifnone(data, self.data))]
     if len(dict(sets)) < len(sets):
-        raise ValueError(f"Two data sets go by one name: rename a folder of {', '.join(name for name,_ in sets)}.")
+        raise ValueError(f"Two data sets go by one name, of {', '.join(name for name,_ in sets)}: rename a folder.")
     res = []
     for (name,where),*keys in itertools.product(sets, *self.axes.values()):
         own = merge(self.base, *(labels[k] for labels,k in zip(self.axes.values(), keys)))
@@ -193,7 +188,7 @@ def _do_on_node(folder, options, run):
     (folder/'error.txt').unlink(missing_ok=True) # an earlier sweep's, on a disk that is not ours
     _do_trial(folder, options, run)
     files = folder/'summary.json',folder/'error.txt'
-    return [f.read_text(encoding='utf-8') if f.exists() else None for f in files]
+    return [f.exists() and f.read_text(encoding='utf-8') for f in files]
 
 def _do_on_ray(trials, run, address):
     try: import ray
@@ -282,10 +277,10 @@ def paired(
 ) -> pd.DataFrame: # A row a cell that has pairs: `by`, n, mean, values by seed, low, high (nan for one pair)
     "Differences from the baseline, seed by seed, with their interval"
     axis,label = baseline
-    same = [o for o in by if o != axis] + ['seed']
+    same = [*(o for o in by if o != axis), 'seed']
     df = df.dropna(subset=[metric])
-    base = df.loc[df[axis] == label, [*same, metric]]
-    both = df[df[axis] != label].merge(base, on=same, suffixes=('','_base'), validate='m:1')
+    is_base = df[axis] == label
+    both = df[~is_base].merge(df.loc[is_base, [*same, metric]], on=same, suffixes=('','_base'), validate='m:1')
     both['difference'] = both[metric] - both[f'{metric}_base']
     res = aggregate(both, by, 'difference').drop(columns='std')
     bounds = [confidence_interval(v, level)[1:] if len(v) > 1 else (math.nan,math.nan) for v in res['values']]
@@ -353,18 +348,19 @@ def _draw_metric(ax, grid, df, metric):
     at = dict(zip(labels, labels if numbers else range(len(labels))))
     others = [axis for axis in grid.axes if axis != x]
     for i,key in enumerate(itertools.product(*(grid.axes[axis] for axis in others))):
-        own = df[(df[others] == list(key)).all(axis=1)]
         pairs = list(zip(others, key))
-        name = ['baseline' if grid.baseline in pairs else 'CLAE', *(f'{a} {v}' for a,v in pairs if (a,v) != grid.baseline)]
+        names = [f'{axis} {label}' for axis,label in pairs if (axis,label) != grid.baseline]
+        names.insert(0, 'baseline' if grid.baseline in pairs else 'CLAE')
+        own = df[(df[others] == list(key)).all(axis=1)]
         cells = aggregate(own, [x], metric)
         ax.errorbar(
             cells[x].map(at), 100*cells['mean'], 100*cells['std'].fillna(0), marker='o', capsize=3,
-            ls='-' if numbers else 'none', color=f'C{i}', label=', '.join(name))
+            ls='-' if numbers else 'none', color=f'C{i}', label=', '.join(names))
         ax.scatter(own[x].map(at), 100*own[metric], s=12, color=f'C{i}', alpha=.5)
         if grid.baseline[0] == x:
             level = cells['mean'][cells[x] == grid.baseline[1]].mean() # nan, and not drawn, where it is not run
             ax.axhline(100*level, color='gray', ls='--', label='baseline')
-    ax.set(xlabel=_title(x), ylabel=f'{_title(metric)} accuracy, %')
+    ax.set(title=df['data'].iloc[0], xlabel=_title(x), ylabel=f'{_title(metric)} accuracy, %')
     if x in ('bs','n_out'): ax.set_xscale('log', base=2)
     ax.set_xticks(list(at.values()), list(map(str, at)))
     ax.minorticks_off()
@@ -379,9 +375,8 @@ def draw(self:Grid,
     "Mean, standard deviation and every trial along `x`"
     sets,n = df['data'].unique(),len(self.metrics)
     fig,axs = plt.subplots(len(sets), n, figsize=(4.6*n, 3.6*len(sets)), squeeze=False)
-    for (d,metric),ax in zip(itertools.product(sets, self.metrics), axs.flat):
+    for ax,(d,metric) in zip(axs.flat, itertools.product(sets, self.metrics)):
         _draw_metric(ax, self, df[df['data'] == d], metric)
-        ax.set_title(d)
     fig.suptitle(f'{self.title}\n(mean and standard deviation over the seeds, and every seed)', fontsize=10)
     fig.tight_layout()
     return fig
@@ -411,10 +406,10 @@ def _render_grid(grid, df, seeds, folders):
         f"kNN: 200 neighbours, LR: linear probe.{same and f' All trials: {same}.'}\n\n{grid.markdown(df)}")
     return text,done,grid.draw(df) if grid.x else None
 
-def _make(
+def _run_and_render(
     name, grid, scale, data=None, seeds=None, workers=1, ray=None, out='results', run=None,
     render=_render_grid, from_rows=True):
-    "Run what is missing and write what `render` gives: text, rows, picture. `from_rows`: do without the trials' folders"
+    "`render` gives text, rows and picture; `from_rows`: rows in trials.csv will do for it, without the trials' folders"
     seeds = ifnone(seeds, 1 if scale == 'smoke' else 3)
     _check_count('workers', workers)
     _check_count('seeds', seeds)
@@ -452,7 +447,7 @@ def table(
 ) -> Path: # The Markdown file; the CSV is beside it
     "Run what is missing of a table and render it"
     known = {k.removeprefix('table'): (k,g) for k,g in grids(scale).items() if g.x is None}
-    return _make(*look_up(which, known, 'table'), scale, data, seeds, workers, ray, out, run)
+    return _run_and_render(*look_up(which, known, 'table'), scale, data, seeds, workers, ray, out, run)
 
 # %% ../../nbs/24_paper.experiments.ipynb #e8b6430a
 def _figure2(learn):
@@ -493,13 +488,13 @@ def _render_encoders(grid, df, seeds, folders, examine, load):
         if not (folder/'summary.json').exists():
             text.append('not run')
             continue
-        df,fig,tables = examine(load(folder))
-        rows.append(df.assign(trial=folder.name))
+        own,fig,tables = examine(load(folder))
+        rows.append(own.assign(trial=folder.name))
         figs.append(fig)
+        if len(figs) > 1: plt.close(fig)
         for title,t in tables.items():
             short = t.map(lambda v: f'{v:.4g}' if isinstance(v, float) else v)
             text += [f'{title}:',_markdown_table(t.columns, short.values)]
-        if len(figs) > 1: plt.close(fig)
     return '\n\n'.join(text) + '\n',pd.concat(rows) if rows else None,first(figs)
 
 @delegates(table)
@@ -513,8 +508,8 @@ def figure(
     "Run what is missing of a figure and render it"
     known = {k.removeprefix('fig'): g for k,g in grids(scale).items() if g.x}
     if look_up(which, [*_encoder_figures, *known], 'figure') in known:
-        return _make(f'fig{which}', known[which], scale, *args, **kwargs)
+        return _run_and_render(f'fig{which}', known[which], scale, *args, **kwargs)
     title,examine = _encoder_figures[which]
     grid = replace(known['6b'], title=f'Figure {which}: {title}', axes=dict(eps={.03: dict(eps=.03)}))
     render = partial(_render_encoders, examine=examine, load=load)
-    return _make(f'fig{which}', grid, scale, *args, render=render, from_rows=False, **kwargs)
+    return _run_and_render(f'fig{which}', grid, scale, *args, render=render, from_rows=False, **kwargs)

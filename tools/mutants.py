@@ -97,7 +97,7 @@ mutant('train.checkpoint', 'attack-state', "the attack's generator begins anew a
        f'{resume}::test_optimisers[sgd]',
        ('method.callback', "checkpoint_attrs = ('sums','n_batches','attack_generator')",
         "checkpoint_attrs = ('sums','n_batches')"),
-       ("attack=getattr(clae, 'attack', None)", 'attack=None'))
+       ("attack=nested_attr(learn, 'clae.attack')", 'attack=None'))
 mutant('method.callback', 'scaler', "the attack's loss is not scaled under float16",
        f'{matrix}::test_precision_is_what_it_says',
        ('loss = self.loss_func.pair if scaler is None else', 'loss = self.loss_func.pair if True else'))

@@ -22,15 +22,15 @@ class _RankDL(DistributedDL):
     "One rank's share of a `DataLoader`, on any device"
     def _broadcast(self, t, rank):
         "`t` of `rank`, on all ranks; through the device that the batches are on"
-        t = torch.tensor(t, dtype=torch.long).to(self.device)
+        t = torch.tensor(t, dtype=torch.long, device=self.device)
         dist.broadcast(t, rank)
         return t.tolist()
 
     def __len__(self):
         "Number of batches of each rank"
         if self.dl.n is None or not self.bs: return super().__len__()
-        n = math.ceil(self.dl.n/self.world_size)
-        return n//self.bs if self.drop_last else math.ceil(n/self.bs)
+        n_batches = math.ceil(self.dl.n/self.world_size)/self.bs
+        return int(n_batches) if self.drop_last else math.ceil(n_batches)
 
     def get_idxs(self):
         "This rank's slice of rank 0's order"
@@ -55,7 +55,7 @@ class _RankTrainer(DistributedTrainer):
     def before_fit(self):
         if self.wrapped: return # in a validation inside a fit, or after a fit that failed
         self.wrapped,self.validating = True,self.learn.lock.locked() # as in `validate` and `get_preds`
-        self.own_loaders = self.learn.dls.loaders
+        self.own_loaders,self.own_logger = self.learn.dls.loaders,self.learn.logger
         modules = self.learn.model.named_modules(remove_duplicate=False)
         self.own_norms = {name: m for name,m in modules if isinstance(m, _BatchNorm)}
         super().before_fit()
@@ -70,7 +70,7 @@ class _RankTrainer(DistributedTrainer):
         if not self.wrapped: return
         self.wrapped = False
         model = self.learn.model = get_model(self.learn.model)
-        self.learn.dls.loaders = self.own_loaders
+        self.learn.dls.loaders,self.learn.logger = self.own_loaders,self.own_logger
         for name,norm in self.own_norms.items():
             parent,_,child = name.rpartition('.')
             parent = model.get_submodule(parent)
@@ -80,13 +80,12 @@ class _RankTrainer(DistributedTrainer):
 
 # %% ../../nbs/13_train.distributed.ipynb #46dd1a10
 def set_rank_device():
-    "Make the GPU of this process's local rank the default one. To be called before anything is put on a GPU"
+    "Make the GPU of this process's local rank the default one, before anything is put on a GPU"
     if not torch.cuda.is_available() or 'LOCAL_RANK' not in os.environ: return
     n,rank = torch.cuda.device_count(),int(os.environ['LOCAL_RANK'])
     if rank >= n:
-        raise ValueError(f"There are {n} GPUs, and process {rank} needs one of its own: "
-                         f"start {n} processes (torchrun --nproc_per_node={n}), "
-                         "or hide the GPUs (CUDA_VISIBLE_DEVICES='') to train on CPUs.")
+        raise ValueError(f"There are {n} GPUs, and process {rank} needs one of its own: start {n} processes "
+            f"(torchrun --nproc_per_node={n}), or train on CPUs (CUDA_VISIBLE_DEVICES='').")
     torch.cuda.set_device(rank)
 
 _group_numbers = itertools.count()
@@ -103,35 +102,26 @@ def _process_group(backend):
     try: yield
     finally: dist.destroy_process_group()
 
-@contextmanager
-def _on_all_ranks(learn, trainer):
-    "`learn` with the callback `trainer`: one log, and random numbers of each rank's own"
-    logger,progress = learn.logger,hasattr(learn, 'progress')
-    learn.add_cb(trainer)
-    if rank := rank_distrib():
-        learn.remove_cb(ProgressCallback)
-        set_seed((torch.initial_seed() + rank) % 2**32)
-    try: yield
-    finally:
-        trainer.restore()
-        learn.remove_cb(trainer)
-        learn.logger = logger
-        if progress and not hasattr(learn, 'progress'): learn.add_cb(ProgressCallback())
-
 @patch
 @contextmanager
 def distributed(self:Learner,
-    **kwargs # In place of what fits the device: `cpu`, `sync_bn` (share batch norm's statistics?), and accelerate's options
+    **kwargs # `sync_bn`, `cpu` and other options of accelerate, in place of what fits the device
 ):
     "Train on all processes that `torchrun` or `accelerate launch` has started; in one process, nothing changes"
     if num_distrib() <= 1 or hasattr(self, 'distributed_trainer'): # the latter inside another such context
         yield self
         return
-    if not find_spec('accelerate'):
-        raise ImportError("Training on several processes needs accelerate: pip install accelerate")
+    if not find_spec('accelerate'): raise ImportError("Training on several processes needs accelerate: pip install accelerate")
     gpu = torch.device(ifnone(getattr(self.dls, 'device', None), default_device())).type == 'cuda'
     if gpu:
         set_rank_device()
-        if torch.device(self.dls.device) != default_device(): self.dls.to(default_device())
+        self.dls.to(default_device())
     options = merge({} if gpu else dict(cpu=True, sync_bn=False), kwargs)
-    with _process_group('nccl' if gpu else 'gloo'), _on_all_ranks(self, _RankTrainer(**options)): yield self
+    rank = rank_distrib()
+    progress = self.cbs.filter(risinstance(ProgressCallback)) if rank else [] # one log
+    with _process_group('nccl' if gpu else 'gloo'):
+        trainer = _RankTrainer(**options)
+        if rank: set_seed((torch.initial_seed() + rank) % 2**32) # random numbers of its own
+        with self.removed_cbs(progress), self.added_cbs(trainer):
+            try: yield self
+            finally: trainer.restore()

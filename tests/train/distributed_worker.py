@@ -204,7 +204,7 @@ def resume(out):
     def run(*cbs):
         learn = digits_learner(attack=RFGSM(.03), cbs=cbs)
         with learn.distributed(): message = failure(learn.fit_one_cycle, 2, 3e-3)
-        return dict(message=message, state=state(learn), attack=learn.clae.attack.generator.get_state(), values=learn.recorder.values)
+        return dict(message=message, state=state(learn), attack=learn.clae.attack.state_dict(), values=learn.recorder.values)
     folder = out/'checkpoints'
     whole = run()
     cut = run(Checkpoint(folder, every_batches=1), PowerCut())

@@ -55,7 +55,7 @@ def rank_offset(
 def new_file(
     file:Path # To be written
 ):
-    "A name beside `file` to write to, which takes its place if all goes well, and is deleted if not"
+    "A name beside `file` to write to: it takes its place if all goes well, and is deleted if not"
     tmp = file.with_name(f'.{file.name}.{os.getpid()}.tmp')
     try:
         yield tmp
@@ -81,7 +81,8 @@ def _digest(tensors, header):
     return h.hexdigest()
 
 def _to_disk(path):
-    "Force what was written to a file or folder out of the system's memory"
+    "Force a file or folder out of the system's memory"
+    if os.name != 'posix': return
     f = os.open(path, os.O_RDONLY)
     try: os.fsync(f)
     finally: os.close(f)
@@ -98,13 +99,13 @@ def write_safetensors(
     with new_file(file) as tmp:
         try: safetensors.torch.save_file(tensors, tmp, dict(header, digest=_digest(tensors, header)))
         except safetensors.SafetensorError as e: raise OSError(f"{file} cannot be written ({e}).") from None
-        if os.name == 'posix': _to_disk(tmp)
-    if os.name == 'posix': _to_disk(file.parent) # the new name, too
+        _to_disk(tmp)
+    _to_disk(file.parent) # the new name, too
 
 class OtherFormat(ValueError):
     "A file of another `format` than was expected"
     def __init__(self, file, format, expected):
-        super().__init__(f"{file} is something else: its header's format is {format!r}, and {expected!r} was expected.")
+        super().__init__(f"{file} is something else: its format is {format!r}, and {expected!r} was expected.")
         self.format = format
 
 def read_safetensors(
@@ -140,17 +141,18 @@ def check_choice(
     choices:tuple # What is possible
 ):
     "Raises `ValueError` where an argument is none of its choices"
-    if value not in choices: raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, and it is {value!r}.")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, and it is {value!r}.")
 
 def check_batches(
     bs:int, # Images a batch
     n:int=None, # Training images, where that is known
     drop_last:bool=True # Is a last batch that is smaller left out?
 ):
-    "Raises `ValueError` where training would get no batch, or a batch of one image, which has nothing to be contrasted with"
+    "Raises `ValueError` where training would get no batch, or a batch of one image"
     if n is not None and drop_last and n < bs:
         raise ValueError(f"There are {n} training images, fewer than one batch of {bs}: use a smaller batch size.")
     if bs < 2 or n and not drop_last and n % bs == 1:
         of = '' if n is None else f" of {n} images"
         raise ValueError(f"Contrast needs two images in every batch, and batches of {bs}{of} leave one alone: "
-                         "use another batch size, or drop_last=True.")
+            "use another batch size, or drop_last=True.")

@@ -11,30 +11,15 @@ matplotlib.use('Agg')
 if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')
 here = Path(__file__).parent
 
-# Where a new version of fastai, fastcore or nbdev is felt first: files, or tests of a file. Marked here, so that it is one list
-newest = """
-    test_cli.py::test_runs_twice_and_leaves_the_run_folder
-    test_nothing_patched.py
-    method/test_golden.py
-    method/test_method_matrix.py::test_two_steps_of_everything
-    method/test_method_matrix.py::test_precision_is_what_it_says
-    data/test_images.py::test_fastai_finds_what_it_expects
-    train/test_learner.py::test_life_of_a_learner
-    train/test_learner.py::test_predict
-    train/test_learner.py::test_another_device_after_loading
-    train/test_encoder_learner.py
-    train/test_checkpoint.py::test_random_item_transforms
-    train/test_checkpoint.py::test_optimisers
-    train/test_checkpoint.py::test_float16_scaler
-    measure/test_evaluate.py::test_the_callback_works_only_on_its_epochs
-""".split()
+def pytest_addoption(parser):
+    parser.addoption('--leak-minutes', type=float, default=1, help='length of the leak test')
+    parser.addini('newest', 'files, or tests of a file, that are marked `newest`', type='linelist')
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    newest = config.getini('newest')
     for o in items:
         name = o.nodeid.removeprefix('tests/').partition('[')[0]
         if name in newest or name.partition('::')[0] in newest: o.add_marker('newest')
-
-def pytest_addoption(parser): parser.addoption('--leak-minutes', type=float, default=1, help='length of the leak test')
 
 @pytest.fixture(scope='session')
 def golden(): return lambda name: np.load(here/'golden'/f'{name}.npz')

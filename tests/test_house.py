@@ -168,10 +168,9 @@ def test_commands_import_nothing_heavy():
     other = [o for o in res.stdout.split() if o.split('.')[0] not in sys.stdlib_module_names]
     assert sorted(other)[:9] == ['clae_fastai','clae_fastai.cli'] # of a thousand others the first ones will do
 
-def test_what_is_newest_is_there():
-    "The list of tests for the newest line, in conftest.py, names files and functions that exist"
-    from conftest import newest
-    for name in newest:
-        file,_,test = name.partition('::')
-        assert (root/'tests'/file).is_file(), name
-        assert not test or f'def {test}(' in (root/'tests'/file).read_text(), name
+def test_what_is_newest_is_there(pytestconfig):
+    "The list of tests for the newest line, in pyproject.toml, names files and functions that exist"
+    names = pytestconfig.getini('newest')
+    files = {o: root/'tests'/o.partition('::')[0] for o in names}
+    assert names and [o for o,f in files.items() if not f.is_file()] == []
+    assert [o for o,f in files.items() if '::' in o and f'def {o.partition("::")[2]}(' not in f.read_text()] == []

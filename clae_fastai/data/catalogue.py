@@ -7,7 +7,7 @@ __all__ = ['catalogue', 'DataSet', 'datasets', 'get_dls']
 
 # %% ../../nbs/10_data.catalogue.ipynb #69acc60d
 from fastai.vision.all import *
-import pickle, scipy.io, torchvision
+import contextlib, scipy.io, torchvision
 from dataclasses import dataclass
 from importlib import resources
 from sklearn.datasets import load_digits
@@ -28,31 +28,42 @@ class _ArrayUnpickler(pickle.Unpickler):
 def _load_arrays(file):
     with open(file, 'rb') as f: return _ArrayUnpickler(f, encoding='latin1').load()
 
-def _read_cifar(root, train, test, meta, label_key, class_key):
+def _read_cifar(root, train, test, meta, fine=''):
     "CIFAR in torchvision's binary layout, or as image folders `train/` and `test/`"
     if (root/'train').is_dir(): return _read_two_folders(root)
     def _part(names, classes):
         batches = [_load_arrays(root/o) for o in names]
         images = torch.cat([torch.from_numpy(o['data']) for o in batches]).view(-1,3,32,32)
-        return MemoryImages(images, tensor([y for o in batches for y in o[label_key]]), classes)
+        return MemoryImages(images, tensor([y for o in batches for y in o[fine+'labels']]), classes)
     def _read():
-        classes = _load_arrays(root/meta)[class_key]
+        classes = _load_arrays(root/meta)[fine+'label_names']
         return _part(train, classes),_part([test], classes)
     return cached_images(root, [root/o for o in (*train, test, meta)], _read)
 
 def _read_cifar10(root, **_):
-    batches = [f'data_batch_{i}' for i in range(1,6)]
-    return _read_cifar(root, batches, 'test_batch', 'batches.meta', 'labels', 'label_names')
+    return _read_cifar(root, [f'data_batch_{i}' for i in range(1,6)], 'test_batch', 'batches.meta')
 
-def _read_cifar100(root, **_):
-    return _read_cifar(root, ['train'], 'test', 'meta', 'fine_labels', 'fine_label_names')
+def _read_cifar100(root, **_): return _read_cifar(root, ['train'], 'test', 'meta', 'fine_')
+
+def _read_fashion_mnist(root, **_):
+    def _part(train):
+        data = torchvision.datasets.FashionMNIST(root.parent, train=train)
+        return MemoryImages(data.data[:,None], data.targets, data.classes)
+    files = [root/'raw'/f'{s}-{k}-ubyte' for s in ('train','t10k') for k in ('images-idx3','labels-idx1')]
+    return cached_images(root, files, lambda: (_part(True), _part(False)))
+
+def _read_digits(root, size, **_):
+    digits = load_digits()
+    images = read_images([(o*255/16).round().astype(np.uint8) for o in digits.images], 1, (size,size))
+    data = MemoryImages(images, tensor(digits.target), [str(i) for i in range(10)])
+    parts = train_test_split(np.arange(len(data)), test_size=.25, stratify=digits.target, random_state=0)
+    return [data.take(o) for o in parts]
 
 # %% ../../nbs/10_data.catalogue.ipynb #aec120d1
 def _class_items(root, label=parent_label):
     "Images below `root` and their classes, by default the names of the folders they are in"
-    if not root.is_dir(): raise FileNotFoundError(2, 'No such folder', str(root))
     files = get_image_files(root).sorted()
-    if not files: raise FileNotFoundError(2, 'No image in', str(root))
+    if not files: raise FileNotFoundError(2, 'no folder, or no image in it', str(root))
     return [ImageItem(f, label(f)) for f in files]
 
 def _lines(file): return file.read_text().splitlines()
@@ -72,24 +83,10 @@ def _read_two_folders(root):
 
 def _read_tinyimagenet(root, **_):
     "`train/<wnid>/images/*.JPEG`, and `val/images/*.JPEG` with their classes in `val/val_annotations.txt`"
-    train,notes = _class_items(root/'train', lambda f: f.parent.parent.name),root/'val'/'val_annotations.txt'
+    notes = root/'val'/'val_annotations.txt'
     rows = [line.split('\t') for line in _lines(notes)]
-    return _cached_items(root, train, [ImageItem(root/'val'/'images'/o[0], o[1]) for o in rows], notes)
-
-def _read_fashion_mnist(root, **_):
-    def _part(train):
-        data = torchvision.datasets.FashionMNIST(root.parent, train=train)
-        return MemoryImages(data.data[:,None], data.targets, data.classes)
-    files = [root/'raw'/f'{s}-{k}-ubyte' for s in ('train','t10k') for k in ('images-idx3','labels-idx1')]
-    return cached_images(root, files, lambda: (_part(True), _part(False)))
-
-# %% ../../nbs/10_data.catalogue.ipynb #88b95eda
-def _read_digits(root, size, **_):
-    digits = load_digits()
-    images = read_images([(o*255/16).round().astype(np.uint8) for o in digits.images], 1, (size,size))
-    data = MemoryImages(images, tensor(digits.target), [str(i) for i in range(10)])
-    parts = train_test_split(np.arange(len(data)), test_size=.25, stratify=digits.target, random_state=0)
-    return [data.take(o) for o in parts]
+    test = [ImageItem(root/'val'/'images'/image, label) for image,label,*_ in rows]
+    return _cached_items(root, _class_items(root/'train', lambda f: f.parent.parent.name), test, notes)
 
 # %% ../../nbs/10_data.catalogue.ipynb #9171dd6e
 def _read_mat(file, key):
@@ -99,10 +96,10 @@ def _read_mat(file, key):
 def _read_cars(root, **_):
     classes = [str(o) for o in _read_mat(root/'devkit'/'cars_meta.mat', 'class_names')]
     def _part(folder, notes):
-        rows = _read_mat(notes, 'annotations')
+        rows = _read_mat(root/notes, 'annotations')
         return [ImageItem(root/folder/str(o['fname']), classes[int(o['class'])-1]) for o in rows]
-    train = _part('cars_train', root/'devkit'/'cars_train_annos.mat')
-    return train,_part('cars_test', root/'cars_test_annos_withlabels.mat'),classes
+    train = _part('cars_train', 'devkit/cars_train_annos.mat')
+    return train,_part('cars_test', 'cars_test_annos_withlabels.mat'),classes
 
 def _read_aircraft(root, **_):
     data = root/'data'
@@ -113,14 +110,14 @@ def _read_aircraft(root, **_):
 
 def _read_dtd(root, **_):
     def _part(name):
-        return [ImageItem(root/'images'/o, o.split('/')[0]) for o in (root/'labels'/f'{name}1.txt').read_text().split()]
+        return [ImageItem(root/'images'/o, o.split('/')[0]) for o in _lines(root/'labels'/f'{name}1.txt')]
     train = _part('train') + _part('val')
     return train,_part('test'),_classes(train)
 
 def _read_pets(root, **_):
     def _part(name):
-        lines = _lines(root/'annotations'/f'{name}.txt')
-        return [ImageItem(root/'images'/f'{o.split()[0]}.jpg', o.rpartition('_')[0]) for o in lines]
+        images = [line.split()[0] for line in _lines(root/'annotations'/f'{name}.txt')]
+        return [ImageItem(root/'images'/f'{o}.jpg', o.rpartition('_')[0]) for o in images]
     train = _part('trainval')
     return train,_part('test'),_classes(train)
 
@@ -132,16 +129,14 @@ def _read_flowers(root, **_):
 
 def _read_caltech101(root, seed, **_):
     "30 images of each of 102 classes, the background one among them, chosen by `seed`; the rest is for testing"
-    folder = root/'101_ObjectCategories'
-    items,rng,train,test = _class_items(folder),random.Random(seed),[],[]
-    for c in _classes(items):
-        own = [o for o in items if o.label == c]
+    rng,train,test = random.Random(seed),[],[]
+    for c,own in groupby(_class_items(root/'101_ObjectCategories'), 'label').items():
         if len(own) <= 30:
-            raise ValueError(f"{folder/c} holds {len(own)} images, and the protocol trains on 30 of each class "
-                             "and tests on the rest: the archive is not extracted completely.")
+            raise ValueError(f"{own[0].image.parent} holds {len(own)} images, and training takes 30 of each class "
+                "and testing the rest: extract the archive again.")
         rng.shuffle(own)
         train,test = train + own[:30],test + own[30:]
-    return train,test,_classes(items)
+    return train,test,_classes(train)
 
 def _read_imagenet100(root, **_):
     "`train/<wnid>/*` and `val/<wnid>/*` of an ImageNet folder, for the 100 classes of Tian et al. (2020)"
@@ -157,97 +152,81 @@ class DataSet:
     n_train:int # Training images, those of validation included
     n_test:int # Test images
     classes:int # Number of classes
-    size:int # Side in pixels: the images' own for small ones, 224 for others
+    size:int # Side in pixels: the images' own, or 224 for larger ones
     source:str # Who fetches it: 'scikit-learn', 'torchvision', 'fastai', or nobody ('path')
     licence:str # What its page says
     metric:str # 'top1', or 'mean_per_class'
     page:str # Where it is offered
     read:Callable=None # `read(root, size=, seed=)`
     folders:tuple=() # Names that its own folder goes by
-    fetch:Callable=None # `fetch(root)` downloads it
-    memory:bool=False # Does it live in memory?
-
-def _torchvision(cls): return lambda root: getattr(torchvision.datasets, cls)(root, download=True)
+    fetch:str=None # Its name at `source`: a class of torchvision's data sets, or one of fastai's `URLs`
 
 _imagenet_terms = 'ImageNet terms: non-commercial research'
 catalogue = {o.name: o for o in (
     DataSet('digits', 1347, 450, 10, 16, 'scikit-learn', 'CC BY 4.0', 'top1',
-        'https://archive.ics.uci.edu/dataset/80', _read_digits, memory=True),
+        'https://archive.ics.uci.edu/dataset/80', _read_digits),
     DataSet('fashion_mnist', 60000, 10000, 10, 28, 'torchvision', 'MIT', 'top1',
-        'https://github.com/zalandoresearch/fashion-mnist',
-        _read_fashion_mnist, ('FashionMNIST',), _torchvision('FashionMNIST'), memory=True),
+        'https://github.com/zalandoresearch/fashion-mnist', _read_fashion_mnist, ('FashionMNIST',), 'FashionMNIST'),
     DataSet('cifar10', 50000, 10000, 10, 32, 'torchvision', 'none stated', 'top1',
-        'https://www.cs.toronto.edu/~kriz/cifar.html',
-        _read_cifar10, ('cifar-10-batches-py','cifar10'), _torchvision('CIFAR10'), memory=True),
+        'https://www.cs.toronto.edu/~kriz/cifar.html', _read_cifar10, ('cifar-10-batches-py','cifar10'), 'CIFAR10'),
     DataSet('cifar100', 50000, 10000, 100, 32, 'torchvision', 'none stated', 'top1',
-        'https://www.cs.toronto.edu/~kriz/cifar.html',
-        _read_cifar100, ('cifar-100-python','cifar100'), _torchvision('CIFAR100'), memory=True),
+        'https://www.cs.toronto.edu/~kriz/cifar.html', _read_cifar100, ('cifar-100-python','cifar100'), 'CIFAR100'),
     DataSet('tinyimagenet', 100000, 10000, 200, 64, 'path', _imagenet_terms, 'top1',
-        'http://cs231n.stanford.edu/tiny-imagenet-200.zip',
-        _read_tinyimagenet, ('tiny-imagenet-200',), memory=True),
+        'http://cs231n.stanford.edu/tiny-imagenet-200.zip', _read_tinyimagenet, ('tiny-imagenet-200',)),
     DataSet('imagenet100', 126689, 5000, 100, 224, 'path', _imagenet_terms, 'top1',
         'https://image-net.org/download.php', _read_imagenet100, ('imagenet','ImageNet')),
     DataSet('cars', 8144, 8041, 196, 224, 'fastai', 'non-commercial research', 'top1',
-        'https://ai.stanford.edu/~jkrause/cars/car_dataset.html',
-        _read_cars, ('stanford_cars','stanford-cars'), lambda root: untar_data(URLs.CARS, data=root)),
+        'https://ai.stanford.edu/~jkrause/cars/car_dataset.html', _read_cars, ('stanford_cars','stanford-cars'), 'CARS'),
     DataSet('aircraft', 6667, 3333, 100, 224, 'torchvision', 'non-commercial research', 'mean_per_class',
-        'https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/',
-        _read_aircraft, ('fgvc-aircraft-2013b',), _torchvision('FGVCAircraft')),
+        'https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/', _read_aircraft, ('fgvc-aircraft-2013b',), 'FGVCAircraft'),
     DataSet('dtd', 3760, 1880, 47, 224, 'torchvision', 'research', 'top1',
-        'https://www.robots.ox.ac.uk/~vgg/data/dtd/', _read_dtd, ('dtd',), _torchvision('DTD')),
+        'https://www.robots.ox.ac.uk/~vgg/data/dtd/', _read_dtd, ('dtd',), 'DTD'),
     DataSet('pets', 3680, 3669, 37, 224, 'torchvision', 'CC BY-SA 4.0', 'mean_per_class',
-        'https://www.robots.ox.ac.uk/~vgg/data/pets/',
-        _read_pets, ('oxford-iiit-pet',), _torchvision('OxfordIIITPet')),
+        'https://www.robots.ox.ac.uk/~vgg/data/pets/', _read_pets, ('oxford-iiit-pet',), 'OxfordIIITPet'),
     DataSet('caltech101', 3060, 6084, 102, 224, 'torchvision', 'CC BY 4.0', 'mean_per_class',
-        'https://data.caltech.edu/records/mzrjq-6wc02',
-        _read_caltech101, ('caltech101','caltech_101'), _torchvision('Caltech101')),
+        'https://data.caltech.edu/records/mzrjq-6wc02', _read_caltech101, ('caltech101','caltech_101'), 'Caltech101'),
     DataSet('flowers', 2040, 6149, 102, 224, 'torchvision', 'none stated', 'mean_per_class',
-        'https://www.robots.ox.ac.uk/~vgg/data/flowers/102/',
-        _read_flowers, ('flowers-102',), _torchvision('Flowers102')),
+        'https://www.robots.ox.ac.uk/~vgg/data/flowers/102/', _read_flowers, ('flowers-102',), 'Flowers102'),
     DataSet('folder', None, None, None, None, 'path', "the images' own", 'top1', ''))}
 
 def datasets() -> pd.DataFrame:
     "The names that `get_dls` knows"
-    columns = 'name n_train n_test classes size source licence metric page'.split()
-    rows = [[ifnone(getattr(o, c), '') for c in columns] for o in catalogue.values()]
-    return pd.DataFrame(rows, columns=columns).set_index('name')
+    table = pd.DataFrame(list(catalogue.values()), dtype=object).set_index('name')
+    return table.loc[:,:'page'].fillna('')
 
 # %% ../../nbs/10_data.catalogue.ipynb #a774cf14
-def _own_folder(path, names):
-    "The data set's own folder in `path`, which may be `path` itself"
-    while found := [path/o for o in names if (path/o).is_dir()]: path = found[0]
-    return path
-
-def _read_checked(entry, path, **kwargs):
+def _read(entry, path, **kwargs):
     "What the entry's reader gives, once all its images are there and can be read"
+    root = path # or the data set's own folder in it
+    while found := [root/o for o in entry.folders if (root/o).is_dir()]: root = found[0]
     try:
-        parts = entry.read(root := _own_folder(path, entry.folders), **kwargs)
-        if not entry.memory:
+        parts = entry.read(root, **kwargs)
+        if not isinstance(parts[0], MemoryImages):
             files = [o.image for o in parts[0] + parts[1]]
-            if missing := [f for f in files if not f.exists()]:
-                raise FileNotFoundError(2, f'{len(missing)} listed images are missing', str(missing[0]))
-            check_images(files, root=root)
+            for f in files: f.stat() # a list may name files that are not there
+            check_images(files, root)
         return parts
     except (FileNotFoundError, ValueError): raise
     except Exception as e:
         raise ValueError(f"{entry.name} in {path} cannot be read ({type(e).__name__}: {e}). "
-                         f"Extract it again; it is offered at {entry.page}.") from None
+            f"Extract it again; it is offered at {entry.page}.") from None
 
-def _read(entry, path, download, failed='', **kwargs):
-    "What the entry's reader gives, after downloading if that is needed and possible"
+def _read_or_download(entry, path, download, **kwargs):
     if entry.source == 'path' and path is None:
         raise ValueError(f"{entry.name} is not downloaded automatically: "
-                         f"get it from {entry.page} and pass `path`, the folder that it is in.")
-    path = Path(path) if path is not None else fastai_path('data')
-    try: return _read_checked(entry, path, **kwargs)
-    except FileNotFoundError as e: missing = e
-    if not download or entry.fetch is None:
-        raise FileNotFoundError(f"{entry.name}: expected {missing.filename}, which is not there ({missing.strerror})."
-                                f"{failed} The data set is offered at {entry.page}.")
-    path.mkdir(parents=True, exist_ok=True)
-    try: entry.fetch(path)
-    except Exception as e: failed = f" The download failed ({type(e).__name__}: {e})."
-    return _read(entry, path, False, failed, **kwargs)
+            f"get it from {entry.page} and pass `path`, the folder that it is in.")
+    path,failed = Path(path) if path is not None else fastai_path('data'),''
+    if download and entry.fetch:
+        with contextlib.suppress(FileNotFoundError): return _read(entry, path, **kwargs)
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            if entry.source == 'fastai': untar_data(getattr(URLs, entry.fetch), data=path)
+            else: getattr(torchvision.datasets, entry.fetch)(path, download=True)
+        except Exception as e: failed = f" The download failed ({type(e).__name__}: {e})."
+    try: return _read(entry, path, **kwargs)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f"{entry.name}: expected {e.filename}, which is not there ({e.strerror})."
+            f"{failed} The data set is offered at {entry.page}.") from None
 
 # %% ../../nbs/10_data.catalogue.ipynb #4c10f32b
 def get_dls(
@@ -262,26 +241,26 @@ def get_dls(
     channels:int=None, # In folders, 1: read all images as grey, 3: as colour; by default what they are
     **kwargs # Passed to the `DataLoaders`, for example `batch_tfms`, `num_workers`, `device`
 ) -> DataLoaders: # `train`: the images to train on; `valid`: the test images
-    "`DataLoaders` of a data set, by name. Raises `FileNotFoundError` or `ValueError` before any training if something is missing"
+    "`DataLoaders` of a data set, by name. Raises `FileNotFoundError` or `ValueError` before any training"
     if path is None and isinstance(name, (str,Path)) and name not in catalogue and Path(name).is_dir():
         name,path = 'folder',name
     entry = look_up(name, catalogue, 'data set', 'or pass a folder of images that exists')
     check_batches(bs)
     if size is not None and size < 4:
-        raise ValueError(f"size is the side of the images in pixels, 4 or more, and it is {size}.")
+        raise ValueError(f"size, the images' side in pixels, must be 4 or more, and it is {size}.")
     check_choice('channels', channels, (None,1,3))
     if name == 'folder':
         if path is None: raise ValueError("get_dls('folder') needs the folder's path.")
         dls = folder_dls(path, size, limit, seed, skip_bad, channels, bs=bs, **kwargs)
     else:
         if channels is not None:
-            raise ValueError("channels is for folders, whose images may be grey and in colour, "
-                             f"and those of {name} are what they are: leave it out.")
+            raise ValueError(f"channels is for folders, and the images of {name} are what they are: leave it out.")
         size = ifnone(size, entry.size)
-        train,*rest = _read(entry, path, download, size=size, seed=seed)
+        train,*rest = _read_or_download(entry, path, download, size=size, seed=seed)
         train = sample_items(train, limit, seed)
-        resize = Resize if name == 'imagenet100' else ResizeCenterCrop
-        if entry.memory: dls = memory_dls(train, *rest, size, bs=bs, **kwargs)
-        else: dls = file_dls(train, *rest, [resize(size)], bs=bs, **kwargs)
+        if isinstance(train, MemoryImages): dls = memory_dls(train, *rest, size, bs=bs, **kwargs)
+        else:
+            resize = Resize if name == 'imagenet100' else ResizeCenterCrop
+            dls = file_dls(train, *rest, resize(size), bs=bs, **kwargs)
     if not len(dls.train): check_batches(bs, dls.train.n)
     return dls

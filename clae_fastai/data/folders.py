@@ -7,32 +7,18 @@ __all__ = ['folder_dls']
 
 # %% ../../nbs/09_data.folders.ipynb #1d69a403
 from fastai.vision.all import *
-from dataclasses import dataclass
 from sklearn.model_selection import train_test_split
 from .images import *
 
 # %% ../../nbs/09_data.folders.ipynb #9dd68d34
-def _split_folders(path):
-    "Folder of the training images, and folder of the test images or None"
-    tests = [path/o for o in ('test','valid','val') if (path/o).is_dir()]
-    return (path/'train',tests[0]) if tests and (path/'train').is_dir() else (path,None)
-
-def _class_names(files, folder):
-    "First folder below `folder` of each file, or None if not every file has one or there is just one class"
+def _read_part(folder, skip_bad):
+    "Items of a folder, labelled where all lie in folders of several classes; and (file, mode, size) of each image"
+    files,modes,sizes = check_images(get_image_files(folder).sorted(), folder, skip_bad)
     parts = [f.relative_to(folder).parts for f in files]
-    names = [o[0] for o in parts if len(o) > 1]
-    return names if len(names) == len(files) and len(set(names)) > 1 else None
+    labelled = all(len(o) > 1 for o in parts) and len({o[0] for o in parts}) > 1
+    return [ImageItem(f, o[0] if labelled else None) for f,o in zip(files, parts)],L(zip(files, modes, sizes))
 
-def _check_classes(root, test, labels, test_labels):
-    "Raises `ValueError` where only one of the two folders has classes, or the test folder has others"
-    if (labels is None) != (test_labels is None):
-        with_labels,without = (root,test) if labels else (test,root)
-        raise ValueError(f"{with_labels} has class folders and {without} has not: "
-                         "sort the images of both into folders of the same names, "
-                         "or, to train without labels, give one folder of images.")
-    if unknown := set(test_labels or ()) - set(labels or ()):
-        raise ValueError(f"{test} has classes that {root} has not: {', '.join(sorted(unknown))}. "
-                         "Both folders must use the same class names.")
+def _classes(items): return sorted({o.label for o in items} - {None})
 
 def _hold_out(items, seed):
     "Four fifths to train on and one to test on, where the class of a test image must be known"
@@ -40,33 +26,23 @@ def _hold_out(items, seed):
     known = {o.label for o in train}
     return train + [o for o in test if o.label not in known],[o for o in test if o.label in known]
 
-@dataclass
-class _Folder:
-    "What a folder holds"
-    train:list # `ImageItem`s to train on
-    valid:list # `ImageItem`s to test on
-    classes:list # Their names, or None
-    files:L # All images
-    modes:L # Their modes
-    sizes:L # Their (width, height)
-
 def _read_folder(path, seed, skip_bad):
-    "Find the parts of a folder, check its images, name their classes"
-    root,test = _split_folders(path)
-    files,test_files = get_image_files(root).sorted(),get_image_files(test).sorted() if test else L()
-    if not files:
-        raise FileNotFoundError(f"There is no image in {root}: expected files such as {root}/<class>/1.png, "
-                                f"or {root}/1.png for images without classes.")
-    files,modes,sizes = check_images(files, skip_bad, root)
-    test_files,test_modes,test_sizes = check_images(test_files, skip_bad, test)
-    if not files: raise ValueError(f"No file in {root} can be read as an image.")
-    labels,test_labels = _class_names(files, root),_class_names(test_files, test)
-    if test_files: _check_classes(root, test, labels, test_labels)
-    train = [ImageItem(f, y) for f,y in zip(files, labels or [None]*len(files))]
-    valid = [ImageItem(f, y) for f,y in zip(test_files, test_labels or ())]
-    if labels and not test: train,valid = _hold_out(train, seed)
-    classes = sorted(set(labels)) if labels else None
-    return _Folder(train, valid, classes, files + test_files, modes + test_modes, sizes + test_sizes)
+    "Items to train on, items to test on, and (file, mode, size) of each image"
+    tests = [path/o for o in ('test','valid','val') if (path/o).is_dir()]
+    root,test = (path/'train',tests[0]) if tests and (path/'train').is_dir() else (path,None)
+    train,images = _read_part(root, skip_bad)
+    if not train:
+        raise FileNotFoundError(f"There is no image that can be read in {root}: "
+            f"expected files such as {root}/<class>/1.png, or {root}/1.png for images without classes.")
+    classes = _classes(train)
+    if test is None: return *(_hold_out(train, seed) if classes else (train,[])),images
+    valid,test_images = _read_part(test, skip_bad)
+    remedy = "Sort the images of both by the same classes, or, to train without labels, give one folder of images."
+    if unknown := set(_classes(valid)) - set(classes):
+        raise ValueError(f"{test} has classes that {root} has not: {', '.join(sorted(unknown))}. {remedy}")
+    if classes and valid and not _classes(valid):
+        raise ValueError(f"{root} has class folders and {test} has not. {remedy}")
+    return train,valid,images + test_images
 
 # %% ../../nbs/09_data.folders.ipynb #ca9bd8df
 def _n_channels(modes, channels):
@@ -74,15 +50,15 @@ def _n_channels(modes, channels):
     grey = sum(m in ('1','L','LA','I','I;16','F') for m in modes)
     if channels is None and 0 < grey < len(modes):
         raise ValueError(f"{grey} of the {len(modes)} images are grey, the others in colour: "
-                         "say with channels=3 (or 1; --channels on the command line) what all are to be.")
+            "make all alike with channels=3 or 1 (--channels on the command line).")
     return ifnone(channels, 1 if grey else 3)
 
-def _cropped_size(folder):
+def _cropped_size(images):
     "224 pixels. Raises `ValueError` where an image would have to be enlarged to that"
-    file,(w,h) = min(zip(folder.files, folder.sizes), key=lambda o: min(o[1]))
+    file,_,(w,h) = min(images, key=lambda o: min(o[2]))
     if min(w,h) < 224:
         raise ValueError(f"{file} is {w}x{h} pixels, smaller than the 224 that images of several sizes are cropped to: "
-                         f"choose the size, for example size={min(w,h)}; smaller images are enlarged to it.")
+            f"choose one, for example size={min(w,h)}.")
     return 224
 
 def folder_dls(
@@ -97,16 +73,15 @@ def folder_dls(
     "`DataLoaders` of a folder of images. Raises `FileNotFoundError` or `ValueError` before any training"
     path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f"There is no folder {path}.")
-    folder = _read_folder(path, seed, skip_bad)
-    channels = _n_channels(folder.modes, channels)
-    sides = {side for width_height in folder.sizes for side in width_height}
+    train,valid,images = _read_folder(path, seed, skip_bad)
+    channels,classes = _n_channels(images.itemgot(1), channels),_classes(train)
+    sides = {side for *_,width_height in images for side in width_height}
     side = sides.pop() if len(sides) == 1 else None # where all are squares of one size
     small = side is not None and side <= 64
-    if size is None: size = side if small else _cropped_size(folder)
-    train = sample_items(folder.train, limit, seed)
-    if small:
-        def _in_memory(items): return MemoryImages.from_items(items, folder.classes, channels)
-        train,valid = _in_memory(train),_in_memory(folder.valid) if folder.valid else None
-        return memory_dls(train, valid or train.new_empty(), size, path=path, **kwargs)
-    resize,cls = None if size == side else Resize(size),PILImageBW if channels == 1 else PILImage
-    return file_dls(train, folder.valid, folder.classes, resize, cls, path=path, **kwargs)
+    if size is None: size = side if small else _cropped_size(images)
+    train = sample_items(train, limit, seed)
+    if not small:
+        return file_dls(train, valid, classes, None if size == side else Resize(size), channels, path=path, **kwargs)
+    train = MemoryImages.from_items(train, classes, channels)
+    valid = MemoryImages.from_items(valid, classes, channels) if valid else train.new_empty()
+    return memory_dls(train, valid, size, path=path, **kwargs)

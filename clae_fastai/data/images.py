@@ -4,101 +4,87 @@
 
 # %% auto #0
 __all__ = ['ImageItem', 'check_images', 'read_images', 'MemoryImages', 'MemoryDL', 'ResizeImages', 'memory_dls', 'cached_images',
-           'ResizeCenterCrop', 'file_dls', 'sample_items']
+           'sample_items', 'file_dls', 'ResizeCenterCrop']
 
 # %% ../../nbs/08_data.images.ipynb #8dc7fb5e
 from fastai.vision.all import *
-import contextlib, hashlib, json
+import contextlib
 import torchvision.transforms.functional as TF
-from collections import namedtuple
 from ..core import *
 
 # %% ../../nbs/08_data.images.ipynb #e6533d3b
 _checked_format = 'clae-checked-1'
 
-def _in_threads(func, items):
-    return parallel(func, items, threadpool=True, n_workers=min(16, defaults.cpus), progress=False)
-
-def _is_whole(entry):
-    "Is it [bytes, time of change, mode, width, height]?"
-    return isinstance(entry, list) and [type(o) for o in entry] == [int,int,str,int,int] and min(entry[3:]) > 0
+_in_threads = partial(parallel, threadpool=True, progress=False)
 
 def _load_checked(file):
-    "Name and entry of each image that was readable; nothing, if `file` is damaged or not there"
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    "`{name: [bytes, time of change, mode, width, height]}` of images that were readable; {} if `file` is missing or damaged"
+    with contextlib.suppress(Exception): # whatever is wrong with it, all images can be checked anew
         memo = json.loads(file.read_bytes())
-        if memo['format'] == _checked_format: return {k: v for k,v in memo['images'].items() if _is_whole(v)}
+        types = {tuple(map(type, o)) for o in memo['images'].values()}
+        if memo['format'] == _checked_format and types == {(int,int,str,int,int)}: return memo['images']
     return {}
 
 def check_images(
     files:list, # Image files
-    skip_bad:bool=False, # Leave out what cannot be read, and say how many, instead of raising
-    root:str|Path=None # Folder of all of them, to remember in what was readable; None: nothing is remembered
+    root:str|Path, # Folder to remember in what was readable
+    skip_bad:bool=False # Leave out and count what cannot be read, instead of raising?
 ) -> tuple: # The files that can be read, their modes and their sizes (width, height): three `L`s
     "Decode every file once, but for those that are known to be readable and have not changed"
-    files,memo = L(files),None if root is None else Path(root)/'.clae-checked.json'
-    known = {} if memo is None else _load_checked(memo)
+    memo = Path(root)/'.clae-checked.json'
+    known = _load_checked(memo)
     def _name(file): return os.path.relpath(file, root)
     def _check(file):
         try:
             stat = os.stat(file)
             stamp = [stat.st_size,stat.st_mtime_ns]
-            if known and (old := known.get(_name(file))) and old[:2] == stamp: return old
+            if (old := known.get(_name(file))) and old[:2] == stamp: return old
             with Image.open(file) as im:
                 im.load()
                 return [*stamp, im.mode, *im.size]
         except Exception as e: return e
-    def _failed(found): return isinstance(found[1], Exception)
-    found = files.zipwith(_in_threads(_check, files))
-    good,bad = found.filter(_failed, negate=True),found.filter(_failed)
-    if memo is not None and (images := {_name(f): entry for f,entry in good}) != known:
+    good,bad = [],[]
+    for file,found in zip(files, _in_threads(_check, files)):
+        (bad if isinstance(found, Exception) else good).append((file,found))
+    if (images := {_name(f): found for f,found in good}) != known:
         with contextlib.suppress(OSError): write_text(memo, json.dumps(dict(format=_checked_format, images=images)))
     if bad:
         names = ', '.join(f'{f} ({type(e).__name__}: {e})' for f,e in bad[:3])
-        others = ' and others' if len(bad) > 3 else ''
-        what = f"{len(bad)} of {len(files)} files cannot be read as images: {names}{others}."
-        if not skip_bad: raise ValueError(
-            f"{what} Replace or delete them, or leave them out with skip_bad=True (--skip-bad on the command line).")
+        what = f"{len(bad)} of {len(files)} files cannot be read as images: {names}{', ...' if bad[3:] else ''}."
+        if not skip_bad:
+            raise ValueError(f"{what} Replace or delete them, or use skip_bad=True (--skip-bad on the command line).")
         print(f"Skipped {what}")
-    return good.itemgot(0),good.itemgot(1,2),good.map(lambda found: tuple(found[1][3:]))
+    return L(f for f,_ in good),L(found[2] for _,found in good),L(tuple(found[3:]) for _,found in good)
 
 # %% ../../nbs/08_data.images.ipynb #e395e5a4
-def _eight_bits(im):
-    "Images of 16 bits scaled to 8, which PIL would clip"
-    return Image.fromarray((np.asarray(im) >> 8).astype(np.uint8)) if im.mode.startswith('I;16') else im
-
-def _to_image(
-    image, # File, PIL image, array (H,W) or (H,W,C), or tensor (C,H,W)
-    channels, # 1: grey, 3: RGB
-    size=None # (width, height), or None for the image's own
-) -> Tensor: # (channels,height,width), uint8
-    if isinstance(image, (str,Path)):
-        with Image.open(image) as im: return _to_image(im, channels, size)
-    if isinstance(image, Tensor): image = image.permute(1,2,0).squeeze(-1).cpu().numpy()
-    im = _eight_bits(image if isinstance(image, Image.Image) else Image.fromarray(image))
-    im = im.convert('L' if channels == 1 else 'RGB')
-    if size is not None and im.size != tuple(size): im = im.resize(size, Image.BILINEAR)
-    return torch.from_numpy(np.array(im)).view(*im.size[::-1], -1).permute(2,0,1)
+def _open_image(image, channels):
+    "A file, PIL image, array (H,W) or (H,W,C), or tensor (C,H,W) as a `PILImageBW` of one channel or `PILImage` of three"
+    cls = PILImageBW if channels == 1 else PILImage
+    try:
+        if isinstance(image, Tensor): image = image.permute(1,2,0).squeeze(-1).cpu().numpy()
+        im = PILBase.create(image, mode=None)
+        if im.mode.startswith('I;16'): im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8)) # PIL would clip
+        return cls(im.convert(cls._open_args['mode']))
+    except Exception as e: # PIL does not name a truncated file
+        raise ValueError(f"{image} cannot be read as an image ({type(e).__name__}: {e}). Restore or replace it.") from None
 
 def read_images(
-    files:list, # Images, as files, PIL images or arrays
+    files:list, # Images, as files, PIL images, arrays or tensors
     channels:int=3, # 1: grey, 3: RGB
-    size:tuple=None # (width, height); the first image's by default, and then all must have it
+    size:tuple=None # (width, height); by default all must have one size
 ) -> Tensor: # (N,channels,height,width), uint8
     "Decode images into one tensor, in threads"
-    def _image(file):
-        try: return _to_image(file, channels, size)
-        except OSError as e: # PIL does not name a truncated file
-            raise ValueError(f"{file} cannot be read as an image ({e}).") from None
-    first = _image(files[0])
-    out = torch.empty(len(files), *first.shape, dtype=torch.uint8)
+    def _pixels(image):
+        im = _open_image(image, channels)
+        if size is not None: im = im.resize(size, Image.BILINEAR)
+        return torch.from_numpy(np.array(im)).view(*im.shape, channels).permute(2,0,1)
+    out = torch.empty(len(files), *_pixels(files[0]).shape, dtype=torch.uint8)
     def _read(i):
-        im = _image(files[i])
-        if im.shape != first.shape:
-            (_,h,w),(_,h0,w0) = im.shape,first.shape
-            raise ValueError(f"{files[i]} is {w}x{h} pixels, and {files[0]} is {w0}x{h0}: "
-                             "images in one tensor must have one size.")
-        out[i] = im
+        x = _pixels(files[i])
+        if x.shape != out.shape[1:]:
+            _,h,w = x.shape
+            raise ValueError(f"{files[i]} is {w}x{h} pixels, unlike {files[0]}: images in one tensor must have one size.")
+        out[i] = x
     _in_threads(_read, range(len(files)))
     return out
 
@@ -119,18 +105,21 @@ class MemoryImages:
     @classmethod
     def from_items(cls,
         items:list, # `ImageItem`s
-        classes:list=None, # Names of the classes; None: no labels
+        classes:list=None, # Their names, if there are labels
         channels:int=3 # 1: grey, 3: RGB
     ):
         "Decode images of one size"
-        index = {c: i for i,c in enumerate(classes or ())}
         images = read_images([o.image for o in items], channels)
-        return cls(images, tensor([index[o.label] for o in items]) if classes else None, classes or ())
+        if not classes: return cls(images)
+        index = {c: i for i,c in enumerate(classes)}
+        return cls(images, tensor([index[o.label] for o in items]), classes)
 
     @property
     def c(self): return len(self.vocab)
     @property
     def loss_func(self): return None if self.labels is None else CrossEntropyLossFlat()
+    @contextmanager
+    def set_split_idx(self, i): yield from replacing_yield(self, 'split_idx', i)
     def __len__(self): return len(self.images)
     def __getitem__(self, i):
         x = (TensorImageBW if self.images.shape[1] == 1 else TensorImage)(self.images[i])
@@ -139,12 +128,6 @@ class MemoryImages:
     def decode(self, o, full=True):
         "The image and the name of its class; embeddings, where a learner gives those, stay as they are"
         return (o[0], *(y if getattr(y, 'ndim', 0) else Category(self.vocab[int(y)]) for y in o[1:]))
-
-    @contextmanager
-    def set_split_idx(self, i):
-        old,self.split_idx = self.split_idx,i
-        try: yield self
-        finally: self.split_idx = old
 
     def take(self, idxs):
         labels = None if self.labels is None else self.labels[idxs]
@@ -156,8 +139,7 @@ class MemoryImages:
     ):
         "A data set of other images, unlabelled, brought to this one's size and channels"
         _,c,h,w = self.images.shape
-        images = read_images(L(items), c, (w,h)) if len(items) else self.images[[]]
-        other = type(self)(images, vocab=self.vocab)
+        other = type(self)(read_images(L(items), c, (w,h)) if len(items) else self.images[[]], vocab=self.vocab)
         other.split_idx = 1
         return other
 
@@ -183,13 +165,13 @@ class ResizeImages(DisplayedTransform):
     order = IntToFloatTensor.order+1
     def __init__(self,
         size:int|tuple # Side in pixels, or (height, width)
-    ): self.size = tuplify(size, match=(0,0))
+    ): self.size = size
     def encodes(self, x:TensorImageBase): return F.interpolate(x, self.size, mode='bilinear', antialias=True)
 
 def memory_dls(
     train:MemoryImages, # Images to train on
     valid:MemoryImages, # Test images, or an empty set
-    size:int=None, # Side in pixels that batches are resized to; None: as they are
+    size:int=None, # Side of batches in pixels; None: the images'
     batch_tfms:list=None, # Transforms of float batches of that size
     bs:int=64, # Images a batch
     path:str|Path='.', # Where learners write
@@ -206,17 +188,16 @@ def memory_dls(
     return DataLoaders(dl, dl.new(valid, shuffle=False, drop_last=False), path=path, device=device)
 
 # %% ../../nbs/08_data.images.ipynb #670e1cf0
-def _hash(data): return hashlib.blake2b(data, digest_size=16).hexdigest()
-
 def _fingerprint(files, root):
     "Hash of the files' names and contents"
+    def _hash(data): return hashlib.blake2b(data, digest_size=16).hexdigest()
     def _line(file): return f'{file.relative_to(root)} {_hash(file.read_bytes())}'
     return _hash('\n'.join(_in_threads(_line, sorted(files))).encode())
 
 def cached_images(
-    root:Path, # Folder of the data set; the cache is a file in it
-    files:list, # Files below `root` that are read
-    read:Callable # Reads them: a training and a test `MemoryImages`
+    root:Path, # Folder that the cache is kept in
+    files:list, # All that is read, below `root`
+    read:Callable # Gives a training and a test `MemoryImages`
 ) -> tuple: # The two
     "What `read()` gives, from the cache if that was made of these files"
     cache,format,fingerprint = root/'.clae-images.safetensors','clae-images-2',_fingerprint(files, root)
@@ -226,15 +207,42 @@ def cached_images(
             vocab = json.loads(header['vocab'])
             return tuple(MemoryImages(tensors[f'{s}_images'], tensors[f'{s}_labels'], vocab) for s in ('train','valid'))
     train,valid = read()
-    tensors = {f'{s}_{k}': getattr(ds, k) for s,ds in (('train',train),('valid',valid)) for k in ('images','labels')}
+    tensors = dict(train_images=train.images, train_labels=train.labels, valid_images=valid.images, valid_labels=valid.labels)
     try: write_safetensors(cache, tensors, format, fingerprint=fingerprint, vocab=json.dumps(list(train.vocab)))
-    except OSError as e: print(f"The images were read, and could not be kept ({e}): they will be read anew next time.")
+    except OSError as e: print(f"The images could not be kept ({e}): they will be read anew next time.")
     return train,valid
 
 # %% ../../nbs/08_data.images.ipynb #3a500cc4
 ImageItem = namedtuple('ImageItem', 'image label')
 
-# %% ../../nbs/08_data.images.ipynb #ef3b193b
+def sample_items(
+    items:list, # `ImageItem`s, or a `MemoryImages`
+    limit:int, # How many; None: all
+    seed:int # Seed of the choice
+) -> list: # In their order; a `MemoryImages` of one
+    "Some of the items, chosen at random. Raises `ValueError` where there are fewer"
+    if limit is None: return items
+    if not 0 < limit <= len(items):
+        raise ValueError(f"limit must lie between 1 and the {len(items)} training images, and it is {limit}.")
+    idxs = sorted(random.Random(seed).sample(range(len(items)), limit))
+    return items.take(idxs) if isinstance(items, MemoryImages) else [items[i] for i in idxs]
+
+def file_dls(
+    train:list, # `ImageItem`s
+    valid:list, # `ImageItem`s, if any
+    classes:list, # Names of the classes, if there are labels
+    item_tfms:list, # Transforms of an opened image
+    channels:int=3, # 1: grey, 3: RGB
+    batch_tfms:list=None, # Transforms of float batches
+    **kwargs # Passed to `DataBlock.dataloaders`
+) -> DataLoaders:
+    "`DataLoaders` of images that stay in files; training's last batch is dropped if it is smaller"
+    images = TransformBlock(type_tfms=partial(_open_image, channels=channels), batch_tfms=IntToFloatTensor)
+    labels = [CategoryBlock(vocab=classes, sort=False)] if classes else []
+    block = DataBlock([images, *labels], get_x=ItemGetter(0), get_y=ItemGetter(1) if classes else None, n_inp=1,
+        splitter=IndexSplitter(range(len(train), len(train)+len(valid))), item_tfms=item_tfms, batch_tfms=batch_tfms)
+    return block.dataloaders([*train, *valid], **kwargs)
+
 class ResizeCenterCrop(DisplayedTransform):
     "Bring an image's shorter side to `size` (bicubic) and crop the centre"
     order = Resize.order
@@ -243,43 +251,3 @@ class ResizeCenterCrop(DisplayedTransform):
     ): self.size = size
     def encodes(self, x:Image.Image):
         return TF.center_crop(TF.resize(x, self.size, TF.InterpolationMode.BICUBIC), self.size)
-
-# %% ../../nbs/08_data.images.ipynb #48babad4
-def _open_image(cls, file):
-    "`cls.create(file)`, with an error that names the file: it was readable when training began"
-    try:
-        if not isinstance(file, (str,Path)): return cls.create(file)
-        with Image.open(file) as im: return cls(_eight_bits(im).convert(cls._open_args['mode']))
-    except Exception as e:
-        raise ValueError(f"{file} can no longer be read as an image ({type(e).__name__}: {e}). "
-                         "Restore or replace it.") from None
-
-def file_dls(
-    train:list, # `ImageItem`s to train on
-    valid:list, # `ImageItem`s to test on, if any
-    classes:list, # Names of the classes; None: no labels
-    item_tfms:list, # Transforms of an opened image
-    cls:type=PILImage, # What it is opened as: `PILImage`, or `PILImageBW`
-    batch_tfms:list=None, # Transforms of float batches
-    **kwargs # Passed to `DataBlock.dataloaders`
-) -> DataLoaders:
-    "`DataLoaders` of images that stay in files; training's last batch is dropped if it is smaller"
-    images = TransformBlock(type_tfms=partial(_open_image, cls), batch_tfms=IntToFloatTensor)
-    labels = [CategoryBlock(vocab=classes, sort=False)] if classes else []
-    block = DataBlock([images, *labels], get_x=ItemGetter(0), get_y=ItemGetter(1) if classes else None, n_inp=1,
-                      splitter=IndexSplitter(range(len(train), len(train)+len(valid))),
-                      item_tfms=item_tfms, batch_tfms=batch_tfms)
-    return block.dataloaders([*train, *valid], **kwargs)
-
-# %% ../../nbs/08_data.images.ipynb #b0228e26
-def sample_items(
-    items:list, # Items to choose from, or a `MemoryImages`
-    limit:int, # How many; None: all
-    seed:int # Seed of the choice
-) -> list: # In their order; a `MemoryImages` of one
-    "Some of the items, chosen at random. Raises `ValueError` where there are fewer than `limit`"
-    if limit is None: return items
-    if not 0 < limit <= len(items):
-        raise ValueError(f"limit must lie between 1 and the {len(items)} training images, and it is {limit}.")
-    idxs = sorted(random.Random(seed).sample(range(len(items)), limit))
-    return items.take(idxs) if isinstance(items, MemoryImages) else [items[i] for i in idxs]

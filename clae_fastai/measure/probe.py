@@ -54,9 +54,9 @@ def _adam_probe(x, y, test_x, test_y, n_classes, metric, epochs, bs, lr, seed):
 
 # %% ../../nbs/18_measure.probe.ipynb #c631780e
 def _blocks(parts, mean):
-    "Centred features and labels in blocks of 32 MiB: `parts` are features, labels and the rows that count, and none is copied as a whole"
+    "Centred features and labels in blocks of 16 MiB: `parts` are features, labels and the rows that count, and none is copied as a whole"
     for x,y,idx in parts:
-        for rows in idx.split(max(1, 2**22//len(mean))): yield x[rows].double().sub_(mean),y[rows,None]
+        for rows in idx.split(max(1, 2**21//len(mean))): yield x[rows].double().sub_(mean),y[rows,None]
 
 def _logits(x, w): return F.linear(x, w[:,:-1], w[:,-1])
 
@@ -88,7 +88,7 @@ def _lbfgs_probe(x, y, valid, n_classes, metric, l2s, seed):
     if valid is None: fit,held_out = _hold_out(x, y, seed)
     else: fit,held_out = ((*part,torch.arange(len(part[1]), device=x.device)) for part in ((x,y),valid))
     held_y = held_out[1][held_out[2]]
-    mean = sum(rows.double().sum(0) for rows in x.split(4096))/len(x)
+    mean = sum(rows.double().sum(0) for rows in x.split(1024))/len(x)
     w,curve,best = mean.new_zeros(n_classes, len(mean)+1),[],None
     for l2 in l2s:
         w = _softmax_regression([fit], mean, l2, w, 1e-6)
@@ -145,7 +145,7 @@ def linear_probe(
         linear,l2,curve = _lbfgs_probe(x, y, valid and _data(valid), n_classes, metric, l2s, seed)
         settings = dict(l2=l2, l2s=l2s, valid='a fifth of the training images' if valid is None else 'given')
     with torch.no_grad():
-        top = torch.cat([linear(rows.to(linear.weight)).topk(min(5, n_classes)).indices for rows in test_x.split(4096)])
+        top = torch.cat([linear(rows.to(linear.weight)).topk(min(5, n_classes)).indices for rows in test_x.split(1024)])
     hit = top == test_y[:,None]
     accuracies = {name: float(_accuracy(top[:,0], test_y, name)) for name in ('top1','mean_per_class')}
     return Probe(metric, accuracies[metric], best_on_test, best_epoch, curve, **accuracies,

@@ -12,24 +12,19 @@ from ..core import *
 
 # %% ../../nbs/04_method.attacks.ipynb #640594d4
 def _check_size(name, value, high=math.inf):
-    "Raises `ValueError` for what is no size of a perturbation"
-    if 0 <= value <= high and math.isfinite(value): return
-    at_most = '' if high == math.inf else f" and at most {high}"
-    raise ValueError(f"{name} must be a finite number of 0 or more{at_most}, and it is {value}.")
+    if not 0 <= value <= high or value == math.inf:
+        raise ValueError(f"{name} must be finite and between 0 and {high}, and it is {value}.")
 
-def _per_image(t, x):
-    "One number an image (B,), to be multiplied with images (B,C,H,W)"
-    return t.view(-1, *[1]*(x.ndim-1))
+def _norm(x, p=2):
+    "Each image's p-norm (B,1,1,1)"
+    return torch.linalg.vector_norm(x, p, dim=tuple(range(1, x.ndim)), keepdim=True)
 
-def _l2(x): return _per_image(x.flatten(1).norm(dim=1), x)
-
-# %% ../../nbs/04_method.attacks.ipynb #6d02ea85
 class Attack:
     "Base of the attacks: a new attack is one method, `delta(x, grad)`"
-    stats = None # (mean, std), each (C,): of the Normalize that made `x`, see `set_stats`
+    stats = None # (mean, std) of the Normalize that made `x`, each (C,), or (C,1,1) after a call
 
     def __init__(self,
-        eps:float, # Largest size of an image's perturbation, 0 or more; 0 returns `x` itself
+        eps:float, # Largest size of an image's perturbation; 0 returns `x` itself
         norm:str='linf', # 'linf': largest change of a value; 'l2': length over (C,H,W)
         space:str='normalized' # Units of `eps`: 'normalized' (no clamp, as published) or 'pixel' ([0,1], clamped)
     ):
@@ -39,7 +34,7 @@ class Attack:
         store_attr('eps,norm,space')
 
     def __call__(self,
-        embed:Callable, # Images (B,C,H,W) to embeddings (B,D); the caller picks its batch norm and freezes its statistics
+        embed:Callable, # Images (B,C,H,W) to embeddings (B,D); the caller picks and freezes its batch norm
         x:Tensor, # Normalised images (B,C,H,W)
         loss:Callable # Contrastive loss of the batch, `(anchors, embeddings) -> scalar`
     ) -> Tensor: # `x_adv` (B,C,H,W), without graph
@@ -47,33 +42,29 @@ class Attack:
         if self.eps == 0: return x
         if self.space == 'pixel':
             self.set_stats(self.stats)
-            self.stats = [torch.as_tensor(s, dtype=x.dtype, device=x.device) for s in self.stats] # moved once
+            self.stats = [torch.as_tensor(s, dtype=x.dtype, device=x.device).view(-1,1,1) for s in self.stats]
         x = x.detach()
-        delta = self.delta(x, _BatchGradient(self, embed, x, loss))
+        delta = self.delta(x, _batch_gradient(self, embed, x, loss))
         with torch.no_grad(): return self.add(x, delta)
 
     def delta(self,
         x:Tensor, # Images (B,C,H,W)
-        grad:Callable # `grad(delta)`: the batch's gradient (B,C,H,W) at `x + delta`, in units of `space`; `grad()`: at `x`
+        grad:Callable # `grad()`, `grad(delta)`: the loss's gradient (B,C,H,W) at `x`, at `x + delta`
     ) -> Tensor: # Perturbation (B,C,H,W), in units of `space`
         "The perturbation: what makes an attack"
         raise NotImplementedError
 
     def set_stats(self,
-        stats:tuple # (mean, std), each (C,), that images are normalised with; None: what is known already stays
+        stats:tuple # (mean, std), each (C,), that images are normalised with; None: what was known stays
     ):
-        "What `CLAECallback` knows of its images. Raises `ValueError` where `space='pixel'` needs it and nobody knows"
+        "`CLAECallback` calls it. Raises `ValueError` where `space='pixel'` needs what nobody knows"
         self.stats = ifnone(stats, self.stats)
         if self.space == 'pixel' and self.stats is None:
-            raise ValueError("space='pixel' needs to know how the images were normalised: use views that end in a Normalize, "
-                "or set the attack's `stats` to the (mean, std) of each channel.")
+            raise ValueError("space='pixel' needs to know how the images were normalised: "
+                "use views that end in a Normalize, or set the attack's `stats`, (mean, std).")
 
-    def state_dict(self): "What an attack remembers from batch to batch, for a checkpoint"; return {}
+    def state_dict(self): "What it remembers from batch to batch, for a checkpoint"; return {}
     def load_state_dict(self, state): "Go on from there"
-
-    def _stat(self, i, x):
-        "Mean (0) or standard deviation (1) of the channels; a copy only where the attack was not called yet"
-        return torch.as_tensor(self.stats[i], dtype=x.dtype, device=x.device).view(-1,1,1)
 
     def add(self,
         x:Tensor, # Images (B,C,H,W)
@@ -81,7 +72,7 @@ class Attack:
     ) -> Tensor: # Perturbed images, in the units of `x`
         "`x + delta`; in pixel space `delta` is rescaled and the result clamped"
         if self.space == 'normalized': return x + delta
-        mean,std = self._stat(0, x),self._stat(1, x)
+        mean,std = self.stats
         return torch.clamp(x + delta/std, -mean/std, (1-mean)/std)
 
     def direction(self,
@@ -90,50 +81,49 @@ class Attack:
         "Where to go: `sign(g)`, or each image's `g/||g||`"
         g = g.nan_to_num(0.) # infinity, of which float16 makes a large number, keeps its sign
         if self.norm == 'linf': return g.sign()
-        top = _per_image(g.flatten(1).abs().amax(1), g)
-        g = g / torch.where(top > 0, top, 1.) # so that squares of tiny gradients do not underflow
-        n = _l2(g)
-        return g / torch.where(n > 0, n, 1.)
+        for p in (math.inf, 2): # first to a largest value of 1, as squares of tiny gradients underflow
+            n = _norm(g, p)
+            g = g / torch.where(n > 0, n, 1.)
+        return g
 
     def project(self,
         delta:Tensor # Perturbation (B,C,H,W)
     ) -> Tensor: # The nearest perturbation of size `eps` or less
         "Back into the `eps` ball"
         if self.norm == 'linf': return delta.clamp(-self.eps, self.eps)
-        n = _l2(delta)
+        n = _norm(delta)
         outside = n > self.eps*(1 + 16*torch.finfo(n.dtype).eps) # a step of exactly eps stays as it is
         return torch.where(outside, delta*(self.eps/n), delta)
 
     def __repr__(self):
-        args = [f'{k}={v!r}' for k,v in vars(self).items() if k not in ('stats','generator') and k[0] != '_']
-        return f"{type(self).__name__}({', '.join(args)})"
+        args = ', '.join(f'{k}={v!r}' for k,v in vars(self).items() if k not in ('stats','generator') and k[0] != '_')
+        return f"{type(self).__name__}({args})"
 
 # %% ../../nbs/04_method.attacks.ipynb #712ba67b
-class _BatchGradient:
-    "`grad(delta)` of one batch: the gradient of `loss(f(x), f(x+delta))` with respect to the images"
-    def __init__(self, attack, embed, x, loss):
-        store_attr()
-        self.anchor = None
-
-    def __call__(self, delta=None):
-        x = self.x if delta is None else self.attack.add(self.x, delta)
-        if self.anchor is None and delta is not None:
-            self.anchor = self.embed(self.x).detach() # not in no_grad: autocast would keep weights cast without graph
+def _batch_gradient(attack, embed, x, loss):
+    "`grad(delta)` of one batch: the gradient of `loss(f(x), f(x+delta))` in the images"
+    anchor = None
+    def grad(delta=None):
+        nonlocal anchor
+        if anchor is None and delta is not None:
+            anchor = embed(x).detach() # not in no_grad: autocast would keep weights cast without graph
+        x_adv = x if delta is None else attack.add(x, delta)
         with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            z = self.embed(x)
-            if self.anchor is None: self.anchor = z.detach()
-            g, = torch.autograd.grad(self.loss(self.anchor, z), x)
-        return g if self.attack.space == 'normalized' else g / self.attack._stat(1, g)
+            x_adv = x_adv.detach().requires_grad_()
+            z = embed(x_adv)
+            if anchor is None: anchor = z.detach()
+            g, = torch.autograd.grad(loss(anchor, z), x_adv)
+        return g if attack.space == 'normalized' else g / attack.stats[1]
+    return grad
 
 # %% ../../nbs/04_method.attacks.ipynb #0866b8aa
 class FGSM(Attack):
-    "Fast gradient sign method (Goodfellow et al. 2015; the paper's eq. 15): one step of size `eps`, one forward"
+    "Fast gradient sign method (Goodfellow et al. 2015; eq. 15): one step of size `eps`, one forward"
     def delta(self, x, grad): return self.eps*self.direction(grad())
 
 # %% ../../nbs/04_method.attacks.ipynb #6abbdfd5
 class RandomAttack(Attack):
-    "Base of the attacks that draw random numbers, from a generator of their own"
+    "Base of the attacks that draw from a random generator of their own"
     def __init__(self,
         eps:float, # Largest size of an image's perturbation
         seed:int=0, # Seed of the attack's own generator
@@ -148,13 +138,13 @@ class RandomAttack(Attack):
         return dict(generator=self.generator and (str(self.generator.device), self.generator.get_state()))
 
     def load_state_dict(self, state):
-        "Go on from there; on a machine without such a device the generator begins anew"
+        "Go on from there, or anew on a machine without such a device"
         self.generator = None
-        with suppress(RuntimeError):
-            device,state = state['generator'] or (None,None)
-            if device: self.generator = torch.Generator(device).set_state(state)
+        if state['generator'] is None: return
+        device,random_state = state['generator']
+        with suppress(RuntimeError): self.generator = torch.Generator(device).set_state(random_state)
 
-    def __getstate__(self): return {**vars(self), **self.state_dict()} # a generator can neither be copied nor pickled
+    def __getstate__(self): return {**vars(self), **self.state_dict()} # generators cannot be pickled
     def __setstate__(self, state):
         vars(self).update(state)
         self.load_state_dict(state)
@@ -168,32 +158,30 @@ class RandomAttack(Attack):
         "Random step of size 1 in `norm`: random signs, or uniform on the sphere"
         return self.direction(self._draw(torch.randn, x.shape, x))
 
-# %% ../../nbs/04_method.attacks.ipynb #3817c7c6
 @delegates(RandomAttack)
 class RFGSM(RandomAttack):
     "R+FGSM (Tramer et al. 2018): a random step of `start_size`, then FGSM with `eps - start_size`"
     def __init__(self,
         eps:float, # Largest size of an image's perturbation
-        start_size:float=None, # Size of the random step, at most `eps`; half of it by default
+        start_size:float=None, # Size of the random step, at most `eps`, by default half of it
         **kwargs
     ):
         super().__init__(eps, **kwargs)
-        start_size = ifnone(start_size, eps/2)
-        _check_size('start_size', start_size, high=eps)
-        store_attr('start_size')
+        self.start_size = ifnone(start_size, eps/2)
+        _check_size('start_size', self.start_size, high=eps)
 
     def delta(self, x, grad):
-        start = self.start_size*self.random_direction(x) if self.start_size else None
-        step = (self.eps - self.start_size)*self.direction(grad(start))
-        return step if start is None else start + step
+        if self.start_size == 0: return self.eps*self.direction(grad()) # FGSM, one forward
+        start = self.start_size*self.random_direction(x)
+        return start + (self.eps - self.start_size)*self.direction(grad(start))
 
 # %% ../../nbs/04_method.attacks.ipynb #aa405671
 @delegates(RandomAttack)
 class PGD(RandomAttack):
-    "Projected gradient descent (Madry et al. 2018): `steps` steps, each projected back into the `eps` ball"
+    "Projected gradient descent (Madry et al. 2018): steps that are projected back into the `eps` ball"
     def __init__(self,
         eps:float, # Largest size of an image's perturbation
-        steps:int=10, # Number of steps, 1 or more; each costs a forward and a backward into the images
+        steps:int=10, # Number of steps, 1 or more, each with a forward and a backward
         step_size:float=None, # Size of a step, `eps/4` by default
         start:str='uniform', # 'uniform' in the ball, or 'zero'
         **kwargs
@@ -210,8 +198,8 @@ class PGD(RandomAttack):
         "Uniform in the `eps` ball, or None to start at `x` itself"
         if self.start == 'zero': return None
         if self.norm == 'linf': return self.eps*(2*self._draw(torch.rand, x.shape, x) - 1)
-        radius = self._draw(torch.rand, (len(x),), x)**(1/x[0].numel())
-        return self.random_direction(x)*(self.eps*_per_image(radius, x))
+        radius = self._draw(torch.rand, (len(x), *[1]*(x.ndim-1)), x)**(1/x[0].numel())
+        return self.random_direction(x)*(self.eps*radius)
 
     def delta(self, x, grad):
         delta = self._start(x)
@@ -222,7 +210,7 @@ class PGD(RandomAttack):
 
 @delegates(RandomAttack)
 class FFGSM(PGD):
-    "Fast adversarial training's FGSM (Wong et al. 2020): a uniform start, one step of `step_size`, projected back"
+    "F-FGSM (Wong et al. 2020): PGD with a single step"
     def __init__(self,
         eps:float, # Largest size of an image's perturbation
         step_size:float=None, # Size of the step, `1.25*eps` by default
@@ -232,7 +220,7 @@ class FFGSM(PGD):
 
 # %% ../../nbs/04_method.attacks.ipynb #1ba63cbd
 class RandomPerturbation(RandomAttack):
-    "A random perturbation of size `eps`, without gradient: the control for the attacks (the paper's Fig. 3)"
+    "A random perturbation of size `eps`, without gradient: the control for the attacks (Fig. 3)"
     def delta(self, x, grad): return self.eps*self.random_direction(x)
 
 # %% ../../nbs/04_method.attacks.ipynb #caaea050

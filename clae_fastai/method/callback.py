@@ -17,18 +17,18 @@ from .views import *
 
 # %% ../../nbs/07_method.callback.ipynb #76e9350f
 def check_clae(
-    clae:Callback, # A `CLAECallback` of a learner
-    fitting:bool=False # Is the learner about to train or to validate, instead of being made?
-) -> tuple: # (mean, std) that its images are normalised with, or None
+    clae:Callback, # A learner's `CLAECallback`
+    fitting:bool=False # Is the learner about to fit, instead of being made?
+) -> tuple: # (mean, std) of its images' normalisation, or None
     "Raises `ValueError` for what cannot be trained"
     learn = clae.learn
     if not isinstance(learn.loss_func, CLAELoss):
-        raise ValueError(f"CLAECallback trains with a CLAELoss, and the Learner's loss_func is {learn.loss_func}: "
-            "wrap it, as in CLAELoss(NTXentLoss(), alpha=1.).")
+        raise ValueError(f"CLAECallback trains with a CLAELoss, and not with {learn.loss_func}: "
+            "wrap the Learner's loss_func, as in CLAELoss(NTXentLoss()).")
     stats = image_stats(clae.views, learn.dls)
     if isinstance(clae.attack, Attack): clae.attack.set_stats(stats)
     if fitting and not hasattr(learn, 'loss_terms'):
-        raise ValueError("CLAECallback has to be there when the Learner is made, as its batch norms must reach the optimiser: "
+        raise ValueError("CLAECallback must be there when the Learner is made, so that its batch norms are trained: "
             "Learner(..., cbs=CLAECallback(...)).")
     if fitting and clae.attacking: check_dual_bn(get_model(learn.model))
     return stats

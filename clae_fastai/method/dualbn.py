@@ -21,10 +21,10 @@ class DualBatchNorm(nn.Module):
         self.clean,self.adv,self.use_adv = clean,adv,False
 
     def forward(self, x):
-        in_backward = torch._C._current_graph_task_id() != -1 # private: PyTorch has no public way to ask
+        in_backward = torch._C._current_graph_task_id() != -1 # PyTorch has no public way to ask
         if in_backward and not torch.compiler.is_compiling():
-            raise ValueError("Gradient checkpointing repeats forwards inside the backward, where nobody knows which of the two "
-                "batch norms an image went through: switch it off for the encoder (timm: set_grad_checkpointing(False)).")
+            raise ValueError("Gradient checkpointing repeats forwards and forgets which batch norm they went through: "
+                "switch it off for the encoder (timm: set_grad_checkpointing(False)).")
         return (self.adv if self.use_adv else self.clean)(x)
 
     def extra_repr(self): return f'use_adv={self.use_adv}'
@@ -36,27 +36,23 @@ def dual_bns(
     "The dual batch norms of `model`"
     return [m for m in model.modules() if isinstance(m, DualBatchNorm)]
 
-def _replace_modules(model, stop, replace):
-    "Exchange each module of `model` that is an instance of `stop` for `replace(module)`, once a module"
+def _replace_modules(model, kinds, replace):
+    "Exchange modules of these kinds for `replace(module)`; a shared one stays shared"
+    if isinstance(model, kinds): return replace(model)
     new = {}
-    def _new(m):
-        if id(m) not in new: new[id(m)] = m,replace(m)   # keeping m keeps its id from being used again
-        return new[id(m)][1]
-    def _walk(parent, seen):
-        if id(parent) in seen: return
-        seen.add(id(parent))
+    for parent in list(model.modules()):
+        if isinstance(parent, kinds): continue # what is inside them stays
         for name,m in parent._modules.items():
-            if isinstance(m, stop): parent._modules[name] = _new(m)
-            elif m is not None: _walk(m, seen)
-    if isinstance(model, stop): return _new(model)
-    _walk(model, set())
+            if not isinstance(m, kinds): continue
+            if m not in new: new[m] = replace(m)
+            parent._modules[name] = new[m]
     return model
 
 def convert_dual_bn(
     model:nn.Module, # Any model; changed in place
-    adv_momentum:float=.01 # Momentum of the adversarial running statistics, the weight of the newest batch, in [0,1]
-) -> nn.Module: # `model` (if `model` is itself a batch norm: the `DualBatchNorm` that takes its place)
-    "Give every batch norm (1d, 2d, 3d, synchronised) of `model` an adversarial twin, unless it has one"
+    adv_momentum:float=.01 # Weight of the newest batch in the adversarial running statistics, in [0,1]
+) -> nn.Module: # `model`, or the `DualBatchNorm` that takes its place if it is a batch norm itself
+    "Give every batch norm of `model`, of any kind, an adversarial twin, unless it has one"
     if not 0 <= adv_momentum <= 1: raise ValueError(f"adv_momentum must lie in [0,1], and it is {adv_momentum}.")
     def _dual(m):
         if isinstance(m, DualBatchNorm): return m
@@ -68,7 +64,7 @@ def convert_dual_bn(
 def strip_dual_bn(
     model:nn.Module # A model, converted or not; changed in place
 ) -> nn.Module: # `model`, with the clean batch norms only
-    "Undo `convert_dual_bn`: the model's `state_dict` has the stock keys again"
+    "Undo `convert_dual_bn`: the stock keys again in `state_dict`"
     return _replace_modules(model, DualBatchNorm, lambda m: m.clean)
 
 def set_dual_bn(
@@ -76,10 +72,10 @@ def set_dual_bn(
     dual:bool, # Will it see adversarial images?
     adv_momentum:float=.01 # See `convert_dual_bn`
 ) -> nn.Module: # `model`
-    "Give `model` the batch norms that a training needs: two sets, unless it has them, or the clean one alone"
+    "Give `model` the batch norms that a training needs: two sets, or the clean one alone"
     if not dual: return strip_dual_bn(model) # of an earlier training, with an attack
     if not dual_bns(model): model = convert_dual_bn(model, adv_momentum)
-    if not dual_bns(model): print("The encoder has no batch norm: it trains as it is, and dual batch norm has nothing to split.")
+    if not dual_bns(model): print("The encoder has no batch norm, so there is nothing to split: it trains as it is.")
     return model
 
 def check_dual_bn(
@@ -87,8 +83,8 @@ def check_dual_bn(
 ):
     "Raises `ValueError` where it has batch norms, and no second set"
     if not dual_bns(model) and any(isinstance(m, _BatchNorm) for m in model.modules()):
-        raise ValueError("The attack (or eps, or alpha) was set after the Learner was made, when its model got no second batch "
-            "norm: make a new one, clae_learner(..., attack=...).")
+        raise ValueError("The attack (or eps, or alpha) was set after the Learner was made without second batch norms: "
+            "make a new one, clae_learner(..., attack=...).")
 
 # %% ../../nbs/03_method.dualbn.ipynb #c3f9c063
 @contextmanager

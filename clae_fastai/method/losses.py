@@ -13,8 +13,8 @@ from ..core import *
 class TwoViewLoss(nn.Module):
     "Base of the contrastive losses: a loss is one method, `rows(z_q, z_p)`, which returns each image's loss"
     def __init__(self,
-        temperature:float, # Softmax temperature, above 0: the similarities are divided by it
-        reduction:str='mean' # 'mean' over the batch, or 'none' for one loss an image
+        temperature:float, # Softmax temperature, above 0: similarities are divided by it
+        reduction:str='mean' # 'mean' over the batch, or 'none': one loss an image
     ):
         super().__init__()
         if not temperature > 0: raise ValueError(f"temperature must be above 0, and it is {temperature}.")
@@ -22,7 +22,7 @@ class TwoViewLoss(nn.Module):
 
     def forward(self,
         z_q:Tensor, # Anchors (B,D)
-        z_p:Tensor # The same images' other view (B,D), row k belonging to row k of `z_q`
+        z_p:Tensor # The same images' other view (B,D), in the same order
     ) -> Tensor: # Scalar, or (B,) if `reduction='none'`; float32 or wider
         "Contrast each row of `z_q` with all rows of `z_p`"
         with torch.autocast(z_q.device.type, enabled=False):
@@ -40,19 +40,19 @@ class TwoViewLoss(nn.Module):
 
 # %% ../../nbs/02_method.losses.ipynb #2b0caad4
 class PlainLoss(TwoViewLoss):
-    "Plain contrastive loss (eq. 5): cross entropy over the batch, rows are anchors `z_q`, columns are weights `z_p`"
+    "Plain contrastive loss (eq. 5): cross entropy over the batch, with `z_p` as the classifier's weights"
     def __init__(self,
         temperature:float=.1, # Softmax temperature
         reduction:str='mean' # 'mean' or 'none'
     ): super().__init__(temperature, reduction)
 
     def rows(self, z_q, z_p):
-        sim = z_q @ self.everybody(z_p).T / self.temperature                     # (b,B)
+        sim = z_q @ self.everybody(z_p).T / self.temperature # (b,B)
         return F.cross_entropy(sim, torch.arange(len(z_q), device=z_q.device), reduction='none')
 
 # %% ../../nbs/02_method.losses.ipynb #ad48d032
 class NTXentLoss(TwoViewLoss):
-    "Normalised temperature-scaled cross entropy (Chen et al. 2020): symmetric over `2B` embeddings, cosine similarity"
+    "SimCLR's cross entropy (Chen et al. 2020): symmetric over `2B` embeddings, cosine similarity"
     def __init__(self,
         temperature:float=.5, # Softmax temperature
         reduction:str='mean' # 'mean' or 'none'; an image's loss is the mean over its two views
@@ -60,18 +60,18 @@ class NTXentLoss(TwoViewLoss):
 
     def rows(self, z_q, z_p):
         n = len(z_q)
-        z = F.normalize(torch.cat([z_q, z_p]), dim=1)                                    # (2b,D)
-        sim = (z @ self.everybody(z).T / self.temperature).fill_diagonal_(-torch.inf)    # (2b,2B); nobody is its own negative
+        z = F.normalize(torch.cat([z_q, z_p]), dim=1) # (2b,D)
+        sim = (z @ self.everybody(z).T / self.temperature).fill_diagonal_(-torch.inf) # (2b,2B); nobody is its own negative
         partner = torch.arange(2*n, device=z.device).roll(n)
         return F.cross_entropy(sim, partner, reduction='none').view(2, n).mean(0)
 
 # %% ../../nbs/02_method.losses.ipynb #83c6135b
 class UELLoss(TwoViewLoss):
-    "Unsupervised embedding learning (Ye et al., CVPR 2019): recognise the partner, and take no other image for it"
+    "Unsupervised embedding learning (Ye et al. 2019): recognise the partner, and take no other image for it"
     def __init__(self,
         temperature:float=.1, # Softmax temperature
         neg_weight:float=1., # Weight of the spreading terms, `log(1-P)` of the negatives
-        detach_keys:bool=True, # Treat the second factor of each inner product as a constant, as published?
+        detach_keys:bool=True, # Is the second factor of each inner product a constant, as published?
         reduction:str='mean' # 'mean' or 'none'; an image's loss is the mean over its two views
     ):
         super().__init__(temperature, reduction)
@@ -79,31 +79,31 @@ class UELLoss(TwoViewLoss):
 
     def rows(self, z_q, z_p):
         n = len(z_q)
-        z = torch.cat([z_q, z_p])                                                # (2b,D)
-        keys = self.everybody(z.detach() if self.detach_keys else z)             # (2B,D)
-        sim = (z @ keys.T / self.temperature).fill_diagonal_(-torch.inf)         # (2b,2B)
+        z = torch.cat([z_q, z_p]) # (2b,D)
+        keys = self.everybody(z.detach() if self.detach_keys else z) # (2B,D)
+        sim = (z @ keys.T / self.temperature).fill_diagonal_(-torch.inf) # (2b,2B)
         idx = torch.arange(2*n, device=z.device)
         partner = idx.roll(n)
         log_p = sim.log_softmax(1)
         invariant = log_p[idx, partner]
-        if len(keys) == 2: return -invariant.view(2, n).mean(0)                  # one image has no negatives
+        if len(keys) == 2: return -invariant.view(2, n).mean(0) # one image has no negatives
         top = sim.argmax(1, keepdim=True)
         rest = log_p.scatter(1, top, -torch.inf)
-        others = rest.logsumexp(1, keepdim=True)                                 # of each row's largest P: log(1-P)
+        others = rest.logsumexp(1, keepdim=True) # of each row's largest P: log(1-P)
         log_1mp = torch.log1p(-rest.exp()).scatter(1, top, others)
         spread = log_1mp.sum(1) - log_1mp[idx, partner]
         return -(invariant + self.neg_weight*spread).view(2, n).mean(0)
 
 # %% ../../nbs/02_method.losses.ipynb #4262edcf
 class CLAELoss(nn.Module):
-    "`base(z_q, z_p) + alpha*base(z_q, z_adv)` (eq. 16), as a fastai loss function"
+    "`base(z_q, z_p) + alpha*base(z_q, z_adv)` (eq. 16)"
     def __init__(self,
         base:Callable, # Two-view loss `(z_q, z_p) -> scalar`
         alpha:float=1. # Weight of the adversarial term, 0 or more
     ):
         super().__init__()
         if not 0 <= alpha < math.inf:
-            raise ValueError(f"alpha weighs the adversarial loss (eq. 16): it must be finite and 0 or more, and it is {alpha}.")
+            raise ValueError(f"alpha must be finite and 0 or more, and it is {alpha}.")
         store_attr()
         self.loss_aug,self.loss_adv,self._reduction = None,None,'mean'
 
@@ -118,20 +118,20 @@ class CLAELoss(nn.Module):
         z1:Tensor, # (B,D)
         z2:Tensor # (B,D)
     ) -> Tensor: # Scalar, or (B,) if `reduction='none'`
-        "`base(z1, z2)`, checked to be what a training step needs"
+        "`base(z1, z2)`, which has to be one number"
         with torch.autocast(z1.device.type, enabled=False):
             loss = self.base(at_least_float32(z1), at_least_float32(z2))
         if self.reduction == 'none' and isinstance(loss, Tensor): return loss.expand(len(z1))
         if isinstance(loss, Tensor) and loss.ndim == 0: return loss
         got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise ValueError(f"The contrastive loss {self.base} must return one number, a tensor of shape (), and it returned {got}. "
-            "Reduce it over the batch, for example with `.mean()`.")
+        raise ValueError(f"The contrastive loss {self.base} must return a tensor of shape (), and not {got}: "
+            "reduce it over the batch, as with `.mean()`.")
 
     def forward(self,
         z:Tensor|tuple, # `(z_q, z_p)`, `(z_q, z_p, z_adv)`, each (B,D), or one `z`
-        *_ # The instance index that fastai passes as target: the rows' order says the same
+        *_ # fastai's target, which the order of rows says already
     ) -> Tensor: # Scalar, or (B,) if `reduction='none'`
-        "Loss of a batch; its two terms are kept, detached and on their device, as `loss_aug` and `loss_adv`"
+        "Loss of a batch; its terms are kept, detached, as `loss_aug` and `loss_adv`"
         if isinstance(z, Tensor): return z.new_zeros(len(z) if self.reduction == 'none' else ())
         z_q,z_p,*z_adv = z
         loss = self.pair(z_q, z_p)
@@ -141,6 +141,4 @@ class CLAELoss(nn.Module):
         self.loss_adv = loss_adv.detach()
         return loss + self.alpha*loss_adv
 
-    def activation(self, z): return z
-    def decodes(self, z): return z
     def extra_repr(self): return f'alpha={self.alpha}'

@@ -9,34 +9,32 @@ __all__ = ['CIFARResNet', 'resnet8', 'resnet20', 'resnet18_w16', 'arch_name', 'k
 # %% ../../nbs/06_method.models.ipynb #ab66a4eb
 from fastai.vision.all import *
 import torchvision, difflib
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from torchvision.models.resnet import BasicBlock
 from ..core import *
 from .dualbn import adversarial_bn
 
 # %% ../../nbs/06_method.models.ipynb #80ed7dfb
 class CIFARResNet(nn.Module):
-    "The residual networks of He et al. (2016) for small images: stages of `width`, `2*width`, `4*width`, ... channels"
+    "The residual networks of He et al. (2016) for small images: each stage doubles the channels"
     def __init__(self,
         n:int=1, # Blocks a stage
         width:int=16, # Channels of the first stage
         n_in:int=3, # Channels of the images
-        num_classes:int=1000, # Classes of the last layer, which an encoder drops
-        stages:int=3 # Stages, each of which halves the sides of the one before
+        num_classes:int=1000, # Outputs of the last layer, which an encoder drops
+        stages:int=3 # Stages; all but the first halve the sides
     ):
         super().__init__()
         self.conv1 = nn.Conv2d(n_in, width, 3, padding=1, bias=False)
         self.bn1,self.relu = nn.BatchNorm2d(width),nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() # with `conv1`, what is called the CIFAR stem elsewhere
         self.layers = [f'layer{i+1}' for i in range(stages)]
-        for i,name in enumerate(self.layers):
-            ni,nf = width * 2**max(i-1, 0),width * 2**i
-            setattr(self, name, self._stage(ni, nf, n, 1 if i == 0 else 2))
-        self.avgpool,self.fc = nn.AdaptiveAvgPool2d(1),nn.Linear(width * 2**(stages-1), num_classes)
-
-    def _stage(self, ni, nf, n, stride):
-        down = None if ni == nf else nn.Sequential(nn.Conv2d(ni, nf, 1, stride, bias=False), nn.BatchNorm2d(nf))
-        return nn.Sequential(BasicBlock(ni, nf, stride, down), *[BasicBlock(nf, nf) for _ in range(n-1)])
+        ni = nf = width
+        for name in self.layers:
+            down = None if ni == nf else nn.Sequential(nn.Conv2d(ni, nf, 1, 2, bias=False), nn.BatchNorm2d(nf))
+            first = BasicBlock(ni, nf, 2 if down else 1, down)
+            setattr(self, name, nn.Sequential(first, *[BasicBlock(nf, nf) for _ in range(n-1)]))
+            ni,nf = nf,2*nf
+        self.avgpool,self.fc = nn.AdaptiveAvgPool2d(1),nn.Linear(ni, num_classes)
 
     def forward(self, x):
         x = self.relu(self.bn1(self.conv1(x)))
@@ -47,129 +45,121 @@ def resnet8 (**kwargs): "He et al.'s family with `n=1`"; return CIFARResNet(1, *
 def resnet20(**kwargs): "He et al.'s family with `n=3`"; return CIFARResNet(3, **kwargs)
 
 def resnet18_w16(**kwargs):
-    "ResNet-18 for small images with 16 channels in its first stage instead of 64, a sixteenth of its weights"
+    "ResNet-18 for small images, with a quarter of its channels"
     return CIFARResNet(2, stages=4, **kwargs)
 
 # %% ../../nbs/06_method.models.ipynb #307d7182
-def _parent(model, name):
+def _set_submodule(model, name, new):
     parent,_,child = name.rpartition('.')
-    return model.get_submodule(parent),child
+    setattr(model.get_submodule(parent), child, new)
 
 def _drop_classifier(model):
     "`model` without its last layer, if that has 1000 outputs, and without auxiliary classifiers"
     for aux in ('AuxLogits','aux1','aux2'):
         if hasattr(model, aux): setattr(model, aux, None)
     if hasattr(model, 'aux_logits'): model.aux_logits = False
-    layers = [(n, m) for n,m in model.named_modules() if isinstance(m, (nn.Linear,nn.Conv2d))]
-    if not layers: return model
-    name,last = layers[-1]
-    n_out = last.out_features if isinstance(last, nn.Linear) else last.out_channels
-    if name and n_out == 1000: setattr(*_parent(model, name), nn.Identity())
+    layers = [(n,m) for n,m in model.named_modules() if n and isinstance(m, (nn.Linear,nn.Conv2d))]
+    name,last = layers[-1] if layers else (None,None)
+    if last is not None and len(last.weight) == 1000: _set_submodule(model, name, nn.Identity())
     return model
 
 # %% ../../nbs/06_method.models.ipynb #5591e048
 _ours = dict(resnet8=resnet8, resnet20=resnet20, resnet18_w16=resnet18_w16)
 
-def _torchvision_names(): return torchvision.models.list_models(module=torchvision.models)
-
-def _timm_names():
-    try: import timm
-    except ImportError: return []
-    return timm.list_models()
-
-def _function(name):
-    "Our own or torchvision's function of that name, or None"
-    if name in _ours: return _ours[name]
-    return torchvision.models.get_model_builder(name) if name in _torchvision_names() else None
+def _functions():
+    "Our own and torchvision's architectures by name"
+    names = torchvision.models.list_models(module=torchvision.models)
+    return {**_ours, **{n: torchvision.models.get_model_builder(n) for n in names}}
 
 def arch_name(
     arch # Function, name or module
-) -> str: # The name under which `create_encoder` finds it again, or '' if there is none
-    "Name of an architecture"
+) -> str: # '' without one
+    "The name under which `create_encoder` finds an architecture again"
     if isinstance(arch, str): return arch
     name = getattr(arch, '__name__', '')
-    return name if arch is _function(name) else ''
+    return name if arch is _functions().get(name) else ''
 
 def _timm_model(name, weights, n_in):
     "timm's model of that name, without its classifier"
-    names,ours = _timm_names(),[*_ours, *_torchvision_names()]
+    try:
+        import timm
+        names = timm.list_models()
+    except ImportError: names = []
     if name.split('.')[0] not in names:
-        close = ' '.join(difflib.get_close_matches(name, [*ours, *names], n=3))
-        more = f"the {len(names)} of `timm.list_models()`" if names else "timm's, where it is installed (pip install timm)"
-        raise ValueError(f"There is no architecture {name!r}. {close and f'Did you mean {close}? '}"
-            f"Known names: {', '.join(ours)}, and {more}.")
+        known = _functions()
+        close = difflib.get_close_matches(name, [*known, *names])
+        look_up(name, known, 'architecture', f"timm's go as well (pip install timm); nearest: {', '.join(close) or 'none'}")
     if weights not in (None,'DEFAULT'):
-        raise ValueError(f"weights is {weights!r}, and timm's go by the architecture's name, as in 'resnet18.a1_in1k': "
-            "use that, with pretrained=True.")
-    import timm
+        raise ValueError(f"timm's weights go by the architecture's name, and not by {weights!r}: "
+            "use one such as 'resnet18.a1_in1k' with pretrained=True.")
     return timm.create_model(name, pretrained=weights == 'DEFAULT', num_classes=0, in_chans=n_in)
 
 def _build(arch, weights, n_in):
     "The stock model of `arch` without its classifier"
     if isinstance(arch, str):
-        if _function(arch) is None: return _timm_model(arch, weights, n_in)
-        arch = _function(arch)
+        if arch not in _functions(): return _timm_model(arch, weights, n_in)
+        arch = _functions()[arch]
     if not callable(arch):
-        raise ValueError(f"An architecture is a function, a name or an nn.Module, and this is a {type(arch).__name__}.")
+        raise ValueError(f"An architecture is a function, a name or an nn.Module, and no {type(arch).__name__}.")
     if weights is None: return _drop_classifier(arch())
-    other = "an encoder file (.safetensors) or a state dict"
-    if arch in _ours.values(): raise ValueError(f"There are no trained weights for {arch_name(arch)}: give `weights` {other}.")
     try: return _drop_classifier(arch(weights=weights))
-    except KeyError:
-        raise ValueError(f"There are no weights {weights!r} for {arch_name(arch) or arch}: "
-            f"give the name of a set of torchvision's, {other}.") from None
+    except (KeyError, TypeError) as e: # no such name, no such argument
+        raise ValueError(f"There are no trained weights for {arch_name(arch) or arch} called {weights!r}: "
+            "give the name of torchvision's, an encoder file (.safetensors) or a state dict.") from e
 
 # %% ../../nbs/06_method.models.ipynb #cb2d5b1b
 def _first_conv(model):
     return next(((n,m) for n,m in model.named_modules() if isinstance(m, nn.Conv2d)), (None,None))
 
 def _set_n_in(model, n_in, keep_weights):
-    "Exchange the first convolution of `model` for one of `n_in` channels, if it has another number"
+    "Fit the first convolution of `model` to `n_in` channels"
     name,old = _first_conv(model)
     if old is None or old.in_channels == n_in: return
     if keep_weights and old.in_channels != 3:
-        raise ValueError(f"The given weights are for images of {old.in_channels} channels, and these have {n_in}: "
-            "only weights for three channels can be adapted.")
+        raise ValueError(f"The given weights are for {old.in_channels} channels, and the images have {n_in}: "
+            "only weights for three can be adapted.")
     new = nn.Conv2d(n_in, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation, old.groups,
         old.bias is not None, old.padding_mode)
     if keep_weights:
         w = old.weight.data
         if   n_in == 1: w = w.sum(1, keepdim=True)
         elif n_in == 2: w = w[:,:2]*1.5
-        else:           w = torch.cat([w, w.new_zeros(len(w), n_in-3, *w.shape[2:])], 1)
+        else:           w = F.pad(w, (0,0, 0,0, 0,n_in-3))
         new.weight.data = w
         if old.bias is not None: new.bias.data = old.bias.data
-    setattr(*_parent(model, name), new)
-    if hasattr(model, 'transform_input'): model.transform_input = False # GoogLeNet, Inception v3: re-scales three colours
+    _set_submodule(model, name, new)
+    if hasattr(model, 'transform_input'): model.transform_input = False # GoogLeNet's and Inception's, for three colours
 
 def key_difference(
     state:dict, # A state dict
     model:nn.Module # What it is to be loaded into
 ) -> str: # '' where all fit
-    "Which keys of `state` do not fit `model`, in words"
+    "Which keys do not fit, in words"
     own = model.state_dict()
-    parts = {'misses': own.keys() - state.keys(), 'has besides': state.keys() - own.keys(),
-             'has in another shape': {k for k in own.keys() & state.keys() if own[k].shape != state[k].shape}}
+    parts = {
+        'misses': own.keys() - state.keys(),
+        'has besides': state.keys() - own.keys(),
+        'has in another shape': {k for k in own.keys() & state.keys() if own[k].shape != state[k].shape}}
     def _some(keys): return ' '.join(sorted(keys)[:4]) + (f' and {len(keys)-4} more' if len(keys) > 4 else '')
     return ', '.join(f'{what} {_some(keys)}' for what,keys in parts.items() if keys)
 
 def _load_state(model, state, n_in):
-    "Load `state`, of the encoder or of the stock model with its classifier, and fit its first layer to `n_in` channels"
-    dropped = [n for n,m in model.named_modules() if isinstance(m, nn.Identity) and n]
-    consume_prefix_in_state_dict_if_present(state := dict(state), 'module.') # DistributedDataParallel's
-    state = {k: v for k,v in state.items() if k in model.state_dict() or not any(k.startswith(f'{n}.') for n in dropped)}
+    "Load the `state` of an encoder, or of a stock model with classifier, and fit it to `n_in` channels"
+    dropped = tuple(f'{n}.' for n,m in model.named_modules() if isinstance(m, nn.Identity))
+    own = model.state_dict()
+    state = {k: v for k,v in state.items() if k in own or not k.startswith(dropped)}
     name,_ = _first_conv(model)
     if f'{name}.weight' in state: _set_n_in(model, state[f'{name}.weight'].shape[1], keep_weights=False)
     if diff := key_difference(state, model):
-        raise ValueError(f"The given weights do not fit the architecture: their state dict {diff}.")
+        raise ValueError(f"The given weights do not fit the architecture: the state dict {diff}.")
     model.load_state_dict(state)
     _set_n_in(model, n_in, keep_weights=True)
 
 # %% ../../nbs/06_method.models.ipynb #28111eb9
 def has_stem(
-    model:nn.Module # A network
-) -> bool: # Has it a stem that `stem='cifar'` can exchange?
-    "The ResNet family: a plain convolution `conv1` and a `maxpool`"
+    model:nn.Module # Any model
+) -> bool:
+    "Has it the ResNet family's stem, `conv1` and `maxpool`, which `stem='cifar'` exchanges?"
     return isinstance(getattr(model, 'conv1', None), nn.Conv2d) and hasattr(model, 'maxpool')
 
 def stem_of(
@@ -178,48 +168,43 @@ def stem_of(
     "Which stem `encoder` has"
     return 'cifar' if has_stem(encoder) and isinstance(encoder.maxpool, nn.Identity) else 'imagenet'
 
-def _cifar_stem(model):
-    if stem_of(model) == 'cifar': return
-    c = model.conv1
-    model.conv1,model.maxpool = nn.Conv2d(c.in_channels, c.out_channels, 3, 1, 1, bias=False),nn.Identity()
-
-# %% ../../nbs/06_method.models.ipynb #006ef505
-def _state_has_cifar_stem(state):
-    "Are these the weights of a network whose first convolution is 3x3?"
-    conv1 = state.get('conv1.weight', state.get('module.conv1.weight'))
-    return conv1 is not None and conv1.shape[-1] == 3
-
-def _choose_stem(model, size, given, state):
-    "The stem when none is asked for: what given weights were trained with, else by the size of the images"
-    if not has_stem(model) or given is not None: return 'imagenet'
-    small = size is not None and max(tuplify(size)) <= 64 if state is None else _state_has_cifar_stem(state)
+def _choose_stem(model, size, weights, state):
+    "The stem that given weights were trained with, else by the size of the images"
+    if not has_stem(model) or weights is not None: return 'imagenet'
+    if state is None: small = size is not None and max(tuplify(size)) <= 64
+    else: small = 'conv1.weight' in state and state['conv1.weight'].shape[-1] == 3
     return 'cifar' if small else 'imagenet'
 
+def _set_cifar_stem(model, arch, weights):
+    if not has_stem(model):
+        raise ValueError(f"stem='cifar' is for the ResNet family, and not for {arch_name(arch) or arch}: "
+            "use stem='imagenet', which keeps its own.")
+    if weights is not None:
+        raise ValueError("The library's weights were trained with the ImageNet stem: use stem='imagenet'.")
+    if stem_of(model) == 'cifar': return
+    conv = model.conv1
+    model.conv1,model.maxpool = nn.Conv2d(conv.in_channels, conv.out_channels, 3, 1, 1, bias=False),nn.Identity()
+
 def create_encoder(
-    arch, # Function such as `resnet18`, a name (torchvision's, ours, timm's), or an `nn.Module` that gives features, used as is
-    stem:str=None, # 'imagenet', 'cifar' (3x3, stride 1, no max-pooling), or None: 'cifar' where there is one and `size` <= 64
+    arch, # Function such as `resnet18`, name (torchvision's, ours, timm's), or `nn.Module` that gives features, used as is
+    stem:str=None, # 'imagenet', 'cifar' (3x3, stride 1, no max-pooling), or None: 'cifar' if possible and `size` <= 64
     n_in:int=3, # Channels of the images
     pretrained:bool=False, # Start from the library's default weights? (downloads them)
-    weights=None, # Start from a torchvision weight set (or its name), or a state dict of the encoder or the stock model
-    size:int|tuple=None # Side of the images in pixels, or (height, width), for the choice of the stem
+    weights=None, # Start from torchvision's weights (or their name), or a state dict of the encoder or the stock model
+    size:int|tuple=None # Side of the images in pixels, or (height, width), which chooses the stem
 ) -> nn.Module: # Maps images (B,n_in,H,W) to features (B,F) or maps (B,F,h,w)
-    "The stock model of `arch` without its classifier: a last layer with 1000 outputs is taken for one and dropped"
+    "The stock model of `arch` without its classifier, a last layer of 1000 outputs"
     check_choice('stem', stem, (None,'imagenet','cifar'))
-    state = weights if isinstance(weights, dict) else None
-    given = None if state is not None else 'DEFAULT' if pretrained and weights is None else weights
+    state = None
+    if isinstance(weights, dict):
+        state,weights = {k.removeprefix('module.'): v for k,v in weights.items()},None # DistributedDataParallel's prefix
+    elif pretrained: weights = ifnone(weights, 'DEFAULT')
     if isinstance(arch, nn.Module): model = arch
     else:
-        model = _build(arch, given, n_in)
-        if ifnone(stem, _choose_stem(model, size, given, state)) == 'cifar':
-            if not has_stem(model):
-                raise ValueError("stem='cifar' exchanges `conv1` and `maxpool` of the ResNet family, which "
-                    f"{arch_name(arch) or arch} has not: use stem='imagenet', which keeps its own.")
-            if given is not None:
-                raise ValueError("The library's weights were trained with the ImageNet stem: "
-                    "use stem='imagenet' with them, or start from random weights.")
-            _cifar_stem(model)
+        model = _build(arch, weights, n_in)
+        if ifnone(stem, _choose_stem(model, size, weights, state)) == 'cifar': _set_cifar_stem(model, arch, weights)
     if state is not None: _load_state(model, state, n_in)
-    elif not isinstance(arch, nn.Module): _set_n_in(model, n_in, keep_weights=given is not None)
+    elif model is not arch: _set_n_in(model, n_in, keep_weights=weights is not None)
     return model
 
 # %% ../../nbs/06_method.models.ipynb #476ec300
@@ -240,15 +225,15 @@ def projection_head(
     n_out:int=64, # Dimensions of the embedding
     n_hid:int=None # Hidden units of the 'mlp', `n_in` by default
 ) -> nn.Sequential:
-    "Projection head: features (B,n_in) to embeddings (B,n_out)"
+    "From features (B,n_in) to embeddings (B,n_out)"
+    check_choice('head', kind, ('linear','mlp'))
     if kind == 'linear': return nn.Sequential(nn.Linear(n_in, n_out))
     n_hid = ifnone(n_hid, n_in)
-    if kind == 'mlp': return nn.Sequential(nn.Linear(n_in, n_hid), nn.ReLU(inplace=True), nn.Linear(n_hid, n_out))
-    raise ValueError(f"head must be 'linear', 'mlp' or a module, and it is {kind!r}.")
+    return nn.Sequential(nn.Linear(n_in, n_hid), nn.ReLU(inplace=True), nn.Linear(n_hid, n_out))
 
 # %% ../../nbs/06_method.models.ipynb #7aa01433
 class ContrastiveModel(nn.Module):
-    "Encoder and projection head: `model(x)` is `z`, `model(x_q, x_p, x_adv)` the tuple of all embeddings"
+    "Encoder and projection head: `model(x)` is `z`, `model(x_q, x_p, x_adv)` all embeddings"
     def __init__(self,
         encoder:nn.Module, # Images (B,C,H,W) to features (B,F), maps (B,F,h,w) or tokens (B,N,F), which are averaged
         head:nn.Module, # Features (B,F) to embeddings (B,D)
@@ -291,11 +276,12 @@ def num_features(
     n_in:int=3, # Channels of the images
     size:int|tuple=64 # Their side in pixels, or (height, width)
 ) -> int: # F
-    "Number of features of `encoder`, found by one forward of a blank image in evaluation mode"
+    "Number of features of `encoder`, found by one forward of a blank image"
     p = next(encoder.parameters(), tensor(0.))
     x = torch.zeros(1, n_in, *tuplify(size, match=(0,0)), dtype=p.dtype, device=p.device)
+    model = ContrastiveModel(encoder, nn.Identity())
     try:
-        with torch.no_grad(), training_mode(encoder, False): return ContrastiveModel(encoder, nn.Identity()).features(x).shape[1]
+        with torch.no_grad(), training_mode(model, False): return model.features(x).shape[1]
     except (RuntimeError, AssertionError, ValueError) as e:
         pixels = 'x'.join(map(str, x.shape[2:]))
         raise ValueError(f"The encoder does not take images of {n_in} channels and {pixels} pixels ({e}): "

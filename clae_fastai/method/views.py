@@ -13,59 +13,55 @@ from ..core import *
 # %% ../../nbs/05_method.views.ipynb #3cecbbff
 def split_normalize(
     tfms # A `DataLoader`'s `after_batch` pipeline, or None
-) -> tuple: # The transforms before its `Normalize`, and (mean, std) as tensors (C,), or None where there is no `Normalize`
+) -> tuple: # The transforms before its `Normalize`, and (mean, std) as tensors (C,), or None without one
     "Split batch transforms at their `Normalize`"
     fs = L(getattr(tfms, 'fs', None))
     i = fs.argfirst(risinstance(Normalize))
-    if i is None: return fs,None
-    return fs[:i],(fs[i].mean.flatten().cpu(), fs[i].std.flatten().cpu())
+    return (fs,None) if i is None else (fs[:i], (fs[i].mean.flatten().cpu(), fs[i].std.flatten().cpu()))
 
 def image_stats(
     views:Callable, # Such as `TwoViews`
     dls:DataLoaders # Whose batches the views are made of
 ) -> tuple: # (mean, std) as tensors (C,), or None
-    "What images are normalised with, once. Raises `ValueError` where both the views and the `DataLoaders` do it"
+    "What images are normalised with. Raises `ValueError` where both normalise"
     stats,own = getattr(views, 'stats', None),split_normalize(getattr(dls.train, 'after_batch', None))[1]
     if own is not None and stats is not None:
-        raise ValueError("The DataLoaders end in a Normalize and so do the views, which would normalise twice: "
-            "take it out of the DataLoaders, or use clae_learner, which does.")
+        raise ValueError("DataLoaders and views would normalise the images twice: "
+            "take the Normalize out of the DataLoaders, or use clae_learner, which does.")
     return ifnone(stats, own)
 
 # %% ../../nbs/05_method.views.ipynb #ffb162c9
 def _crop(size, scale): return K.RandomResizedCrop(size, scale, cropping_mode='resample', align_corners=False)
 
-def _jitter(brightness, contrast, saturation, hue, n_in, p=1.):
-    if n_in != 3: saturation = hue = 0. # need three channels
-    return K.ColorJitter(brightness, contrast, saturation, hue, p=p)
+def _photo(size, n_in, area, jitter, hue, p):
+    "Crop of at least this `area`, flip, jitter with probability `p`, grey"
+    geometry = [_crop(size, (area,1.)), K.RandomHorizontalFlip()]
+    if n_in != 3: return [*geometry, K.ColorJitter(jitter, jitter, p=p)] # the rest needs three channels
+    return [*geometry, K.ColorJitter(jitter, jitter, jitter, hue, p=p), K.RandomGrayscale(p=.2)]
 
-def _grey(n_in): return [K.RandomGrayscale(p=.2)] if n_in == 3 else []
-
-def _plain(size, n_in):
-    return [_crop(size, (.2,1.)), K.RandomHorizontalFlip(), _jitter(.4, .4, .4, .4, n_in), *_grey(n_in)]
-
-def _simclr(size, n_in):
-    return [_crop(size, (.08,1.)), K.RandomHorizontalFlip(), _jitter(.8, .8, .8, .2, n_in, p=.8), *_grey(n_in)]
+def _plain(size, n_in): return _photo(size, n_in, area=.2, jitter=.4, hue=.4, p=1.)
+def _simclr(size, n_in): return _photo(size, n_in, area=.08, jitter=.8, hue=.2, p=.8)
 
 def _imagenet(size, n_in, blur=True):
     k = min(size)//10 | 1 # odd
     return _simclr(size, n_in) + ([K.RandomGaussianBlur((k,k), (.1,2.), p=.5)] if blur and k > 1 else [])
 
 def _digits(size, n_in):
-    return [K.RandomAffine(15., (.1,.1), (.8,1.2), p=1.), _crop(size, (.5,1.)), _jitter(0., .4, 0., 0., n_in),
-            K.RandomGaussianNoise(0., .05, p=.5), Clamp()]
+    return [K.RandomAffine(15., (.1,.1), (.8,1.2), p=1.), _crop(size, (.5,1.)), K.ColorJitter(contrast=.4, p=1.),
+        K.RandomGaussianNoise(0., .05, p=.5), Clamp()]
 
 class Clamp(nn.Module):
     "Back to valid pixels"
     def forward(self, x): return x.clamp(0., 1.)
 
 _cifar = (.4914,.4822,.4465),(.2023,.1994,.2010)
-_half  = (.5,.5,.5),(.5,.5,.5)
+_half = (.5,.5,.5),(.5,.5,.5)
 view_presets = dict(
-    plain   =(_plain,    _cifar),
-    uel     =(_plain,    _cifar),
-    simclr  =(_simclr,   _half),
+    plain=(_plain, _cifar),
+    uel=(_plain, _cifar),
+    simclr=(_simclr, _half),
     imagenet=(_imagenet, imagenet_stats),
-    digits  =(_digits,   _half))
+    digits=(_digits, _half))
 
 # %% ../../nbs/05_method.views.ipynb #2eeebf90
 class PerImage:
@@ -76,18 +72,18 @@ class PerImage:
 
     def _one(self, x):
         x = self.tfms(PILImage.create((x*255).round().byte().permute(1,2,0).squeeze(-1).numpy()))
-        if not isinstance(x, Tensor): x = image2tensor(x)
-        return x.as_subclass(Tensor) if x.is_floating_point() else x.as_subclass(Tensor).float()/255
+        x = (x if isinstance(x, Tensor) else image2tensor(x)).as_subclass(Tensor)
+        return x if x.is_floating_point() else x.float()/255
 
     def __call__(self, x): return torch.stack([self._one(o) for o in x.cpu()]).to(x.device)
     def __repr__(self): return f"PerImage({self.tfms})"
 
 # %% ../../nbs/05_method.views.ipynb #a708286a
 class TwoViews:
-    "Two random augmentations of each image of a batch, then the normalisation, float32 out"
+    "Two random augmentations of each image of a batch, normalised"
     def __init__(self,
-        aug:Callable|list, # Augments a batch (B,C,H,W) in [0,1], each image on its own; or item transforms, see `PerImage`
-        stats:tuple=None # (mean, std), each one number per channel; None: no normalisation
+        aug:Callable|list, # Augments a batch (B,C,H,W) in [0,1], each image by itself, or item transforms (`PerImage`)
+        stats:tuple=None # (mean, std), a number for each channel; None: no normalisation
     ):
         self.aug = aug if callable(aug) else PerImage(aug)
         self.stats = None if stats is None else tuple(torch.as_tensor(o, dtype=torch.float32) for o in stats)
@@ -97,7 +93,7 @@ class TwoViews:
         name:str, # One of `view_presets`
         size:int|tuple, # Side of the views in pixels, or (height, width)
         n_in:int=3, # Number of channels
-        stats:tuple=None, # (mean, std), each one number per channel; the preset's by default
+        stats:tuple=None, # (mean, std), a number for each channel; the preset's by default
         **kwargs # The preset's own options: 'imagenet' has `blur=True`
     ):
         "The views called `name`"
@@ -106,9 +102,9 @@ class TwoViews:
         return cls(nn.Sequential(*aug(tuplify(size, match=(0,0)), n_in, **kwargs)), stats)
 
     def to_pixels(self, x):
-        "Floating point pixels in [0,1], a plain tensor, from `x` (B,C,H,W), uint8 or floating point"
+        "A plain tensor in [0,1], float32 or wider, from `x` (B,C,H,W), uint8 or in [0,1]"
         x = x.as_subclass(Tensor)
-        if x.ndim != 4: raise ValueError(f"Views are made of a batch of images (B,C,H,W), and this has shape {tuple(x.shape)}.")
+        if x.ndim != 4: raise ValueError(f"Images come in batches (B,C,H,W), and this has shape {tuple(x.shape)}.")
         return x.float()/255 if x.dtype == torch.uint8 else at_least_float32(x)
 
     def normalize(self,
@@ -117,16 +113,20 @@ class TwoViews:
         "The images as they are, normalised as the views are"
         return self._normalize(self.to_pixels(x))
 
+    def _mean_std(self, x):
+        "Each (C,1,1), on the device of `x`, to which they move once"
+        self.stats = tuple(s.to(x.device) for s in self.stats)
+        return (s.view(-1,1,1) for s in self.stats)
+
     def _normalize(self, x):
         if self.stats is None: return x
-        if self.stats[0].device != x.device: self.stats = tuple(o.to(x.device) for o in self.stats)
-        mean,std = (o.view(-1,1,1) for o in self.stats)
+        mean,std = self._mean_std(x)
         return (x - mean)/std
 
     def denormalize(self, x):
         "Pixels in [0,1] from normalised images (B,C,H,W)"
         if self.stats is None: return x
-        mean,std = (o.to(x.device).view(-1,1,1) for o in self.stats)
+        mean,std = self._mean_std(x)
         return x*std + mean
 
     def __call__(self,

@@ -8,7 +8,7 @@ __all__ = ['Grid', 'grids', 'trial_name', 'sweep', 'trial_row', 'aggregate', 'pa
 # %% ../../nbs/24_paper.experiments.ipynb #73512316
 from fastai.vision.all import *
 import filelock, hashlib, json, multiprocessing, traceback
-from contextlib import redirect_stdout, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from ..core import *
 from ..data.catalogue import catalogue
@@ -23,7 +23,7 @@ class Grid:
     "What a table or a figure is made of"
     title:str # What it shows
     axes:dict # Axis: {label: options}
-    baseline:tuple # (axis, label) that the other labels of this axis are compared with
+    baseline:tuple # (axis, label) that the axis's other labels are compared with
     data:tuple # Data sets to train on
     base:dict=field(default_factory=dict) # Options of every trial, which go before the scale's
     x:str=None # Axis along a figure's abscissa; None: only a table
@@ -38,15 +38,13 @@ _scales = dict( # options of every trial
     smoke=dict(arch='resnet8', epochs=1, bs=64, lr=3e-3, limit=256))
 
 _axis_values = dict(
-    #       paper                     small                   smoke
-    bs    =((64,128,256,512),       (64,128,256),           (32,64,128)),
-    n_out =((32,64,128,256),        (16,64,256),            (16,64)),
-    alpha =((.2,.4,.6,.8,1),        (.2,.5,1,2),            (1,)),
-    eps   =((0,.01,.03,.05,.07,.1), (0,.01,.03,.07,.15),    (0,.03)),
-    epochs=((100,200,300,400),      (5,10,15,20),           (1,2)),
-    arch  =(('resnet18','resnet34','resnet50','resnet101'),
-            ('resnet8','resnet20','resnet18_w16'),
-            ('resnet8','resnet20')))
+    paper=dict(
+        bs=(64,128,256,512), n_out=(32,64,128,256), alpha=(.2,.4,.6,.8,1), eps=(0,.01,.03,.05,.07,.1),
+        epochs=(100,200,300,400), arch=('resnet18','resnet34','resnet50','resnet101')),
+    small=dict(
+        bs=(64,128,256), n_out=(16,64,256), alpha=(.2,.5,1,2), eps=(0,.01,.03,.07,.15),
+        epochs=(5,10,15,20), arch=('resnet8','resnet20','resnet18_w16')),
+    smoke=dict(bs=(32,64,128), n_out=(16,64), alpha=(1,), eps=(0,.03), epochs=(1,2), arch=('resnet8','resnet20')))
 
 def grids(
     scale:str='small' # 'paper', 'small' or 'smoke'
@@ -55,39 +53,41 @@ def grids(
     epochs = look_up(scale, _scales, 'scale')['epochs']
     longer = round(epochs*11/6) # without the attack, in the time that CLAE takes
     targets = ['digits'] if scale == 'smoke' else table2
-    def at_scale(*values): return dict(zip(_scales, values))[scale]
-    def data(*names): return at_scale(names, ('cifar10',), ('digits',))
-    def labels(option, *values): return {v: {option: v} for v in values or at_scale(*_axis_values[option])}
-    def axis(option, *values): return {option: labels(option, *values)}
-    def simclr(title, axes, baseline=('eps',0), x=None, **options):
-        return Grid(title, axes, baseline, data('cifar100'), dict(method='simclr', **options), x)
+    def data(*names): return dict(small=('cifar10',), smoke=('digits',)).get(scale, names)
+    def axis(option, *values, zero={}):
+        return {option: zero | {v: {option: v} for v in values or _axis_values[scale][option]}}
+    def simclr(title, axes, baseline=None, **options):
+        *_,(name,labels) = axes.items() # compared with the first label of the last axis
+        base = dict(method='simclr', **options)
+        return Grid(title, axes, (name, ifnone(baseline, first(labels))), data('cifar100'), base)
+    def along(title, axes): return replace(simclr(title, axes), x=first(axes))
     on_off,off,fgsm = axis('eps', 0, .03),dict(eps=0),dict(attack='fgsm')
     return dict(
-        table1=Grid('Table 1: three methods, with and without adversarial examples',
+        table1=Grid(
+            'Table 1: three methods, with and without adversarial examples',
             axis('method', *methods) | axis('eps', 0, .03, .07), ('eps',0),
             data('cifar10','cifar100','tinyimagenet'), omit=(('tinyimagenet','knn'),)),
-        table2=Grid('Table 2: transfer', on_off, ('eps',0), data('imagenet100'),
+        table2=Grid(
+            'Table 2: transfer', on_off, ('eps',0), data('imagenet100'),
             dict(method='simclr', transfer=' '.join(targets)), metrics=('linear', *(f'transfer_{o}' for o in targets)),
             paper={('imagenet100','linear',0): 61.7, ('imagenet100','linear',.03): 62.4}),
-        fig5a=simclr('Figure 5a: batch size', axis('bs') | on_off, x='bs'),
-        fig5b=simclr('Figure 5b: embedding dimension', axis('n_out') | on_off, x='n_out'),
-        fig5c=simclr('Figure 5c: architecture', axis('arch') | on_off, x='arch'),
-        fig6a=simclr('Figure 6a: weight of the adversarial loss',
-            dict(alpha={0: off} | labels('alpha')), ('alpha',0), 'alpha'),
-        fig6b=simclr('Figure 6b: strength of the attack', axis('eps'), x='eps'),
-        fig6c=simclr('Figure 6c: epochs', axis('epochs') | on_off, x='epochs'),
-        fig7=simclr('Figure 7: attacks',
-            dict(attack={'none': off} | labels('attack', 'fgsm','rfgsm','ffgsm','pgd')), ('attack','none'), 'attack'),
-        random=simclr('Adversarial against random-sign views',
-            {'third view': {'none': off, 'random signs': dict(attack='random'), 'adversarial': fgsm}},
-            ('third view','random signs')),
-        start=simclr('Zero against random start of the attack',
-            dict(start={'zero': fgsm, 'uniform': dict(attack='ffgsm'), 'random signs': dict(attack='rfgsm')}),
-            ('start','zero')),
+        fig5a=along('Figure 5a: batch size', axis('bs') | on_off),
+        fig5b=along('Figure 5b: embedding dimension', axis('n_out') | on_off),
+        fig5c=along('Figure 5c: architecture', axis('arch') | on_off),
+        fig6a=along('Figure 6a: weight of the adversarial loss', axis('alpha', zero={0: off})),
+        fig6b=along('Figure 6b: strength of the attack', axis('eps')),
+        fig6c=along('Figure 6c: epochs', axis('epochs') | on_off),
+        fig7=along('Figure 7: attacks', axis('attack', 'fgsm','rfgsm','ffgsm','pgd', zero={'none': off})),
+        random=simclr(
+            'Adversarial against random-sign views',
+            {'third view': {'none': off, 'random signs': dict(attack='random'), 'adversarial': fgsm}}, 'random signs'),
+        start=simclr(
+            'Zero against random start of the attack',
+            dict(start={'zero': fgsm, 'uniform': dict(attack='ffgsm'), 'random signs': dict(attack='rfgsm')})),
         compute=simclr('Equal compute', dict(trained={
             f'SimCLR, {longer} epochs': dict(off, epochs=longer),
             f'SimCLR, {epochs} epochs': off,
-            f'CLAE, {epochs} epochs': {}}), ('trained',f'SimCLR, {longer} epochs')),
+            f'CLAE, {epochs} epochs': {}})),
         strong=simclr('Over a strong baseline', on_off, recipe=None, lr=3e-3, epochs=4*epochs))
 
 # %% ../../nbs/24_paper.experiments.ipynb #91b712d4
@@ -97,13 +97,13 @@ def _data_set(data):
     names = [k for k in catalogue if k != 'folder']
     folder = Path(path or name).resolve()
     if not path and name not in names and folder.is_dir(): return folder.name,dict(data='folder', path=str(folder))
-    look_up(name, names, 'data set', "NAME=FOLDER, or a folder of images, can be given, too")
+    look_up(name, names, 'data set', "you can give NAME=FOLDER, or a folder of images, too")
     return name,dict(data=name, path=str(folder) if path else None)
 
 def _scale_options(scale, method, label):
     if scale != 'paper': return look_up(scale, _scales, 'scale')
     recipe = look_up(f'{method}-{label}', recipes, 'recipe', "use another --scale, or other data")
-    return dict(recipe=recipe.name, arch=recipe.arch, epochs=recipe.epochs, bs=recipe.bs, lr=recipe.lr)
+    return dict(recipe=recipe.name, **{k: getattr(recipe, k) for k in ('arch','epochs','bs','lr')})
 
 @patch
 def cells(self:Grid,
@@ -112,11 +112,10 @@ def cells(self:Grid,
 ) -> list: # (labels, options) of every cell
     "What there is to train for a grid, but for the seeds"
     sets = [_data_set(o) for o in L(ifnone(data, self.data))]
-    names = [name for name,_ in sets]
-    if len(set(names)) < len(names):
-        raise ValueError(f"Two of the data sets go by one name ({', '.join(names)}): each folder needs one of its own.")
+    if len(dict(sets)) < len(sets):
+        raise ValueError(f"Two data sets go by one name, of {', '.join(name for name,_ in sets)}: rename a folder.")
     res = []
-    for (name,where),keys in itertools.product(sets, itertools.product(*self.axes.values())):
+    for (name,where),*keys in itertools.product(sets, *self.axes.values()):
         own = merge(self.base, *(labels[k] for labels,k in zip(self.axes.values(), keys)))
         o = merge(dict(eps=.03, alpha=1, attack='fgsm'), where, _scale_options(scale, own['method'], name), own)
         if o.get('n_out') == methods[o['method']]['n_out']: del o['n_out'] # the default: one trial has one spelling
@@ -129,14 +128,15 @@ def _plain_number(v):
     v = v.item() if isinstance(v, np.generic) else v
     return int(v) if isinstance(v, float) and v.is_integer() else v
 
+def _data_name(options): return Path(options['path']).name if options['data'] == 'folder' else options['data']
+
 def trial_name(
     options:dict # Options of `clae_train`, the seed among them
 ) -> str: # A folder's name
     "Name of a trial: data, method, strength and seed to read, and a hash of everything"
     o = {k: Path(v).name if k == 'path' else _plain_number(v) for k,v in options.items() if v is not None}
     canonical = json.dumps(o, sort_keys=True, separators=(',',':'), allow_nan=False)
-    data = o['path'] if o['data'] == 'folder' else o['data']
-    start = re.sub(r'[^\w.\-]', '_', f"{data}-{o['method']}-eps{o['eps']:g}-seed{o['seed']}")
+    start = re.sub(r'[^\w.\-]', '_', f"{_data_name(o)}-{o['method']}-eps{o['eps']:g}-seed{o['seed']}")
     return f'{start}-{hashlib.sha256(canonical.encode()).hexdigest()[:10]}'
 
 # %% ../../nbs/24_paper.experiments.ipynb #05dd5fbe
@@ -149,96 +149,79 @@ def _trial_lock(folder):
     try: yield lock.is_locked
     finally: lock.release()
 
+def _is_open(folder): return not any((folder/o).exists() for o in ('summary.json','error.txt'))
+
 def _record_failure(folder, why):
     write_text(folder/'error.txt', why)
     print(f"\nTRIAL FAILED: {folder}\n{why}", file=sys.stderr, flush=True)
 
-def _do_trial(options, run, folder):
-    start = time.time()
-    try:
-        with (folder/'log.txt').open('a', encoding='utf-8') as f, redirect_stdout(f): run(dict(options), folder)
-        if not (folder/'summary.json').exists(): raise ValueError("the trial ended without summary.json")
-        print(f"{folder.name}: done in {time.time() - start:.0f} s", flush=True)
-    except Exception: _record_failure(folder, traceback.format_exc())
+def _do_trial(folder, options, run):
+    "Do a trial, unless it is done, was tried in vain, or is in hand elsewhere: then return False"
+    if not _is_open(folder): return False
+    with _trial_lock(folder) as ours:
+        if not ours or not _is_open(folder): return False # somebody may have done it since
+        start = time.time()
+        try:
+            with (folder/'log.txt').open('a', encoding='utf-8') as f, redirect_stdout(f): run(dict(options), folder)
+            if not (folder/'summary.json').exists(): raise ValueError("the trial ended without summary.json")
+            print(f"{folder.name}: done in {time.time() - start:.0f} s", flush=True)
+        except Exception: _record_failure(folder, traceback.format_exc())
+    return True
 
-def _do_next(trials, run, folder):
-    "Do the first trial that nobody has done, has tried in vain, or has in hand; False if there is none"
-    def is_open(d): return not (d/'summary.json').exists() and not (d/'error.txt').exists()
-    for o in trials:
-        own = folder/trial_name(o)
-        if not is_open(own): continue
-        with _trial_lock(own) as ours:
-            if ours and is_open(own): # somebody may have done it since
-                _do_trial(o, run, own)
-                return True
-    return False
-
-def _do_all(trials, run, folder, threads):
+def _do_all(trials, run, threads):
     torch.set_num_threads(threads)
-    while _do_next(trials, run, folder): pass
+    # after each from the first on, as another process may have died of one
+    while any(_do_trial(folder, o, run) for folder,o in trials.items()): pass
 
-# %% ../../nbs/24_paper.experiments.ipynb #92009ba7
-def _do_in_processes(trials, run, folder, workers):
-    threads = max(1, torch.get_num_threads()//workers)
-    process = partial(multiprocessing.get_context('spawn').Process, target=_do_all, args=(trials, run, folder, threads))
-    processes = [process() for _ in range(workers)]
+def _do_in_processes(trials, run, workers):
+    args = trials,run,max(1, torch.get_num_threads()//workers)
+    spawn = multiprocessing.get_context('spawn')
+    processes = [spawn.Process(target=_do_all, args=args) for _ in range(workers)]
     for p in processes: p.start()
     try:
         for p in processes: p.join()
     finally:
         for p in processes: p.terminate()
 
-def _ray_trial(options, run, folder):
-    "One trial as Ray's task; returns the text of what it leaves behind: summary and error"
-    own = folder/trial_name(options)
-    (own/'error.txt').unlink(missing_ok=True) # an earlier sweep's, on a disk that is not ours
-    _do_next([options], run, folder)
-    files = own/'summary.json',own/'error.txt'
-    return [f.read_text(encoding='utf-8') if f.exists() else None for f in files]
+def _do_on_node(folder, options, run):
+    "Ray's task: do a trial, and return the texts of what it leaves behind, summary and error"
+    (folder/'error.txt').unlink(missing_ok=True) # an earlier sweep's, on a disk that is not ours
+    _do_trial(folder, options, run)
+    files = folder/'summary.json',folder/'error.txt'
+    return [f.exists() and f.read_text(encoding='utf-8') for f in files]
 
-def _do_on_ray(trials, run, folder, address):
+def _do_on_ray(trials, run, address):
     try: import ray
     except ImportError:
-        raise ValueError(
-            "Sweeps on a Ray cluster need one more package: pip install 'clae_fastai[ray]'. "
-            "Without it, --workers shares a sweep between processes of this machine.") from None
-    connected = ray.is_initialized()
-    if not connected: ray.init(address)
-    try:
-        task = ray.remote(num_cpus=1, num_gpus=int('GPU' in ray.cluster_resources()), max_retries=5)(_ray_trial)
-        folders = {task.remote(o, run, folder): folder/trial_name(o) for o in trials}
+        raise ValueError("ray needs one more package: pip install 'clae_fastai[ray]'.") from None
+    with nullcontext() if ray.is_initialized() else ray.init(address):
+        task = ray.remote(num_cpus=1, num_gpus=int('GPU' in ray.cluster_resources()), max_retries=5)(_do_on_node)
+        folders = {task.remote(folder, o, run): folder for folder,o in trials.items()}
         left = list(folders)
         while left:
             (done,),left = ray.wait(left)
-            own = folders[done]
-            own.mkdir(parents=True, exist_ok=True) # the disks may not be shared
+            folder = folders[done]
+            folder.mkdir(parents=True, exist_ok=True) # the disks may not be shared
             try: summary,error = ray.get(done)
             except ray.exceptions.RayError: summary,error = None,traceback.format_exc() # its node died, and five more
-            if error: _record_failure(own, error)
+            if error: _record_failure(folder, error)
             elif summary:
-                write_text(own/'summary.json', summary)
-                print(f"{own.name}: done", flush=True)
-    finally:
-        if not connected: ray.shutdown()
+                write_text(folder/'summary.json', summary)
+                print(f"{folder.name}: done", flush=True)
 
 def _check_all_done(folders):
-    busy,failed,dropped = [],[],[]
+    busy,failed = [],[]
     for d in folders:
-        if (d/'summary.json').exists(): continue
         with _trial_lock(d) as ours:
-            if not ours: busy.append(d)
-            elif (d/'error.txt').exists(): failed.append(d)
-            else: dropped.append(d)
-    if busy: print(f"Other processes are at work on {len(busy)} trials: {', '.join(d.name for d in busy)}.", flush=True)
-    reasons = {'failed (see error.txt)': failed, 'were left undone, as the process that had them died': dropped}
-    wrong = [f"{len(ds)} {why}: {', '.join(map(str, ds))}" for why,ds in reasons.items() if ds]
-    if wrong:
+            if not (d/'summary.json').exists(): (failed if ours else busy).append(str(d))
+    if busy: print(f"Other processes are at work on {len(busy)} trials: {', '.join(busy)}.", flush=True)
+    if failed:
         raise ValueError(
-            f"Of {len(folders)} trials {'; '.join(wrong)}. "
-            "Start again when the reason is mended: what is done stays done.")
+            f"Of {len(folders)} trials {len(failed)} failed: {', '.join(failed)}. "
+            "See error.txt there (without one their process died), and start again: what is done stays done.")
 
-def _check_workers(n):
-    if n < 1: raise ValueError(f"workers must be 1 or more, and it is {n}.")
+def _check_count(name, n):
+    if n < 1: raise ValueError(f"{name} must be 1 or more, and it is {n}.")
 
 def sweep(
     trials:list, # Options of each trial, the seed among them
@@ -248,17 +231,16 @@ def sweep(
     ray:str=None # Address of a Ray cluster, or 'auto', to submit the trials to
 ):
     "Do all trials that nobody has done. Raises `ValueError` in the end if some failed"
-    _check_workers(workers)
-    folder = Path(folder).resolve()
-    folders = [folder/trial_name(o) for o in trials]
-    todo = [o for o,d in zip(trials, folders) if not (d/'summary.json').exists()]
+    _check_count('workers', workers)
+    trials = {Path(folder).resolve()/trial_name(o): o for o in trials}
+    todo = {d: o for d,o in trials.items() if not (d/'summary.json').exists()}
     if not todo: return
     print(f"{len(todo)} of {len(trials)} trials are to be done.", flush=True)
-    for d in folders: (d/'error.txt').unlink(missing_ok=True)
-    if ray is not None: _do_on_ray(todo, run, folder, ray)
-    elif workers > 1: _do_in_processes(todo, run, folder, min(workers, len(todo)))
-    else: _do_all(todo, run, folder, torch.get_num_threads())
-    _check_all_done(folders)
+    for d in todo: (d/'error.txt').unlink(missing_ok=True)
+    if ray is not None: _do_on_ray(todo, run, ray)
+    elif workers > 1: _do_in_processes(todo, run, min(workers, len(todo)))
+    else: _do_all(todo, run, torch.get_num_threads())
+    _check_all_done(trials)
 
 # %% ../../nbs/24_paper.experiments.ipynb #dc0bd4cf
 def trial_row(
@@ -268,12 +250,14 @@ def trial_row(
     "One trial as a row of a table"
     metrics = summary['metrics']
     accuracy = metrics.get('accuracy', {})
-    own = {k: v for k,v in options.items() if k != 'path'}
-    if own['data'] == 'folder': own['data'] = Path(options['path']).name
-    return dict(trial=trial_name(options), **own, knn=accuracy.get('knn'), linear=accuracy.get('lr'),
-                **{f'transfer_{k}': v for k,v in metrics.get('transfer', {}).items()},
-                train_seconds=metrics.get('train_seconds'), device=summary['settings'].get('device'),
-                **{f'version_{k}': v for k,v in summary['versions'].items()})
+    row = dict(
+        trial=trial_name(options), **options, knn=accuracy.get('knn'), linear=accuracy.get('lr'),
+        **{f'transfer_{k}': v for k,v in metrics.get('transfer', {}).items()},
+        train_seconds=metrics.get('train_seconds'), device=summary['settings'].get('device'),
+        **{f'version_{k}': v for k,v in summary['versions'].items()})
+    row['data'] = _data_name(options)
+    row.pop('path', None)
+    return row
 
 def aggregate(
     df:pd.DataFrame, # A row a trial
@@ -293,18 +277,19 @@ def paired(
 ) -> pd.DataFrame: # A row a cell that has pairs: `by`, n, mean, values by seed, low, high (nan for one pair)
     "Differences from the baseline, seed by seed, with their interval"
     axis,label = baseline
-    same = [o for o in by if o != axis] + ['seed']
+    same = [*(o for o in by if o != axis), 'seed']
     df = df.dropna(subset=[metric])
-    base = df.loc[df[axis] == label, [*same, metric]]
-    both = df[df[axis] != label].merge(base, on=same, suffixes=('','_base'), validate='m:1')
+    is_base = df[axis] == label
+    both = df[~is_base].merge(df.loc[is_base, [*same, metric]], on=same, suffixes=('','_base'), validate='m:1')
     both['difference'] = both[metric] - both[f'{metric}_base']
     res = aggregate(both, by, 'difference').drop(columns='std')
     bounds = [confidence_interval(v, level)[1:] if len(v) > 1 else (math.nan,math.nan) for v in res['values']]
-    return res.assign(low=[low for low,_ in bounds], high=[high for _,high in bounds])
+    return res.join(pd.DataFrame(bounds, columns=['low','high']))
 
 # %% ../../nbs/24_paper.experiments.ipynb #75e99d8f
-_titles = dict(knn='kNN', linear='LR', bs='batch size', n_out='embedding dimension', arch='encoder',
-               alpha='weight of the adversarial loss, alpha', eps='strength of the attack, eps')
+_titles = dict(
+    knn='kNN', linear='LR', bs='batch size', n_out='embedding dimension', arch='encoder',
+    alpha='weight of the adversarial loss, alpha', eps='strength of the attack, eps')
 def _title(name): return _titles.get(name, name.replace('transfer_', 'to '))
 
 @patch
@@ -318,7 +303,7 @@ def results(self:Grid,
     own = rows[rows['trial'].isin(labels)].set_index('trial')
     known = own.dropna(axis=1, how='all').to_dict('index') # without the columns of other grids
     df = pd.DataFrame([{'trial': name, **known.get(name, {}), **label} for name,label in labels.items()])
-    return df.reindex(columns=list(dict.fromkeys([*df.columns, *self.metrics, 'train_seconds'])))
+    return df.reindex(columns=df.columns.union([*self.metrics, 'train_seconds'], sort=False))
 
 def _markdown_table(head, rows):
     return '\n'.join('| ' + ' | '.join(map(str, row)) + ' |' for row in (head, ['---']*len(head), *rows))
@@ -340,51 +325,48 @@ def markdown(self:Grid,
     df:pd.DataFrame # Its `results`
 ) -> str:
     "A grid's results as two tables"
-    by = ['data', *self.axes]
-    def by_cell(f, *args): return {m: f(df, by, m, *args).set_index(by).to_dict('index') for m in self.metrics}
-    cells,pairs = by_cell(aggregate),by_cell(paired, self.baseline)
-    def texts(d, m, key):
-        return _cell_texts(cells[m].get((d,*key)), pairs[m].get((d,*key)), self.paper.get((d,m,*key)))
+    by,texts = ['data', *self.axes],{}
     columns = [(d,m) for d in df['data'].unique() for m in self.metrics if (d,m) not in self.omit]
-    keys,baseline = list(itertools.product(*self.axes.values())),' '.join(map(str, self.baseline))
+    keys = list(itertools.product(*self.axes.values()))
+    for d,m in columns:
+        cells,pairs = (
+            t.set_index(by).to_dict('index') for t in (aggregate(df, by, m), paired(df, by, m, self.baseline)))
+        for key in keys:
+            texts[d,m,*key] = _cell_texts(cells.get((d,*key)), pairs.get((d,*key)), self.paper.get((d,m,*key)))
     short = _markdown_table(
         [*self.axes, *(f'{d} {_title(m)}' for d,m in columns)],
-        [[*key, *(texts(d, m, key)[0] for d,m in columns)] for key in keys])
+        [[*key, *(texts[*c,*key][0] for c in columns)] for key in keys])
     full = _markdown_table(
-        ['data','metric',*self.axes,'mean ± sd','every seed',f"difference from {baseline} [95 %]"],
-        [[d, _title(m), *key, *texts(d, m, key)] for d,m in columns for key in keys])
+        ['data','metric',*self.axes,'mean ± sd','every seed','difference from {} {} [95 %]'.format(*self.baseline)],
+        [[d, _title(m), *key, *cell] for (d,m,*key),cell in texts.items()])
     return f'{short}\n\n{full}\n'
-
-def _curve_name(baseline, labels):
-    "What a curve's labels along the other axes say"
-    def name(axis, label):
-        if (axis,label) == baseline: return 'baseline'
-        return f"{'CLAE, ' if axis == baseline[0] else ''}{axis} {label}"
-    return ', '.join(name(*o) for o in labels) or 'CLAE'
 
 def _draw_metric(ax, grid, df, metric):
     "A curve for each combination of the labels of the other axes than `x`"
     x,labels = grid.x,list(grid.axes[grid.x])
     numbers = all(isinstance(o, (int,float)) for o in labels)
     at = dict(zip(labels, labels if numbers else range(len(labels))))
-    others = [[(axis,label) for label in grid.axes[axis]] for axis in grid.axes if axis != x]
-    for i,key in enumerate(itertools.product(*others)):
-        own = df
-        for axis,label in key: own = own[own[axis] == label]
+    others = [axis for axis in grid.axes if axis != x]
+    for i,key in enumerate(itertools.product(*(grid.axes[axis] for axis in others))):
+        pairs = list(zip(others, key))
+        names = [f'{axis} {label}' for axis,label in pairs if (axis,label) != grid.baseline]
+        names.insert(0, 'baseline' if grid.baseline in pairs else 'CLAE')
+        own = df[(df[others] == list(key)).all(axis=1)]
         cells = aggregate(own, [x], metric)
-        ax.errorbar(cells[x].map(at), 100*cells['mean'], 100*cells['std'].fillna(0), marker='o', capsize=3,
-                    ls='-' if numbers else 'none', color=f'C{i}', label=_curve_name(grid.baseline, key))
+        ax.errorbar(
+            cells[x].map(at), 100*cells['mean'], 100*cells['std'].fillna(0), marker='o', capsize=3,
+            ls='-' if numbers else 'none', color=f'C{i}', label=', '.join(names))
         ax.scatter(own[x].map(at), 100*own[metric], s=12, color=f'C{i}', alpha=.5)
         if grid.baseline[0] == x:
             level = cells['mean'][cells[x] == grid.baseline[1]].mean() # nan, and not drawn, where it is not run
             ax.axhline(100*level, color='gray', ls='--', label='baseline')
-    ax.set(xlabel=_title(x), ylabel=f'{_title(metric)} accuracy, %')
+    ax.set(title=df['data'].iloc[0], xlabel=_title(x), ylabel=f'{_title(metric)} accuracy, %')
     if x in ('bs','n_out'): ax.set_xscale('log', base=2)
     ax.set_xticks(list(at.values()), list(map(str, at)))
     ax.minorticks_off()
     ax.margins(x=.05 if numbers else .2)
     ax.grid(alpha=.3)
-    if ax.get_legend_handles_labels()[1]: ax.legend(framealpha=.6)
+    ax.legend(framealpha=.6)
 
 @patch
 def draw(self:Grid,
@@ -393,73 +375,64 @@ def draw(self:Grid,
     "Mean, standard deviation and every trial along `x`"
     sets,n = df['data'].unique(),len(self.metrics)
     fig,axs = plt.subplots(len(sets), n, figsize=(4.6*n, 3.6*len(sets)), squeeze=False)
-    for (d,metric),ax in zip(itertools.product(sets, self.metrics), axs.flat):
+    for ax,(d,metric) in zip(axs.flat, itertools.product(sets, self.metrics)):
         _draw_metric(ax, self, df[df['data'] == d], metric)
-        ax.set_title(d)
     fig.suptitle(f'{self.title}\n(mean and standard deviation over the seeds, and every seed)', fontsize=10)
     fig.tight_layout()
     return fig
 
 # %% ../../nbs/24_paper.experiments.ipynb #1cde2b9f
-class _Job:
-    "A grid's trials, what does them, and the files of the results"
-    def __init__(self, name, grid, scale, data, seeds, workers, ray, out, run):
-        _check_workers(workers)
-        seeds = ifnone(seeds, 1 if scale == 'smoke' else 3)
-        if seeds < 1: raise ValueError(f"seeds is the number of seeds, 1 or more, and it is {seeds}.")
-        self.grid,self.scale,self.seeds,self.run,self.out = grid,scale,seeds,run,Path(out)
-        self.cells = grid.cells(scale, data)
-        # every cell has its first value before any has its second
-        self.trials = [{**o, 'seed': s} for s in range(seeds) for _,o in self.cells]
-        self.runs = self.out/'runs'
-        self.sweep = partial(sweep, run=run, folder=self.runs, workers=workers, ray=ray)
-        self.file = self.out/f'{name}-{scale}.md'
-        self.seeds_text = f"{seeds} seed{'s' if seeds > 1 else ''}. "
-        self.out.mkdir(parents=True, exist_ok=True)
+def _collect(out, trials):
+    "All rows of trials.csv, to which those of finished trials are added"
+    file = out/'trials.csv'
+    with filelock.FileLock(out/'.trials.lock'):
+        rows = pd.read_csv(file, float_precision='round_trip') if file.exists() else pd.DataFrame(columns=['trial'])
+        done = [(o,f) for d,o in trials.items() if (f := d/'summary.json').exists()]
+        new = pd.DataFrame([trial_row(o, json.loads(f.read_bytes())) for o,f in done])
+        if len(new):
+            rows = pd.concat([rows, new] if len(rows) else [new]).drop_duplicates('trial', keep='last')
+            write_text(file, rows.to_csv(index=False))
+    return rows
 
-    def collect(self):
-        "All rows of trials.csv, to which those of finished trials are added"
-        file = self.out/'trials.csv'
-        with filelock.FileLock(self.out/'.trials.lock'):
-            rows = pd.read_csv(file, float_precision='round_trip') if file.exists() else pd.DataFrame(dict(trial=[]))
-            done = [(o,f) for o in self.trials if (f := self.runs/trial_name(o)/'summary.json').exists()]
-            new = pd.DataFrame([trial_row(o, json.loads(f.read_text(encoding='utf-8'))) for o,f in done])
-            if len(new):
-                rows = pd.concat([rows[~rows['trial'].isin(new['trial'])], new]) if len(rows) else new
-                write_text(file, rows.to_csv(index=False))
-        return rows
-
-    def save(self, text, df, fig):
-        "Markdown, CSV and PNG, of what there is"
-        write_text(self.file, f"# {self.grid.title}\n\nScale `{self.scale}`, {text}")
-        if df is not None: write_text(self.file.with_suffix('.csv'), df.to_csv(index=False))
-        if fig is not None:
-            with new_file(self.file.with_suffix('.png')) as tmp:
-                fig.savefig(tmp, format='png', dpi=110, bbox_inches='tight')
-            plt.close(fig)
-        return self.file
-
-def _report(job, df, done):
-    own = {'data', *job.grid.axes, 'trial', 'seed', 'recipe', 'train_seconds', *job.grid.metrics}
+def _render_grid(grid, df, seeds, folders):
+    done = df.dropna(subset=grid.metrics, how='all')
+    own = {'data', *grid.axes, 'trial', 'seed', 'recipe', 'train_seconds', *grid.metrics}
     shared = [c for c in done if c not in own and done[c].notna().all() and done[c].nunique() == 1]
     # where trials are missing, whole numbers have become floats
     same = ', '.join(f"{c.removeprefix('version_')} {_plain_number(done[c].iloc[0])}" for c in shared)
-    return (f"{len(done)} of {len(df)} trials, {job.seeds_text}"
-            "Accuracy in percent on the whole test set, of the last epoch, on the encoder's features; "
-            f"kNN: 200 neighbours, LR: linear probe.{same and f' All trials: {same}.'}\n\n{job.grid.markdown(df)}")
+    text = (
+        f"{len(done)} of {len(df)} trials, {seeds} "
+        "Accuracy in percent on the whole test set, of the last epoch, on the encoder's features; "
+        f"kNN: 200 neighbours, LR: linear probe.{same and f' All trials: {same}.'}\n\n{grid.markdown(df)}")
+    return text,done,grid.draw(df) if grid.x else None
 
-def _make_grid(job):
-    known = set(job.collect()['trial'])
-    by_hand = {o['data'] for o in job.trials if catalogue[o['data']].source == 'path' and 'path' not in o}
-    for data in sorted(by_hand):
-        print(f"{data} is not run, as it is not downloaded automatically: "
-              f"get it from {catalogue[data].page} and give --data {data}=FOLDER.")
+def _run_and_render(
+    name, grid, scale, data=None, seeds=None, workers=1, ray=None, out='results', run=None,
+    render=_render_grid, from_rows=True):
+    "`render` gives text, rows and picture; `from_rows`: rows in trials.csv will do for it, without the trials' folders"
+    seeds = ifnone(seeds, 1 if scale == 'smoke' else 3)
+    _check_count('workers', workers)
+    _check_count('seeds', seeds)
+    out,cells = Path(out),grid.cells(scale, data)
+    # every cell has its first value before any has its second
+    trials = [{**o, 'seed': s} for s in range(seeds) for _,o in cells]
+    trials = {out/'runs'/trial_name(o): o for o in trials}
+    out.mkdir(parents=True, exist_ok=True)
+    by_hand = {o['data'] for o in trials.values() if catalogue[o['data']].source == 'path' and 'path' not in o}
+    for o in sorted(by_hand): print(f"{o} is not run: get it from {catalogue[o].page} and give --data {o}=FOLDER.")
+    known = set(_collect(out, trials)['trial']) if from_rows else ()
+    todo = [o for d,o in trials.items() if d.name not in known and o['data'] not in by_hand]
     try:
-        if job.run: job.sweep([o for o in job.trials if o['data'] not in by_hand and trial_name(o) not in known])
+        if run: sweep(todo, run, out/'runs', workers, ray)
     finally:
-        df = job.grid.results(job.cells, job.collect(), job.seeds)
-        done = df.dropna(subset=job.grid.metrics, how='all')
-        file = job.save(_report(job, df, done), done, job.grid.draw(df) if job.grid.x else None)
+        df = grid.results(cells, _collect(out, trials), seeds)
+        text,rows,fig = render(grid, df, f"{seeds} seed{'s' if seeds > 1 else ''}.", trials)
+        file = out/f'{name}-{scale}.md'
+        write_text(file, f"# {grid.title}\n\nScale `{scale}`, {text}")
+        if rows is not None: write_text(file.with_suffix('.csv'), rows.to_csv(index=False))
+        if fig is not None:
+            with new_file(file.with_suffix('.png')) as tmp: fig.savefig(tmp, format='png', dpi=110, bbox_inches='tight')
+            plt.close(fig)
     return file
 
 def table(
@@ -473,8 +446,8 @@ def table(
     run:Callable=None # `run(options, folder)` does a trial; None: only render
 ) -> Path: # The Markdown file; the CSV is beside it
     "Run what is missing of a table and render it"
-    tables = {k.removeprefix('table'): (k,g) for k,g in grids(scale).items() if g.x is None}
-    return _make_grid(_Job(*look_up(which, tables, 'table'), scale, data, seeds, workers, ray, out, run))
+    known = {k.removeprefix('table'): (k,g) for k,g in grids(scale).items() if g.x is None}
+    return _run_and_render(*look_up(which, known, 'table'), scale, data, seeds, workers, ray, out, run)
 
 # %% ../../nbs/24_paper.experiments.ipynb #e8b6430a
 def _figure2(learn):
@@ -485,17 +458,17 @@ def _figure2(learn):
 
 def _figure3a(learn):
     df = loss_vs_eps(learn)
-    tables = {'Contrastive loss, mean over batches and 95 % interval': intervals(df),
-              'Adversarial minus random, on the same batches': paired_intervals(df)}
-    return df,plot_loss_vs_eps(df).figure,{k: t.reset_index() for k,t in tables.items()}
+    return df,plot_loss_vs_eps(df).figure,{
+        'Contrastive loss, mean over batches and 95 % interval': intervals(df).reset_index(),
+        'Adversarial minus random, on the same batches': paired_intervals(df).reset_index()}
 
 def _figure3b(learn):
     df = classifier_vs_eps(learn)
     loss,accuracy = (intervals(df, o).reset_index() for o in ('cross_entropy','correct'))
-    tables = {'Cross entropy, mean over images and 95 % interval': loss,
-              'Accuracy (a fraction), mean over images and 95 % interval': accuracy}
     rows = loss.merge(accuracy, on=['kind','eps'], suffixes=('_cross_entropy','_accuracy'))
-    return rows,plot_classifier_vs_eps(df),tables
+    return rows,plot_classifier_vs_eps(df),{
+        'Cross entropy, mean over images and 95 % interval': loss,
+        'Accuracy (a fraction), mean over images and 95 % interval': accuracy}
 
 def _figure4(learn):
     df = pd.concat([bn_statistics(learn), bn_statistics(learn, reestimate=True)])
@@ -503,46 +476,40 @@ def _figure4(learn):
     return rows,plot_bn_statistics(df),{'Distance of clean and adversarial statistics, by layer': rows}
 
 _encoder_figures = {
-    '2':  ('adversarial images', _figure2),
+    '2': ('adversarial images', _figure2),
     '3a': ('contrastive loss against eps', _figure3a),
     '3b': ('the classifier against eps', _figure3b),
-    '4':  ('statistics of the two batch norms', _figure4)}
+    '4': ('statistics of the two batch norms', _figure4)}
 
-def _short(v): return f'{v:.4g}' if isinstance(v, float) else str(v)
-
-def _make_encoder_figure(job, examine, load):
-    "`examine` gives an encoder's rows, picture, and tables by their titles"
-    if job.run: job.sweep(job.trials)
-    rows,figs,text = [],[],[f'{job.seeds_text}The picture is of seed 0.']
-    for name in map(trial_name, job.trials):
-        if not (job.runs/name/'summary.json').exists():
-            text.append(f'## {name}\n\nnot run')
+def _render_encoders(grid, df, seeds, folders, examine, load):
+    rows,figs,text = [],[],[f'{seeds} The picture is of seed 0.']
+    for folder in folders:
+        text.append(f'## {folder.name}')
+        if not (folder/'summary.json').exists():
+            text.append('not run')
             continue
-        df,fig,tables = examine(load(job.runs/name))
-        rows.append(df.assign(trial=name))
+        own,fig,tables = examine(load(folder))
+        rows.append(own.assign(trial=folder.name))
         figs.append(fig)
-        text.append(f'## {name}')
-        for title,t in tables.items():
-            text.append(f'{title}:\n\n{_markdown_table(t.columns, t.map(_short).values.tolist())}')
         if len(figs) > 1: plt.close(fig)
-    return job.save('\n\n'.join(text) + '\n', pd.concat(rows) if rows else None, first(figs))
+        for title,t in tables.items():
+            short = t.map(lambda v: f'{v:.4g}' if isinstance(v, float) else v)
+            text += [f'{title}:',_markdown_table(t.columns, short.values)]
+    return '\n\n'.join(text) + '\n',pd.concat(rows) if rows else None,first(figs)
 
+@delegates(table)
 def figure(
     which:str, # '2', '3a', '3b', '4', '5a', '5b', '5c', '6a', '6b', '6c' or '7'
     scale:str='small', # 'paper', 'small' or 'smoke'
-    data:list=None, # Data sets to train on: names, `NAME=FOLDER`, or folders of images; the scale's by default
-    seeds:int=None, # Number of seeds; 3 by default, at 'smoke' 1
-    workers:int=1, # Processes
-    ray:str=None, # Address of a Ray cluster, or 'auto'
-    out:str|Path='results', # Folder of the results; the trials are in its `runs`
-    run:Callable=None, # `run(options, folder)` does a trial; None: only render
-    load:Callable=None # `load(folder)` makes the trained learner of a trial, for 2, 3a, 3b and 4
+    *args, # As of `table`, by position or name
+    load:Callable=None, # `load(folder)` makes the trained learner of a trial, for 2, 3a, 3b and 4
+    **kwargs
 ) -> Path: # The Markdown file; CSV and PNG are beside it
     "Run what is missing of a figure and render it"
     known = {k.removeprefix('fig'): g for k,g in grids(scale).items() if g.x}
-    look_up(which, [*_encoder_figures, *sorted(known)], 'figure')
-    settings = scale,data,seeds,workers,ray,out,run
-    if which in known: return _make_grid(_Job(f'fig{which}', known[which], *settings))
+    if look_up(which, [*_encoder_figures, *known], 'figure') in known:
+        return _run_and_render(f'fig{which}', known[which], scale, *args, **kwargs)
     title,examine = _encoder_figures[which]
     grid = replace(known['6b'], title=f'Figure {which}: {title}', axes=dict(eps={.03: dict(eps=.03)}))
-    return _make_encoder_figure(_Job(f'fig{which}', grid, *settings), examine, load)
+    render = partial(_render_encoders, examine=examine, load=load)
+    return _run_and_render(f'fig{which}', grid, scale, *args, render=render, from_rows=False, **kwargs)

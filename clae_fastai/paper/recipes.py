@@ -20,7 +20,7 @@ _optimizers = dict(
 
 @dataclass(frozen=True)
 class Recipe:
-    "Settings of one of the paper's experiments; `sources` says of each where it comes from"
+    "Settings of one of the paper's experiments"
     name:str # '<method>-<data set>'
     data:str # Data set
     method:str # One of `methods`
@@ -42,13 +42,13 @@ class Recipe:
     epochs:int # Passes over the training images
     steps:tuple # ((epoch, factor), ...): from `epoch` on the learning rate is `factor*lr`; empty: constant
     stats:tuple # (mean, std) that images are normalised with; None: the views' own
-    sources:dict # Field: 'paper', 'code' (the authors'), or 'ours'
+    sources:dict # Where each field is from: 'paper', 'code' (the authors'), or 'ours'
 
     def learner_kwargs(self):
         "What `clae_learner` needs, besides the `dls`"
         names = 'arch method eps alpha attack adv_momentum temperature head n_out views stem lr wd'.split()
         kwargs = {k: getattr(self, k) for k in names}
-        if self.stats is not None: kwargs['views'] = TwoViews.from_preset(self.views, self.size, stats=self.stats)
+        if self.stats: kwargs['views'] = TwoViews.from_preset(self.views, self.size, stats=self.stats)
         return dict(kwargs, opt_func=_optimizers[self.opt], wd_bn_bias=True)
 
     def lr_at(self, epoch):
@@ -76,8 +76,8 @@ _adam = dict(bs=256, opt='adam', lr=3e-4, wd=0., epochs=100, steps=())
 _training = dict(plain=_sgd, uel=_sgd, simclr=_adam)
 _small = dict(size=32, stem='cifar', stats=None)
 _large = dict(size=224, stem='imagenet', stats=imagenet_stats)
-_images = dict(cifar10=_small, cifar100=_small, imagenet100=_large,
-               tinyimagenet=dict(_large, bs=128, epochs=100, steps=()))
+_images = dict(
+    cifar10=_small, cifar100=_small, imagenet100=_large, tinyimagenet=dict(_large, bs=128, epochs=100, steps=()))
 
 def _recipe(method, data):
     embedding = {k: methods[method][k] for k in ('views','head','n_out','temperature')}
@@ -93,5 +93,5 @@ recipes = {f'{m}-{d}': _recipe(m, d) for m,d in _known}
 def get_recipe(
     name:str # One of `recipes`
 ) -> Recipe:
-    "The recipe called `name`"
+    "The recipe of that name"
     return look_up(name, recipes, 'recipe')

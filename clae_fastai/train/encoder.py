@@ -23,98 +23,91 @@ def _header(info):
 
 @patch
 def export_encoder(self:Learner,
-    file:str|Path='encoder.safetensors' # Written in one piece: a file that is there stays whole until the new one is
+    file:str|Path='encoder.safetensors' # A file that is there stays whole until the new one is
 ) -> Path:
     "Write the encoder of a `clae_learner` as safetensors. Raises `OSError` where that is not possible"
     encoder,info = stock_encoder(self)
     write_safetensors(file, encoder.state_dict(), _format, **_header(info))
     return Path(file)
 
-def _are_numbers(values, n, kinds=(int,float), above=-math.inf):
-    "A list of `n` finite numbers above a limit?"
-    return (isinstance(values, list) and len(values) == n
-            and all(type(v) in kinds and above < v < math.inf for v in values))
-
-def _wrong(info):
-    "Names of what a header lacks, or has wrong"
+def _check_header(info):
+    "Raises `ValueError` that names what is missing or wrong"
     n = info.get('channels')
+    def _numbers(name, n, kinds=(int,float), above=0):
+        values = info.get(name)
+        return isinstance(values, list) and len(values) == n and all(type(v) in kinds and above < v < math.inf for v in values)
     good = dict(
         arch='arch' in info,
         stem=info.get('stem') in ('cifar','imagenet'),
-        channels=_are_numbers([n], 1, (int,), above=0) and n < 10_000,
-        size=_are_numbers(info.get('size'), 2, (int,), above=0))
-    if good['channels'] and ('mean' in info or 'std' in info):
-        good.update(mean=_are_numbers(info.get('mean'), n), std=_are_numbers(info.get('std'), n, above=0))
-    return [k for k,ok in good.items() if not ok]
+        channels=type(n) is int and 0 < n < 10_000,
+        size=_numbers('size', 2, (int,)))
+    if 'mean' in info or 'std' in info: good.update(mean=_numbers('mean', n, above=-math.inf), std=_numbers('std', n))
+    for name,ok in good.items():
+        if not ok: raise ValueError(f"{name} is {info.get(name)!r}")
 
 def read_encoder(
     file:str|Path # Written by `export_encoder`
-) -> tuple: # State dict of the stock model, and the header: arch, stem, channels, size, method, version, mean, std
+) -> tuple: # State dict, and the header: arch, stem, channels, size, method, version, mean, std
     "What is in an encoder file. Raises `FileNotFoundError` where there is none, and `ValueError` for another"
     try: state,header = read_safetensors(file, _format)
     except FileNotFoundError: raise FileNotFoundError(f"There is no encoder file {file}.") from None
     except ValueError as e:
-        raise ValueError(f"{e} Encoders are written by `learn.export_encoder`; "
-                         "pickles (.pth, .pkl) are not read, as loading one can execute code.") from None
-    try: info = {k: v if k in _texts else json.loads(v) for k,v in header.items()}
-    except (ValueError, RecursionError) as e: raise ValueError(f"The header of {file} is damaged ({e}).") from None
-    if wrong := ', '.join(f'{k} is {info.get(k)!r}' for k in _wrong(info)):
-        raise ValueError(f"The header of {file} is damaged: {wrong}.")
+        raise ValueError(f"{e} Give a file of `learn.export_encoder`; pickles (.pth, .pkl) can execute code, and are not read.") from None
+    try:
+        info = {k: v if k in _texts else json.loads(v) for k,v in header.items()}
+        _check_header(info)
+    except (ValueError, RecursionError) as e: raise ValueError(f"The header of {file} is damaged: {e}.") from None
     return state,info
 
 def load_encoder(
     file:str|Path, # Written by `export_encoder`
-    arch=None # Architecture, where it has no name that the file could hold
+    arch=None # Architecture, where the file has no name of it
 ) -> nn.Module: # The stock model without its classifier, in evaluation mode; its `info` is the file's header
     "The encoder of a file"
     state,info = read_encoder(file)
-    named = info['arch']
-    if arch is None and not named:
-        raise ValueError(f"{file} does not name its architecture, as it was trained from a function or module of the user's: "
-                         "pass `arch`.")
-    try: encoder = create_encoder(ifnone(arch, named), info['stem'], info['channels'])
+    arch = ifnone(arch, info['arch'])
+    if arch == '': raise ValueError(f"{file} does not name its architecture, a function or module of the user's: pass `arch`.")
+    try: encoder = create_encoder(arch, info['stem'], info['channels'])
     except ValueError as e: raise ValueError(f"{file} cannot be loaded. {e}") from None
     if diff := key_difference(state, encoder):
-        raise ValueError(f"{file}, written from the architecture {named or 'of a module'}, "
-                         f"does not fit {arch_name(arch) or named or 'the given one'}: it {diff}.")
+        raise ValueError(f"{file}, of {info['arch'] or 'a module'}, does not fit {arch_name(arch) or 'the given one'}: it {diff}.")
     encoder.load_state_dict(state)
     encoder.info = info
     return encoder.eval()
 
-# %% ../../nbs/15_train.encoder.ipynb #fd43aa70
 def stock_encoder(
     source:Learner|str|Path # A `clae_learner`, whose encoder is copied, or an encoder file
-) -> tuple: # The stock model without its classifier, on the CPU in evaluation mode, and the header (`read_encoder`)
+) -> tuple: # The encoder, on the CPU in evaluation mode, and its header (`read_encoder`)
     "The encoder of a learner or of a file. Raises `ValueError` for other learners"
     if not isinstance(source, Learner):
         encoder = load_encoder(source)
         return encoder,encoder.info
     if not hasattr(source, 'encoder_info'):
-        raise ValueError("This Learner was not made by clae_learner, so it has no encoder: "
-                         "for a model of your own write vision_learner or Learner(dls, model).")
+        raise ValueError("This Learner was not made by clae_learner, so it has no encoder that could be taken.")
     return strip_dual_bn(deepcopy(get_model(source.model).encoder)).cpu().eval(),source.encoder_info
 
 def check_channels(
     n_in:int, # Channels of the images
     info:dict # What is known of the encoder; without `channels` any number will do
 ):
-    "Raises `ValueError` where images have other channels than those an encoder was trained on"
+    "Raises `ValueError` where an encoder was trained on images of other channels"
     if n_in != (trained := info.get('channels', n_in)):
         raise ValueError(f"The encoder was trained on images of {trained} channels, and these have {n_in}: "
-                         "read them with as many (`channels` of get_dls, for folders), or take an encoder of such images.")
+            "read them with as many, for folders by `channels` of get_dls.")
 
 # %% ../../nbs/15_train.encoder.ipynb #de530f2e
 def export_onnx(
     encoder:Learner|str|Path, # A `clae_learner`, or an encoder file
-    file:str|Path='encoder.onnx' # To write
+    file:str|Path='encoder.onnx' # To be written
 ) -> Path:
     "Write an encoder as ONNX: input `images` (B,C,H,W), normalised, output `features` (B,F)"
     if not (find_spec('onnx') and find_spec('onnxscript')):
         raise ValueError("Writing ONNX needs two more packages: pip install 'clae_fastai[onnx]'.")
     encoder,info = stock_encoder(encoder)
     model = ContrastiveModel(encoder, nn.Identity(), normalize=False)
-    program = torch.onnx.export(model, (torch.zeros(2, info['channels'], *info['size']),), dynamo=True, verbose=False,
-                                input_names=['images'], output_names=['features'], dynamic_shapes=({0: 'B'},))
+    images = torch.zeros(2, info['channels'], *info['size'])
+    program = torch.onnx.export(model, (images,), dynamo=True, verbose=False, dynamic_shapes=({0: 'B'},),
+        input_names=['images'], output_names=['features'])
     program.model.metadata_props.update(_header(info))
     program.save(file)
     return Path(file)

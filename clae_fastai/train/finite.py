@@ -11,23 +11,24 @@ from ..core import *
 
 # %% ../../nbs/12_train.finite.ipynb #4b1ab3c3
 class CheckFinite(Callback):
-    "Stop, naming epoch and batch, when the training loss is not finite, or leave out steps whose loss or gradients are not"
+    "Stop when the training loss is not finite, or leave out steps whose loss or gradients are not"
     order,run_valid = Recorder.order+1,False
     checkpoint_attrs = ('n_skipped','in_a_row')
     def __init__(self,
-        on_nonfinite:str='stop', # 'stop', or 'skip' the step and count it, which costs one synchronisation a step
-        max_skips:int=10 # 'skip' stops, too, after more than so many steps in a row
+        on_nonfinite:str='stop', # 'stop', or 'skip' the step and count it, which costs a synchronisation a step
+        max_skips:int=10 # Most steps in a row that 'skip' leaves out before it stops, too
     ):
         check_choice('on_nonfinite', on_nonfinite, ('stop','skip'))
         store_attr()
-        self.n_skipped,self.in_a_row,self.finite = 0,0,None
+        self.before_fit()
 
     def before_fit(self): self.n_skipped,self.in_a_row,self.finite = 0,0,None
 
     def before_batch(self):
         if self.on_nonfinite == 'stop': return
         self.canceled,self.buffers = False,[b.clone() for b in self.model.buffers()]
-        if terms := getattr(self.learn, 'loss_terms', None): self.terms = dict(sums=dict(terms.sums), n_batches=terms.n_batches)
+        if terms := getattr(self.learn, 'loss_terms', None):
+            self.terms = dict(sums=dict(terms.sums), n_batches=terms.n_batches)
 
     def before_step(self):
         if self.on_nonfinite == 'stop': return
@@ -42,7 +43,7 @@ class CheckFinite(Callback):
         raise CancelStepException
 
     def _canceled_by_others(self):
-        "Has another callback canceled this step, and has its loss not been looked at here?"
+        "Has another callback canceled this step before it was looked at here?"
         return self.on_nonfinite == 'skip' and not self.canceled and not self.loss.isfinite().all()
 
     def after_cancel_step(self):
@@ -69,10 +70,9 @@ class CheckFinite(Callback):
 
     def _stop(self, what):
         if hasattr(self.learn, 'lr_finder'): raise CancelFitException # its search ends, and gives the weights back
-        raise FloatingPointError(f"{what} in epoch {self.epoch}, batch {self.iter}. "
-                                 "Training stopped; what was saved before is kept. "
-                                 "Lower the learning rate or eps, raise the temperature, or train in higher precision.")
+        raise FloatingPointError(f"{what} in epoch {self.epoch}, batch {self.iter}. What was saved before is kept. "
+            "Lower the learning rate or eps, raise the temperature, or train in higher precision.")
 
     def after_fit(self):
         if self.n_skipped:
-            print(f"{self.n_skipped} of {self.learn.train_iter} steps were skipped, as their loss or gradients were not finite.")
+            print(f"{self.n_skipped} of {self.train_iter} steps were skipped: their loss or gradients were not finite.")

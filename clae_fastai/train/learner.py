@@ -27,42 +27,41 @@ methods = dict(
 
 # %% ../../nbs/16_train.learner.ipynb #eeb3a6eb
 def _pixel_dls(dls):
-    "A shallow copy of `dls` whose batches end before `Normalize`, and that transform's (mean, std) or None"
+    "A shallow copy of `dls` without `Normalize`, and that transform's (mean, std) or None"
     def _pixels(dl): return dl.new(after_batch=Pipeline(split_normalize(dl.after_batch)[0])) if isinstance(dl, TfmdDL) else dl
-    train,*others = [_pixels(dl) for dl in dls.loaders]
-    if not others and isinstance(train, TfmdDL): # fastai's fit wants a validation set, which may be empty
-        others = [train.new(getattr(dls.train_ds, 'new_empty', list)(), shuffle=False, drop_last=False)]
     res = copy(dls)
-    res.loaders = [train, *others]
-    return res,split_normalize(getattr(dls.train, 'after_batch', None))[1]
+    res.loaders = [_pixels(dl) for dl in dls.loaders]
+    if len(res.loaders) == 1 and isinstance(res.train, TfmdDL): # fastai's fit wants a validation set, which may be empty
+        res.loaders.append(res.train.new(getattr(dls.train_ds, 'new_empty', list)(), shuffle=False, drop_last=False))
+    return res,image_stats(noop, dls)
 
 def _first_images(dls):
     "Images (B,C,H,W) of one training batch"
     check_loader(dls.train)
     x = dls.one_batch()[0] if hasattr(dls.train, 'one_batch') else first(dls.train)[0]
-    if isinstance(x, Tensor) and x.ndim == 4: return x
-    found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-    raise ValueError(f"clae_learner needs batches that begin with images (B,C,H,W), and these begin with {found}.")
+    if getattr(x, 'ndim', 0) == 4: return x
+    raise ValueError(f"Batches must begin with images (B,C,H,W), not with a {type(x).__name__} {tuple(getattr(x, 'shape', ()))}.")
 
 # %% ../../nbs/16_train.learner.ipynb #8a324460
 def _loss(method, temperature):
     "Loss function, and the rest of the method's settings"
     if callable(method):
         if temperature is None: return method,methods['simclr']
-        raise ValueError("temperature belongs to the methods that go by name: give a loss of your own its temperature yourself.")
-    settings = look_up(method, methods, 'method', 'any loss `(z_q, z_p) -> scalar` can be passed as well')
+        raise ValueError("temperature goes with a method's name: a loss of your own has its own.")
+    settings = look_up(method, methods, 'method', 'a loss `(z_q, z_p) -> scalar` will do as well')
     return settings['loss'](ifnone(temperature, settings['temperature'])),settings
 
 def _attack(attack, eps):
-    "The attack that is meant: a name with `eps`, or a ready-made one, or none"
+    "The attack by name with `eps`, or a ready-made one, or none"
     if attack is not None and not callable(attack): return get_attack(attack, ifnone(eps, .03))
     if eps is None: return attack
-    raise ValueError("eps goes with an attack's name: an attack that is passed ready-made has its own, and attack=None has none.")
+    raise ValueError("eps goes with an attack's name: a ready-made attack has its own, and attack=None has none.")
 
 def _weights_stats(encoder, pretrained, weights, info, n_in):
-    "(mean, std) of the images that given weights were trained with, or None where that is not known"
+    "(mean, std) that given weights were trained with, or None where nobody knows"
     if info: return (info['mean'],info['std']) if 'mean' in info and info['channels'] == n_in else None
-    if n_in != 3 or not pretrained and (weights is None or isinstance(weights, dict)): return None
+    from_library = pretrained if weights is None else not isinstance(weights, dict)
+    if n_in != 3 or not from_library: return None
     cfg = getattr(encoder, 'pretrained_cfg', None) # of timm's models; torchvision's are all trained on ImageNet
     return (cfg['mean'],cfg['std']) if cfg else imagenet_stats
 
@@ -72,31 +71,30 @@ def _encoder_info(arch, encoder, n_in, size, method, stats):
     info = dict(arch=arch_name(arch), stem=stem_of(encoder), channels=n_in, size=size, method=method)
     return info if stats is None else dict(info, mean=stats[0].tolist(), std=stats[1].tolist())
 
-# %% ../../nbs/16_train.learner.ipynb #4ab187ae
 @delegates(Learner.__init__, but='model,loss_func')
 def clae_learner(
-    dls:DataLoaders, # Images, labelled or not; never changed. They bring the normalisation, else pretrained weights do, else the views
-    arch:Callable|str|nn.Module=resnet18, # Architecture, see `create_encoder`. A module is trained itself, and must end in features
-    method:str|Callable='simclr', # 'plain', 'uel', 'simclr', or a loss `(z_q, z_p) -> scalar`, which gets embeddings as the head gives them
-    eps:float=None, # Strength of an attack that goes by name, in units of normalised pixels; .03 by default; 0 gives the plain method
-    alpha:float=1., # Weight of the adversarial loss (eq. 16); 0 gives the plain method
-    attack:str|Callable='fgsm', # One of `attacks`, or a ready-made `attack(embed, x, loss) -> x_adv`
-    adv_momentum:float=.01, # Momentum of the adversarial batch norm's running statistics
-    attack_bn:str='adv', # Batch norm that the attack looks through, 'adv' (the paper's) or 'clean'
+    dls:DataLoaders, # Images, labelled or not; never changed. Their `Normalize` goes before that of `weights` and of `views`
+    arch:Callable|str|nn.Module=resnet18, # See `create_encoder`. A module is trained itself, and must end in features
+    method:str|Callable='simclr', # 'plain', 'uel', 'simclr', or a loss `(z_q, z_p) -> scalar` of what the head gives
+    eps:float=None, # Strength of an attack by name, in normalised units, .03 by default; 0: the plain method
+    alpha:float=1., # Weight of the adversarial loss (eq. 16); 0: the plain method
+    attack:str|Callable='fgsm', # One of `attacks`, or `attack(embed, x, loss) -> x_adv`, or None
+    adv_momentum:float=.01, # Of the adversarial batch norm's running statistics
+    attack_bn:str='adv', # Batch norm the attack looks through, 'adv' (the paper's) or 'clean'
     temperature:float=None, # Softmax temperature, the method's by default
     head:str|nn.Module=None, # 'linear', 'mlp' or a module, the method's by default
     n_out:int=None, # Dimensions of the embedding, the method's by default
-    views:str|Callable=None, # One of `view_presets` (the method's by default), or `views(x) -> (x_q, x_p)`, which normalises by itself
-    stem:str=None, # 'cifar', 'imagenet', or None: 'cifar' for images up to 64 pixels where the architecture has such a stem
+    views:str|Callable=None, # One of `view_presets` (default: the method's), or `views(x) -> (x_q, x_p)`, normalised
+    stem:str=None, # 'cifar', 'imagenet', or None: 'cifar' up to 64 pixels, where there is one
     pretrained:bool=False, # Start from the library's default weights?
     weights=None, # Start from a weight set, a state dict, or an encoder file
-    precision:str='fp32', # 'fp32', 'bf16', 'fp16', or 'auto': 'bf16' where the device is faster with it, see `has_bf16`
-    channels_last:bool=False, # Keep images and weights in channels-last order? Faster for convolutions, equal up to rounding
-    on_nonfinite:str='stop', # When a loss or gradient is not finite: 'stop', or 'skip' the step, see `CheckFinite`
+    precision:str='fp32', # 'fp32', 'bf16', 'fp16', or 'auto': 'bf16' where `has_bf16`
+    channels_last:bool=False, # Images and weights in channels-last order? Faster, equal up to rounding
+    on_nonfinite:str='stop', # 'stop' at a loss or gradient that is not finite, or 'skip' the step, see `CheckFinite`
     cbs:list=None, # More callbacks
     **kwargs
 ) -> Learner:
-    "A `Learner` that trains `arch` without labels by CLAE. Raises `ValueError` for what cannot be trained"
+    "A `Learner` that trains `arch` without labels. Raises `ValueError` for what cannot be trained"
     loss,settings = _loss(method, temperature)
     attack,loss_func = _attack(attack, eps),CLAELoss(loss, alpha)
     pixels,stats = _pixel_dls(dls)
@@ -105,8 +103,8 @@ def clae_learner(
     info = None
     if isinstance(weights, (str,Path)) and Path(weights).suffix == '.safetensors': weights,info = read_encoder(weights)
     encoder = create_encoder(arch, stem, n_in, pretrained=pretrained, weights=weights, size=size)
-    head,n_out = ifnone(head, settings['head']),ifnone(n_out, settings['n_out'])
-    if isinstance(head, str): head = projection_head(num_features(encoder, n_in, size), head, n_out)
+    head = ifnone(head, settings['head'])
+    if isinstance(head, str): head = projection_head(num_features(encoder, n_in, size), head, ifnone(n_out, settings['n_out']))
     device = ifnone(getattr(dls, 'device', None), default_device())
     model = ContrastiveModel(encoder, head, normalize=isinstance(loss, TwoViewLoss)).to(device)
 
@@ -116,7 +114,7 @@ def clae_learner(
         views = TwoViews.from_preset(views, size, n_in, stats)
     precision,fast = precision_cbs(precision, device)
     if channels_last: fast.append(ChannelsLast())
-    cbs = [CLAECallback(views, attack, adv_momentum, attack_bn), CheckFinite(on_nonfinite), *fast, *L(cbs)]
+    cbs = [CLAECallback(views, attack, adv_momentum, attack_bn), CheckFinite(on_nonfinite), DevicePrecision(), *fast, *L(cbs)]
     learn = Learner(pixels, model, loss_func, cbs=cbs, **kwargs)
     learn.precision = precision
     learn.encoder_info = _encoder_info(arch, encoder, n_in, size, method, getattr(views, 'stats', None))
@@ -129,15 +127,13 @@ def seeded_clae(
     seed:int=0, # Of all random numbers inside
     trained:bool=False # Refuse a learner that is not trained?
 ): # Yields the copy, the model (in training mode, its statistics frozen) and the model's device
-    "A copy of the `CLAECallback` to look through, seeded and in float32. Afterwards training goes on as if nobody had looked"
+    "A copy of the `CLAECallback`, seeded, in float32; afterwards training goes on as if nobody had looked"
     if not hasattr(learn, 'clae'):
-        raise ValueError("This shows what CLAECallback does, and the Learner has none: "
-                         "make it with clae_learner, or with Learner(..., cbs=CLAECallback(...)).")
+        raise ValueError("This Learner has no CLAECallback: make it with clae_learner.")
     model = get_model(learn.model)
-    seen = [m.num_batches_tracked for m in model.modules() if getattr(m, 'num_batches_tracked', None) is not None]
-    if trained and seen and not torch.stack(seen).any():
-        raise ValueError("This learner is not trained, as its batch norms have seen no batch, "
-                         "and the figure would show its random start: call learn.fit first, or learn.load what was trained.")
+    seen = [b for name,b in model.named_buffers() if name.endswith('num_batches_tracked')]
+    if trained and seen and not any(seen):
+        raise ValueError("This learner is not trained: call learn.fit first, or learn.load.")
     device,clae = next(model.parameters()).device,copy(learn.clae)
     with (no_random(seed, reproducible=False), torch.autocast(device.type, enabled=False),
           training_mode(model, True), frozen_bn_stats(model)):
@@ -154,14 +150,10 @@ def full_batches(
     "Complete batches of `dl`, begun anew when it ends, without moving its random state"
     if isinstance(dl, DataLoader): dl = dl.new(drop_last=dl.n is not None and dl.n >= dl.bs, **kwargs)
     n = ifnone(n, len(dl))
-    if n < 1:
-        raise ValueError(f"A figure needs one batch or more, and it is to be made of {n}: check n_batches, and that there are images.")
-    while n > 0:
-        left = n
-        for b in itertools.islice(dl, n):
-            n -= 1
-            yield to_device(b, device)
-        if n == left: raise ValueError("There is no image to make the figure of: the DataLoader is empty.")
+    if n < 1 or not operator.length_hint(dl, 1): # 1 where nobody knows
+        raise ValueError(f"A figure needs images and one batch or more: n_batches is {n}, or the DataLoader is empty.")
+    epochs = itertools.chain.from_iterable(itertools.repeat(dl))
+    for b in itertools.islice(epochs, n): yield to_device(b, device)
 
 # %% ../../nbs/16_train.learner.ipynb #0efce0e8
 def views_table(
@@ -169,19 +161,20 @@ def views_table(
     n:int, # Number of images
     x:Tensor, # A batch as the `DataLoaders` give it
     **views # Of the batch, normalised (B,C,H,W): `x_q`, `x_p`, and `x_adv` where there is one
-) -> pd.DataFrame: # One row an image: `original`, the views, and with `x_adv` its `difference` from `x_q`; (H,W,C), in pixels
+) -> pd.DataFrame: # A row an image: `original`, the views, `difference` (`x_adv - x_q`), each (H,W,C) in pixels
     "Images and their views as a person sees them"
     def _pixels(x, stats):
         pixels = TwoViews(noop, stats)
         return list(pixels.denormalize(pixels.to_pixels(x[:n])).permute(0,2,3,1).cpu().numpy())
-    own = split_normalize(getattr(clae.dls.train, 'after_batch', None))[1]
-    table = pd.DataFrame(dict(original=_pixels(x, own), **{k: _pixels(v, clae.stats) for k,v in views.items()}))
+    views = {name: _pixels(v, clae.stats) for name,v in views.items()}
+    table = pd.DataFrame(dict(original=_pixels(x, image_stats(noop, clae.dls)), **views))
     return table.assign(difference=table.x_adv - table.x_q) if 'x_adv' in views else table
 
 _titles = dict(original='original', x_q='view A', x_p='view B', x_adv='adversary', difference='change')
+_cosines = dict(x_p='cos_p', x_adv='cos_adv')
 
 def _captions(images, n_in):
-    "What a person has to know about the picture, a line each"
+    "What the picture needs in words, a line each"
     res = []
     if n_in not in (1,3): res.append(f"Of {n_in} channels the first is shown.")
     if 'cos_p' in images: res.append("Numbers: the encoder's similarity to view A (cosine, at most 1).")
@@ -192,17 +185,15 @@ def _captions(images, n_in):
     return res
 
 def draw_views(
-    images:pd.DataFrame, # From `views_table`; cosines `cos_p` and `cos_adv` are written below where it has them
+    images:pd.DataFrame, # From `views_table`; `cos_p` and `cos_adv`, if there, are written below
     imsize:float=1.1 # Width of each image, in inches
 ) -> plt.Figure:
-    "Draw originals, views, adversaries and what the adversary changed (the paper's Fig. 2), one row an image"
+    "Draw originals, views, adversaries and what those changed (the paper's Fig. 2), a row an image"
     h,w,n_in = images.x_q.iloc[0].shape
     columns,captions = [k for k in _titles if k in images],_captions(images, n_in)
-    cosines = {k: images[c] for k,c in (('x_p','cos_p'),('x_adv','cos_adv')) if c in images}
-    size = 11*imsize # of letters, in points, to be readable in a picture of 390 pixels; lines are size/60 inches high
-    height = len(images)*(imsize*h/w + size/60*bool(cosines)) + size/60*(1.2 + len(captions))
-    figsize = (len(columns)*imsize, height)
-    fig,axs = plt.subplots(len(images), len(columns), figsize=figsize, squeeze=False, layout='constrained')
+    size = 11*imsize # of letters, in points, readable in a picture of 390 pixels; lines are size/60 inches high
+    height = len(images)*(imsize*h/w + size/60*('cos_p' in images)) + size/60*(1.2 + len(captions))
+    fig,axs = plt.subplots(len(images), len(columns), squeeze=False, layout='constrained', figsize=(len(columns)*imsize, height))
     fig.get_layout_engine().set(w_pad=.02, h_pad=.02, wspace=0, hspace=0)
     for k,column in zip(columns, axs.T):
         column[0].set_title(_titles[k], fontsize=size, pad=3)
@@ -216,7 +207,7 @@ def draw_views(
             ax.imshow(im, **scale)
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_color('lightgrey')
-        for ax,cos in zip(column, cosines.get(k, ())):
+        for ax,cos in zip(column, images.get(_cosines.get(k), ())):
             ax.set_xlabel(f'{cos:.3f}'.replace('-', '\N{MINUS SIGN}'), fontsize=.9*size, labelpad=2)
     fig.supxlabel('\n'.join(captions), x=.01, ha='left', fontsize=.9*size)
     return fig
@@ -225,9 +216,9 @@ def draw_views(
 def show_views(self:Learner,
     n:int=6, # Number of images, at most a batch
     imsize:float=1.1, # Width of each, in inches
-    seed:int=0 # Of the images and their views; the training's own random numbers are not touched
+    seed:int=0 # Of the images and their views
 ) -> plt.Figure:
-    "Draw training images, two views of each and, with an attack, the adversary and what it changed"
+    "Draw training images, their views and, with an attack, adversaries and what those changed"
     with seeded_clae(self, seed) as (clae,model,device):
         x = first(full_batches(self.dls.train, device, 1))[0]
         x_q,x_p = clae.views(x)
@@ -237,17 +228,16 @@ def show_views(self:Learner,
 
 # %% ../../nbs/16_train.learner.ipynb #c9572c48
 def _normalized_dls(dls, info):
-    "`dls`, or a shallow copy that normalises as the encoder of `info` was trained"
+    "`dls`, or a shallow copy that normalises as in the encoder's training"
     if 'mean' not in info: return dls
-    own,stats = split_normalize(getattr(dls.train, 'after_batch', None))[1],(tensor(info['mean']),tensor(info['std']))
+    own,stats = image_stats(noop, dls),(info['mean'],info['std'])
     if own is None:
-        def _normalized(dl): return dl.new(after_batch=Pipeline([*dl.after_batch.fs, Normalize.from_stats(*stats, cuda=False)]))
-        res = copy(dls)
-        res.loaders = [_normalized(dl) for dl in dls.loaders]
+        normalize,res = Normalize.from_stats(*stats, cuda=False),copy(dls)
+        res.loaders = [dl.new(after_batch=Pipeline([*dl.after_batch.fs, normalize])) for dl in dls.loaders]
         return res.to(dls.device)
-    if not all(a.shape == b.shape and torch.allclose(a, b, atol=1e-3) for a,b in zip(own, stats)):
-        print(f"The DataLoaders' Normalize is kept, with mean {own[0].tolist()} and std {own[1].tolist()}; "
-              f"the encoder was trained with mean {info['mean']} and std {info['std']}.")
+    own = [o.tolist() for o in own]
+    if not np.allclose(own, stats, atol=1e-3):
+        print(f"The DataLoaders' Normalize is kept, (mean, std) {own}; the encoder was trained with {list(stats)}.")
     return dls
 
 @delegates(Learner.__init__, but='model')
@@ -262,15 +252,13 @@ def encoder_learner(
     "A `Learner` to fine-tune an encoder on labelled images"
     encoder,info = stock_encoder(encoder)
     n_out = ifnone(n_out, get_c(dls))
-    if not n_out:
-        raise ValueError("The DataLoaders have no classes to fine-tune on: give labelled images, or the number of outputs as n_out.")
+    if not n_out: raise ValueError("The DataLoaders have no classes to fine-tune on: give labelled images, or n_out.")
     _,n_in,*size = dls.one_batch()[0].shape
     check_channels(n_in, info)
     head = fastai_head(num_features(encoder, n_in, size), n_out, lin_ftrs, ps, pool=False)
     apply_init(head, nn.init.kaiming_normal_)
     model = nn.Sequential(ContrastiveModel(encoder, nn.Identity(), normalize=False), head)
     loss_func = getattr(dls.train_ds, 'loss_func', None) or CrossEntropyLossFlat()
-    kwargs = dict(dict(loss_func=loss_func, splitter=default_split), **kwargs)
-    learn = Learner(_normalized_dls(dls, info), model, **kwargs)
+    learn = Learner(_normalized_dls(dls, info), model, **dict(dict(loss_func=loss_func, splitter=default_split), **kwargs))
     learn.freeze()
     return learn

@@ -7,38 +7,34 @@ __all__ = ['DevicePrecision', 'has_bf16', 'precision_cbs']
 
 # %% ../../nbs/11_train.precision.ipynb #e21be579
 from fastai.vision.all import *
+import timeit
 from torch.amp import autocast, GradScaler
 from ..core import *
 
 # %% ../../nbs/11_train.precision.ipynb #8d4b055a
 class DevicePrecision(Callback):
-    "Gives the learner's own `MixedPrecision` autocast and gradient scaler on the device that the data is on"
-    order = MixedPrecision.order+.5 # just after it has made its own, and before `CLAECallback`
+    "Gives `MixedPrecision` autocast and gradient scaler on the device that the data is on"
+    order = MixedPrecision.order+.5 # after it has made its own, and before `CLAECallback`
     def before_fit(self):
         if not hasattr(self.learn, 'mixed_precision'): return
-        device = torch.device(ifnone(getattr(self.dls, 'device', None), default_device())).type
         mixed = self.mixed_precision
+        device = torch.device(ifnone(getattr(self.dls, 'device', None), default_device())).type
         dtype = torch.bfloat16 if mixed.amp_mode == AMPMode.BF16 else torch.float16
         mixed.autocast,self.learn.scaler = autocast(device, dtype=dtype),GradScaler(device, **mixed.kwargs)
 
 # %% ../../nbs/11_train.precision.ipynb #09e2ce4f
 @functools.cache
 def _faster_in_bf16():
-    "Is a convolution on this CPU a third faster in bfloat16 than in float32, or more?"
+    "Is a convolution on this CPU at least a third faster in bfloat16 than in float32?"
     def _seconds(dtype):
         x,w = torch.ones(16, 64, 32, 32, dtype=dtype),torch.ones(64, 64, 3, 3, dtype=dtype)
-        times = []
-        for _ in range(6):
-            start = time.perf_counter()
-            F.conv2d(x, w, padding=1)
-            times.append(time.perf_counter() - start)
-        return min(times)
+        return min(timeit.repeat(partial(F.conv2d, x, w, padding=1), number=1, repeat=6))
     with torch.no_grad(): return _seconds(torch.float32) > 4/3*_seconds(torch.bfloat16)
 
 def has_bf16(
     device:str|torch.device=None # Device, by default fastai's
 ) -> bool:
-    "Is the device faster in bfloat16 than in float32? A GPU is asked, a CPU is timed, another device is taken not to be"
+    "Is the device faster in bfloat16 than in float32? A GPU is asked, a CPU is timed, any other is not"
     kind = torch.device(ifnone(device, default_device())).type
     if kind == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
     return kind == 'cpu' and _faster_in_bf16()

@@ -53,8 +53,8 @@ def test_what_a_folder_remembers(tmp_path, monkeypatch):
     moved = (tmp_path/'images').rename(tmp_path/'moved')
     def _refuse(*_, **__): raise AssertionError('an image was opened')
     monkeypatch.setattr(Image, 'open', _refuse)
-    for part in ('train','test'): assert len(check_images(get_image_files(moved/part), root=moved/part)[0]) == 8
-    with pytest.raises(ValueError, match='an image was opened'): check_images(get_image_files(moved))
+    for part in ('train','test'): assert len(check_images(get_image_files(moved/part), moved/part)[0]) == 8
+    with pytest.raises(ValueError, match='an image was opened'): check_images(get_image_files(moved), moved)
 
 def test_a_memory_that_cannot_be_kept(tmp_path):
     for i in range(3): image(tmp_path/f'{i}.png', i)

@@ -276,7 +276,7 @@ def test_baseline_and_encoder_without_batch_norm(quiet):
     learn = quiet(clae_learner(dls, nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), views='digits'))
     learn.fit(1, 1e-3)
     assert len(loss_vs_eps(learn, .03, 2)) == 6
-    with pytest.raises(ValueError, match='no batch norm'): bn_statistics(learn)
+    with pytest.raises(ValueError, match='an encoder with batch norm'): bn_statistics(learn)
 
 @pytest.mark.parametrize('attack', ['pgd', 'ffgsm', lambda embed, x, loss: x + .1])
 def test_any_attack(attack, quiet):
@@ -330,20 +330,20 @@ def test_a_validation_set_smaller_than_a_batch(quiet):
 def test_errors_name_the_remedy(quiet, digits_dir):
     learn,fresh,plain = make(quiet),make(quiet, fit=False),make(quiet, eps=0.)
     unlabelled = MemoryDL(MemoryImages(learn.dls.train_ds.images), bs=32, after_batch=[IntToFloatTensor()])
-    for f,words in ((lambda: bn_statistics(plain), 'Train one with an attack'),
+    for f,words in ((lambda: bn_statistics(plain), 'train one with an attack'),
                     (lambda: bn_statistics(fresh), 'call learn.fit first'),
                     (lambda: loss_vs_eps(fresh), 'call learn.fit first'),
                     (lambda: classifier_vs_eps(fresh), 'call learn.fit first'),
                     (lambda: adversarial_images(plain), r'as in eps=\.03'),
-                    (lambda: classifier_vs_eps(learn, dls=DataLoaders(unlabelled, unlabelled)), 'labelled ones as dls'),
-                    (lambda: classifier_vs_eps(learn, dls=DataLoaders(learn.dls.train)), 'give DataLoaders with both'),
+                    (lambda: classifier_vs_eps(learn, dls=DataLoaders(unlabelled, unlabelled)), 'no labels'),
+                    (lambda: classifier_vs_eps(learn, dls=DataLoaders(learn.dls.train)), 'give DataLoaders with some as dls'),
                     (lambda: loss_vs_eps(Learner(learn.dls, nn.Flatten(), nn.MSELoss())), 'make it with clae_learner'),
                     (lambda: Learner(learn.dls, nn.Flatten(), nn.MSELoss()).show_views(), 'make it with clae_learner'),
                     (lambda: loss_vs_eps(learn, (.1,-.1)), '0 or more'),
                     (lambda: loss_vs_eps(learn, ()), '0 or more'),
                     (lambda: loss_vs_eps(learn, .03, 0), 'n_batches'),
                     (lambda: intervals(loss_vs_eps(learn, .03, 1)), 'more batches'),
-                    (lambda: plot_bn_statistics(bn_statistics(learn), layer='bn9'), 'They are bn1')):
+                    (lambda: plot_bn_statistics(bn_statistics(learn), layer='bn9'), 'are bn1')):
         with pytest.raises(ValueError, match=words) as e: f()
         assert '\n' not in str(e.value)
     assert len(adversarial_images(fresh, 2)) == 2 # pictures are for before training as well

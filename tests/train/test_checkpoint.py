@@ -258,5 +258,5 @@ def test_dead_worker_and_lost_image(large_images, tmp_path):
         assert p.poll() is None
     for f in large_images.rglob('0[0-4]*.png'): f.write_bytes(b'no image')
     code,_,err = finish(p)
-    assert code == 2 and 'can no longer be read' in err and '.png' in err and 'Traceback' not in err, err
+    assert code == 2 and 'cannot be read as an image' in err and '.png' in err and 'Traceback' not in err, err
     assert checkpoints(folder)

@@ -204,7 +204,7 @@ def test_mistakes_with_weights_and_sizes():
     dls = get_dls('digits', bs=32, limit=128)
     other = resnet8().state_dict()
     for kw,words in ((dict(weights={}), 'misses'), (dict(weights=other), 'misses .* in another shape'),
-                     (dict(weights='x.pth'), 'no weights .*safetensors')):
+                     (dict(weights='x.pth'), 'no trained weights .*safetensors')):
         with pytest.raises(ValueError, match=words): clae_learner(dls, resnet18, **kw)
     for kw in (dict(pretrained=True), dict(weights='DEFAULT')):
         with pytest.raises(ValueError, match='no trained weights for resnet8'): clae_learner(dls, resnet8, **kw)
@@ -252,6 +252,13 @@ def test_float16_elsewhere_is_fastais(quiet):
     learn.model[0][0].register_forward_hook(lambda m,i,o: kinds.add(o.dtype))
     learn.fit(1)
     assert kinds == {torch.float16 if dls.device.type == 'cuda' else torch.float32}
+
+def test_to_bf16_later_is_bf16_on_every_device(quiet):
+    learn = quiet(clae_learner(get_dls('digits', bs=32, limit=32), resnet8, views='digits')).to_bf16()
+    kinds = set()
+    learn.model.encoder.conv1.register_forward_hook(lambda m,i,o: kinds.add(o.dtype))
+    learn.fit(1)
+    assert kinds == {torch.bfloat16}
 
 @pytest.mark.parametrize('attack', ['fgsm','rfgsm','ffgsm','pgd','random'])
 def test_every_attack_in_low_precision_leaves_all_gradients(quiet, attack):

@@ -178,7 +178,7 @@ def clae_export(
 @command
 def clae_table(
     which:Literal['1','2','random','start','compute','strong'], # 1, 2 (transfer), or a question beyond the paper
-    scale:Literal['paper','small','smoke']='small', # paper: its own settings; small: 5,000 images, hours on two cores; smoke: digits, a minute
+    scale:Literal['paper','small','smoke']='small', # paper: its own settings; small: hours on two cores; smoke: digits, a minute
     data:str=None, # Data sets, separated by commas: NAME, NAME=FOLDER, or a folder; the scale's by default
     seeds:int=None, # Number of seeds; 3 by default, at smoke 1
     workers:int=1, # Processes that share the trials

@@ -29,7 +29,7 @@ def _free_folder(name): return _first_free(Path('runs', f'{name}-{i}') for i in 
 def _check_name(name):
     if not re.fullmatch(r'\w[\w.\-]{0,99}', name):
         raise ValueError(
-            f"A run's name is one folder name of up to 100 letters, digits, '_', '-' and '.', and this is {name!r}.")
+            f"A run's name is up to 100 letters, digits, '_', '-' and '.', one folder name, and this is {name!r}.")
     if Path('runs', name).exists():
         raise FileExistsError(
             f"The run runs/{name} exists, and nothing is overwritten. A free name is {_free_folder(name).name}.")
@@ -132,7 +132,8 @@ class RunLog(Callback):
     def _write(self, new=()):
         if rank_distrib(): return
         write_text(self.file, pd.DataFrame(self.rows, columns=list(self.recorder.metric_names)).to_csv(index=False))
-        if self.show and new: print(' '.join(f'{o:>12.4f}' if isinstance(o, float) else f'{o!s:>12}' for o in new), flush=True)
+        cells = [f'{o:>12.4f}' if isinstance(o, float) else f'{o!s:>12}' for o in new]
+        if self.show and cells: print(*cells, flush=True)
 
 # %% ../nbs/25_runs.ipynb #2f0d7035
 def _features(model, dls): return [extract_features(model, dl) for dl in dls.loaders]
@@ -267,7 +268,7 @@ def _encoder_file(run):
 def _own_data(file):
     "Name of the data that the run of an encoder file was trained on, and further arguments of `get_dls`"
     if not (file.parent/'settings.json').is_file():
-        raise ValueError(f"{file} is in no run's folder: say which data to evaluate it on, with --data NAME or --path FOLDER.")
+        raise ValueError(f"{file} is in no run's folder: say what to evaluate it on, with --data NAME or --path FOLDER.")
     settings,_ = _fill_in(read_options(file.parent))
     seed = ['seed'] if settings['data'] == 'folder' else [] # that held images out
     return settings['data'],{k: settings[k] for k in ['path','channels','skip_bad','size',*seed]}

@@ -14,7 +14,8 @@ def plot_losses(
 ) -> plt.Figure:
     "Draw the losses of a run over its epochs, those that it has"
     if not isinstance(history, pd.DataFrame): history = pd.read_csv(history)
-    losses = history.reindex(columns=['train_loss','valid_loss','loss_aug','loss_adv']).astype(float).dropna(axis=1, how='all')
+    losses = history.reindex(columns=['train_loss','valid_loss','loss_aug','loss_adv']).astype(float)
+    losses = losses.dropna(axis=1, how='all')
     losses.index = range(1, len(losses)+1)
     ax = losses.plot(figsize=(6,4), marker='.', xlabel='epoch', ylabel='contrastive loss', title='Training')
     ax.grid(alpha=.3)
@@ -34,5 +35,5 @@ def knn_table(
     def _cell(mean, values, **_): return f'{100*mean:.1f}' + (f' ± {100*np.std(values):.1f}' if len(values) > 1 else '')
     cells = {_rows[k]: {_columns.get(n, f'{n} labels a class'): _cell(**v) for n,v in row.items()} for k,row in knn.items()}
     draws = len(first(first(knn.values()).values())['values'])
-    return (f"kNN accuracy on {n_test} held-out images, percent (mean ± standard deviation over {draws} draws of the labels)\n\n"
-            + pd.DataFrame(cells).T.to_string(col_space=18))
+    title = f"kNN accuracy on {n_test} held-out images, percent (mean ± standard deviation over {draws} draws of the labels)"
+    return f'{title}\n\n{pd.DataFrame(cells).T.to_string(col_space=18)}'

@@ -7,7 +7,6 @@ __all__ = ['train_options', 'read_options', 'RunLog', 'train', 'evaluate_run', '
 
 # %% ../nbs/25_runs.ipynb #99f12768
 from fastai.vision.all import *
-from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from torch.optim.swa_utils import update_bn
 import fastai, filelock, json, kornia, platform, shutil, torchvision
@@ -24,44 +23,27 @@ from .paper.recipes import *
 from .paper.experiments import figure, table
 
 # %% ../nbs/25_runs.ipynb #12c6d113
-def _free_name(base):
-    "First of base-1, base-2, ... that is no folder in `runs`"
-    return next(f'{base}-{i}' for i in itertools.count(1) if not Path('runs', f'{base}-{i}').exists())
+def _first_free(paths): return first(paths, lambda path: not path.exists())
+def _free_folder(name): return _first_free(Path('runs', f'{name}-{i}') for i in itertools.count(1))
 
 def _check_name(name):
     if not re.fullmatch(r'\w[\w.\-]{0,99}', name):
-        raise ValueError("A run's name is one folder name of up to 100 letters, digits, '_', '-' and '.', "
-                         f"and this is {name!r}.")
+        raise ValueError(
+            f"A run's name is up to 100 letters, digits, '_', '-' and '.', one folder name, and this is {name!r}.")
     if Path('runs', name).exists():
-        raise FileExistsError(f"The run runs/{name} exists, and nothing is overwritten. A free name is {_free_name(name)}.")
+        raise FileExistsError(
+            f"The run runs/{name} exists, and nothing is overwritten. A free name is {_free_folder(name).name}.")
 
-def _new_folder(name, base):
-    "Make the run's folder, which must be new; without a name the first free one"
-    Path('runs').mkdir(exist_ok=True)
-    while True:
-        folder = Path('runs', ifnone(name, _free_name(base)))
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError: # somebody was faster
-            if name is not None: _check_name(name)
-
-@contextmanager
-def _alone(folder):
-    "Hold the lock of a run's folder, or say that somebody does"
-    try:
-        with filelock.FileLock(folder/'.lock', timeout=0): yield
-    except filelock.Timeout: raise ValueError(f"Another process is at work on {folder}.") from None
-
-def _find(file, run):
-    "`file` of a run that goes by its name or its folder, or None"
-    return first((Path(run, file), Path('runs', run, file)), Path.is_file)
+def _find(file, run, what):
+    "`file` of a run that goes by its name or its folder"
+    found = first((Path(run, file), Path('runs', run, file)), Path.is_file)
+    if found: return found
+    raise FileNotFoundError(f"There is no {what} {run}: neither it nor runs/{run} is a folder with {file}.")
 
 def _write_json(file, content): write_text(file, json.dumps(content, indent=2))
 
-def _versions():
-    own = dict(clae_fastai=__version__, python=platform.python_version())
-    return {**own, **{o.__name__: o.__version__ for o in (fastai, torch, torchvision, kornia)}}
+_versions = dict(clae_fastai=__version__, python=platform.python_version(),
+    **{package.__name__: package.__version__ for package in (fastai, torch, torchvision, kornia)})
 
 # %% ../nbs/25_runs.ipynb #2ca05aad
 train_options = { # type, and value where a run says nothing: what version 0.1.0 did
@@ -70,24 +52,13 @@ train_options = { # type, and value where a run says nothing: what version 0.1.0
     **dict.fromkeys('eps alpha lr'.split(), (float,None)),
     'seed': (int,42), 'precision': (str,'fp32'), 'attack_bn': (str,'adv'), 'on_nonfinite': (str,'stop'),
     'channels_last': (bool,False), 'skip_bad': (bool,False)}
-
-def _not_given(): return {name: default for name,(_,default) in train_options.items()}
+_not_given = {name: default for name,(_,default) in train_options.items()}
 
 def _check_option(name, value):
     "A saved option, if it is what `clae_train` takes"
     kind,default = train_options[name]
-    kinds = (int,float) if kind is float else kind
-    good = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
-    if good or value is None and default is None: return value
+    if type(value) in (kind, type(default), int if kind is float else kind): return value
     raise ValueError(f"{name} is {value!r}")
-
-def _check_version(folder, version, unknown):
-    "Refuse to go on with a run of another version, where this one would not do the same"
-    if tuple(map(int, re.findall(r'\d+', version)[:2])) < (0,2): why = "whose checkpoints this version does not read"
-    elif unknown: why = f"with options that this version does not know ({', '.join(unknown)})"
-    else: return
-    raise ValueError(f"{folder} is a run of clae_fastai {version}, {why}. "
-                     f"Go on with it after pip install clae_fastai=={version}, or start a new run.")
 
 def read_options(
     folder:Path, # Of a run, of this version or another
@@ -95,41 +66,45 @@ def read_options(
 ) -> dict: # Options of `clae_train`
     "What a run was asked for. Raises `ValueError` where that is damaged, or where this version cannot go on with it"
     file = folder/'settings.json'
+    content = file.read_bytes()
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(content)
         saved,version = content['options'],str(content['versions']['clae_fastai'])
-        options = {k: _check_option(k, saved.get(k, default)) for k,(_,default) in train_options.items()}
-    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as e:
+        options = {name: _check_option(name, saved.get(name, default)) for name,default in _not_given.items()}
+    except Exception as e: # whatever it is
         raise ValueError(f"{file} is damaged ({e}): start a new run.") from None
-    unknown = sorted(saved.keys() - options.keys())
-    if to_continue: _check_version(folder, version, unknown)
-    elif unknown: print(f"{file} is of clae_fastai {version}; what this version does not know is ignored: {', '.join(unknown)}.")
+    unknown,old = ', '.join(sorted(saved.keys() - options)),version.startswith('0.1.')
+    if to_continue and (old or unknown):
+        what = 'checkpoints' if old else f'options {unknown}'
+        raise ValueError(
+            f"{folder} is a run of clae_fastai {version}, and this version does not know its {what}. "
+            f"Go on with it after pip install clae_fastai=={version}, or start a new run.")
+    if unknown: print(f"{file} is of clae_fastai {version}; what this version does not know is ignored: {unknown}.")
     return options
 
 # %% ../nbs/25_runs.ipynb #1172a27a
 _defaults = dict(arch='resnet18', method='simclr', eps=.03, alpha=1., attack='fgsm', epochs=20, bs=64, lr=3e-3)
 _digits = dict(arch='resnet8', views='digits')
-_limits = dict(epochs=(1,math.inf), seed=(0,2**32-1), bs=(1,math.inf), n_out=(1,math.inf), every_batches=(1,math.inf),
-               limit=(2,math.inf), size=(8,4096), workers=(0,256))
+_limits = dict(
+    epochs=(1,math.inf), n_out=(1,math.inf), every_batches=(1,math.inf), limit=(2,math.inf), size=(8,4096),
+    workers=(0,256), seed=(0,2**32-1), lr=(1e-300,1e300))
 
 def _check_limits(values):
     for name,(low,high) in _limits.items():
         value = values.get(name)
         if value is None or low <= value <= high: continue
-        need = f'{low} or more' if high == math.inf else f'between {low} and {high}'
-        raise ValueError(f"{name} must be {need}, and it is {value}.")
+        raise ValueError(f"{name} must lie between {low} and {high}, and it is {value}.")
+
+def _given(**options): return {k: v for k,v in options.items() if v is not None}
 
 def _fill_in(options):
     "All settings, and the recipe or None, with what is given in place of its own"
-    given = {k: v for k,v in options.items() if v is not None}
+    given = _given(**options)
     recipe = get_recipe(given['recipe']) if 'recipe' in given else None
     of_recipe = {k: v for k,v in vars(recipe).items() if k in options and k != 'name'} if recipe else {}
     own = dict(data='folder' if 'path' in given else 'digits') | of_recipe | given
-    of_data = _digits if own['data'] == 'digits' else {}
-    settings = options | _defaults | of_data | own
+    settings = options | _defaults | (_digits if own['data'] == 'digits' else {}) | own
     _check_limits(settings)
-    check_batches(settings['bs'])
-    if not 0 < settings['lr'] < math.inf: raise ValueError(f"lr must be a finite number above 0, and it is {settings['lr']}.")
     return settings,recipe and replace(recipe, **{k: settings[k] for k in of_recipe})
 
 # %% ../nbs/25_runs.ipynb #a15f1274
@@ -143,77 +118,50 @@ class RunLog(Callback):
 
     def before_fit(self):
         self.rows,self.seconds = [],0.
-        self._write()
-        if self.show: self._print(self.recorder.metric_names)
+        self._write(self.recorder.metric_names)
 
     def before_epoch(self): self.start = time.time()
 
     def after_epoch(self):
         self.rows.append([*self.recorder.log])
         self.seconds += time.time() - self.start
-        self._write()
-        if self.show: self._print(self.rows[-1])
+        self._write(self.rows[-1])
 
     def after_fit(self): self._write() # of a run that was interrupted after its last epoch
 
-    def _print(self, row): print(' '.join(f'{o:>12.4f}' if isinstance(o, float) else f'{o!s:>12}' for o in row), flush=True)
-
-    def _write(self):
+    def _write(self, new=()):
         if rank_distrib(): return
-        table = pd.DataFrame(self.rows, columns=list(self.recorder.metric_names))
-        write_text(self.file, table.to_csv(index=False))
+        write_text(self.file, pd.DataFrame(self.rows, columns=list(self.recorder.metric_names)).to_csv(index=False))
+        cells = [f'{o:>12.4f}' if isinstance(o, float) else f'{o!s:>12}' for o in new]
+        if self.show and cells: print(*cells, flush=True)
 
 # %% ../nbs/25_runs.ipynb #2f0d7035
-def _untrained_features(learn, dls):
+def _features(model, dls): return [extract_features(model, dl) for dl in dls.loaders]
+
+def _untrained_features(learn):
     "Features of the encoder as it is drawn, its batch norm statistics estimated on the training images"
-    state = deepcopy(learn.model.state_dict())
-    device = next(learn.model.parameters()).device
+    state,device = deepcopy(learn.model.state_dict()),next(learn.model.parameters()).device
     x = (learn.clae.normalize(to_device(b[0], device)) for b in learn.dls.train.new(shuffle=False))
     with no_random(reproducible=False): update_bn(x, learn.model)
-    res = [extract_features(learn, dl) for dl in dls]
+    res = _features(learn, learn.dls)
     learn.model.load_state_dict(state)
     return res
 
-def _baselines(learn, dls):
+def _baselines(learn):
     "Features of raw pixels and of the untrained encoder, or {} where nothing can be evaluated"
-    if not len(learn.dls.valid_ds) or len(learn.dls.train_ds[0]) < 2: return {}
-    raw = [extract_features(nn.Flatten(), dl) for dl in dls]
-    known,asked = (set(labels.tolist()) for _,labels in raw)
-    if unseen := asked - known:
-        print(f"Of {len(unseen)} of the test images' classes there is no training image, so that they cannot be told: "
-              "the encoder will be trained, and not evaluated.")
-        return {}
-    return dict(raw=raw, untrained=_untrained_features(learn, dls))
-
-def _from_first(value):
-    "What the first process has"
-    values = [value]
-    torch.distributed.broadcast_object_list(values)
-    return values[0]
-
-@contextmanager
-def _dead_workers(name):
-    "Say what became of a process that loads images"
-    try: yield
-    except (RuntimeError, EOFError, ConnectionError) as e: # the last two: it died while it handed over a batch
-        if isinstance(e, RuntimeError) and 'DataLoader worker' not in str(e): raise
-        raise ValueError(f"A process that loads images died, perhaps for want of memory ({str(e) or type(e).__name__}). "
-                         f"Go on with --resume {name}, after freeing memory.") from e
-
-@contextmanager
-def _no_bar(learn):
-    "For output that goes into a file"
-    with learn.no_bar(), learn.no_logging(): yield
-
-def _save_figure(fig, file, dpi):
-    fig.savefig(file, dpi=dpi)
-    plt.close(fig)
+    if len(learn.dls.valid_ds) and len(learn.dls.train_ds[0]) > 1:
+        raw = _features(nn.Flatten(), learn.dls)
+        known,asked = (set(labels.tolist()) for _,labels in raw)
+        if asked <= known: return dict(raw=raw, untrained=_untrained_features(learn))
+    print("The encoder will be trained, and not evaluated: "
+          "there are no classes, no test images, or classes without training images.")
+    return {}
 
 # %% ../nbs/25_runs.ipynb #87b25e1a
 class _Run:
     "A training by `options`; in `folder`, if it was begun there"
     def __init__(self, options, folder=None):
-        self.options,self.folder,self.resuming = options,folder,folder is not None
+        self.options,self.folder = options,folder
         self.settings,self.recipe = _fill_in(options)
 
     def learner(self):
@@ -221,8 +169,7 @@ class _Run:
         s = self.settings
         def _some(names): return {k: s[k] for k in names.split()}
         set_seed(s['seed'])
-        own = {} if s['workers'] is None else dict(num_workers=s['workers'])
-        dls = get_dls(s['data'], s['path'], **_some('bs size limit seed skip_bad channels'), **own)
+        dls = get_dls(s['data'], **_given(num_workers=s['workers'], **_some('path bs size limit seed skip_bad channels')))
         own = self.recipe.learner_kwargs() if self.recipe else _some('arch method eps alpha attack n_out views')
         return clae_learner(dls, **own, **_some('precision channels_last attack_bn on_nonfinite'))
 
@@ -233,58 +180,67 @@ class _Run:
         return re.sub(r'[^\w.\-]', '_', Path(self.settings['path']).resolve().name)[:60] or 'images'
 
     def start(self):
-        "Do it, from the folder on"
-        name = self.settings['name']
-        new = name is not None and not self.resuming
-        if new and not rank_distrib(): _check_name(name) # a slower process would find the folder of the first
+        "Do it, from the folder on; only the first process makes and fills it"
+        new,name,later = self.folder is None,self.settings['name'],rank_distrib() > 0
+        if new and name is not None and not later: _check_name(name)
         learn = self.learner()
-        if rank_distrib(): return self.fit(learn)
-        if not self.resuming: self.folder = _new_folder(name, f"{self.data}-{self.settings['method']}")
-        with _alone(self.folder):
-            if not self.resuming: self.write_options(precision=learn.precision) # what 'auto' has chosen, for good
-            self.finish(learn)
+        if later: return self.fit(learn)
+        if new:
+            default = f"{self.data}-{self.settings['method']}"
+            self.folder = _free_folder(default) if name is None else Path('runs', name)
+            self.folder.mkdir(parents=True)
+        try:
+            with filelock.FileLock(self.folder/'.lock', timeout=0):
+                if new: self.write_options(precision=learn.precision) # what 'auto' has chosen, for good
+                self.finish(learn)
+        except filelock.Timeout: raise ValueError(f"Another process is at work on {self.folder}.") from None
 
     def write_options(self, **chosen):
-        _write_json(self.folder/'settings.json', dict(options={**self.options, **chosen}, versions=_versions()))
+        _write_json(self.folder/'settings.json', dict(options={**self.options, **chosen}, versions=_versions))
 
     def fit(self, learn):
         "Train, in as many processes as were launched; seconds that it took"
         terminal = sys.stdout.isatty()
+        quiet = [] if terminal else [learn.no_bar(), learn.no_logging()]
         checkpoint = Checkpoint('checkpoints', self.settings['every_batches'])
-        with learn.distributed(), nullcontext() if terminal else _no_bar(learn), checkpoint.guard(learn):
-            if num_distrib() > 1: self.folder = _from_first(self.folder)
+        with learn.distributed(), ContextManagers(quiet), checkpoint.guard(learn):
+            if num_distrib() > 1: # the first process has made the folder
+                torch.distributed.broadcast_object_list(folders := [self.folder])
+                self.folder, = folders
             learn.path,checkpoint.folder = self.folder,self.folder/'checkpoints'
             cbs = [log := RunLog(self.folder/'history.csv', not terminal)]
-            if self.resuming and checkpoints(checkpoint.folder): cbs.append(Resume(checkpoint.folder))
-            with _dead_workers(self.folder.name):
+            if checkpoints(checkpoint.folder): cbs.append(Resume(checkpoint.folder))
+            try:
                 if self.recipe: self.recipe.fit(learn, cbs=cbs)
                 else: learn.fit_one_cycle(self.settings['epochs'], self.settings['lr'], cbs=cbs)
+            except (RuntimeError, EOFError, ConnectionError) as e: # the last two: while a batch was handed over
+                if isinstance(e, RuntimeError) and 'DataLoader worker' not in str(e): raise
+                raise ValueError(f"A process that loads images died, perhaps for want of memory ({e!r}). "
+                    f"Free some, and go on with --resume {self.folder.name}.") from e
         return log.seconds
 
     def finish(self, learn, more=lambda learn: {}):
         "Train, evaluate, and write all that a run leaves behind; `more(learn)` are further metrics"
-        s,folder,n_test = self.settings,self.folder,len(learn.dls.valid_ds)
+        s,folder = self.settings,self.folder
         attack = f" with {learn.clae.attack}" if learn.clae.attacking else ''
         processes = f", in {num_distrib()} processes" if num_distrib() > 1 else ''
         print(f"{folder}: {s['arch']} on {len(learn.dls.train_ds)} training images of {self.data}, "
               f"{s['method']}{attack}, on {learn.dls.device}{processes}")
-        dls = [dl.new(shuffle=False, drop_last=False) for dl in learn.dls.loaders]
-        features = _baselines(learn, dls)
+        features = _baselines(learn)
         metrics = dict(train_seconds=self.fit(learn))
         learn.export_encoder(folder/'encoder.safetensors')
-        _save_figure(plot_losses(folder/'history.csv'), folder/'loss.png', 120)
-        _save_figure(learn.show_views(), folder/'views.png', 100)
+        for name,fig in (('loss', plot_losses(folder/'history.csv')), ('views', learn.show_views())):
+            fig.savefig(folder/f'{name}.png', dpi=120)
+            plt.close(fig)
         if features:
-            features['encoder'] = [extract_features(learn, dl) for dl in dls]
+            features['encoder'] = _features(learn, learn.dls)
             metrics['knn'] = {k: few_label_knn(*train, *test, ns=(1,5)) for k,(train,test) in features.items()}
-            print(f"\n{knn_table(metrics['knn'], n_test)}\n")
-        else: print("There are no classes, or no test images of known classes, to evaluate with: "
-                    "the encoder was trained, and its accuracy is unknown.")
+            print(f"\n{knn_table(metrics['knn'], len(learn.dls.valid_ds))}\n")
         metrics.update(more(learn))
         settings = dict(s, name=folder.name, size=learn.encoder_info['size'], device=str(learn.dls.device),
-                        precision=learn.precision, processes=max(1, num_distrib()))
-        summary = dict(settings=settings, seed=s['seed'], versions=_versions(), metrics=metrics)
-        _write_json(folder/'summary.json', summary) # it says that the run is finished, so it comes last and whole
+            precision=learn.precision, processes=max(1, num_distrib()))
+        # this says that the run is finished, so it comes last
+        _write_json(folder/'summary.json', dict(settings=settings, seed=s['seed'], versions=_versions, metrics=metrics))
         print(f"The encoder is {folder/'encoder.safetensors'}; what the adversary does is in {folder/'views.png'}.")
 
 def train(
@@ -292,49 +248,30 @@ def train(
     **kwargs # Options of `clae_train`, where they are not its defaults
 ):
     "Train and evaluate an encoder, in a run's folder"
-    defaults = _not_given()
-    if unknown := kwargs.keys() - defaults.keys(): raise TypeError(f"There is no option {', '.join(unknown)}.")
-    options = defaults | kwargs
-    silent = redirect_stdout(io.StringIO()) if rank_distrib() else nullcontext() # of several processes the first one prints
-    with silent:
+    if unknown := kwargs.keys() - _not_given: raise TypeError(f"There is no option {', '.join(unknown)}.")
+    options = _not_given | kwargs
+    with redirect_stdout(io.StringIO() if rank_distrib() else sys.stdout): # of several processes the first one prints
         if resume is None: return _Run(options).start()
-        if given := [k for k,v in options.items() if v != defaults[k]]:
-            given = ', '.join('--' + k.replace('_','-') for k in given)
-            raise ValueError(f"--resume goes on with the run's own settings: leave out {given}.")
-        if not (file := _find('settings.json', resume)):
-            raise FileNotFoundError(f"There is no run {resume} to go on with: expected a run's name or folder, "
-                                    "which holds settings.json.")
-        folder = file.parent
-        if not (folder/'summary.json').exists(): return _Run(read_options(folder, to_continue=True), folder).start()
-        print(f"The run {resume} is finished; nothing is left to do.")
+        if given := ['--' + k.replace('_','-') for k,v in options.items() if v != _not_given[k]]:
+            raise ValueError(f"--resume goes on with the run's own settings: leave out {', '.join(given)}.")
+        folder = _find('settings.json', resume, 'run').parent
+        if (folder/'summary.json').exists(): print(f"The run {resume} is finished; nothing is left to do.")
+        else: _Run(read_options(folder, to_continue=True), folder).start()
 
 # %% ../nbs/25_runs.ipynb #8b2b23fb
 def _encoder_file(run):
     "The encoder file that `run` means, which can be read"
-    file = Path(run) if Path(run).is_file() else _find('encoder.safetensors', run)
-    if file is None:
-        raise FileNotFoundError(f"There is no encoder {run}: expected a run's name or folder, which holds "
-                                "encoder.safetensors, or such a file.")
+    file = Path(run) if Path(run).is_file() else _find('encoder.safetensors', run, 'run or encoder')
     load_encoder(file) # or say what is wrong with it
     return file
 
 def _own_data(file):
     "Name of the data that the run of an encoder file was trained on, and further arguments of `get_dls`"
     if not (file.parent/'settings.json').is_file():
-        raise ValueError(f"{file} is in no run's folder: say which data to evaluate it on, with --data NAME or --path FOLDER.")
+        raise ValueError(f"{file} is in no run's folder: say what to evaluate it on, with --data NAME or --path FOLDER.")
     settings,_ = _fill_in(read_options(file.parent))
-    names = ['path','channels','skip_bad','size']
-    if settings['data'] == 'folder': names.append('seed') # that held images out
-    return settings['data'],{k: settings[k] for k in names if settings[k] is not None}
-
-def _write_new(folder, name, text):
-    "Write `text` to the first of name.json, name-2.json, ... that is not there yet"
-    for i in itertools.count(1):
-        file = Path(folder, f'{name}-{i}.json' if i > 1 else f'{name}.json')
-        try:
-            with file.open('x') as f: f.write(text)
-            return file
-        except FileExistsError: pass
+    seed = ['seed'] if settings['data'] == 'folder' else [] # that held images out
+    return settings['data'],{k: settings[k] for k in ['path','channels','skip_bad','size',*seed]}
 
 def evaluate_run(
     run:str, # Name or folder of a run, or an encoder file
@@ -345,17 +282,17 @@ def evaluate_run(
     **kwargs # For `evaluate`
 ):
     "Evaluate an encoder, print the table, and write it to eval-DATA-PROTOCOL.json beside the encoder"
-    _check_limits(dict(bs=bs, workers=workers))
+    _check_limits(dict(workers=workers))
     file = _encoder_file(run)
     if data is None and path is None: data,own = _own_data(file)
     else: data,own = ifnone(data, 'folder'),dict(path=path)
-    own['bs'] = bs
-    if workers is not None: own['num_workers'] = workers
-    dataset = data
+    own,dataset = _given(bs=bs, num_workers=workers, **own),data
     if 'seed' in own: dataset,own = get_dls(data, drop_last=False, **own),{} # `evaluate` has a seed of its own
     res = replace(evaluate(file, dataset, **kwargs, **own), dataset=data)
-    text = json.dumps({**res.to_dict(), 'versions': _versions()}, indent=2)
-    print(f"{res}\n\nAll of it is in {_write_new(file.parent, f'eval-{data}-{res.protocol}', text)}.")
+    ends = itertools.chain([''], map('-{}'.format, itertools.count(2)))
+    new = _first_free(file.parent/f'eval-{data}-{res.protocol}{end}.json' for end in ends)
+    _write_json(new, {**res.to_dict(), 'versions': _versions})
+    print(f"{res}\n\nAll of it is in {new}.")
 
 def export_run(
     run:str, # Name or folder of a run, or an encoder file
@@ -363,31 +300,28 @@ def export_run(
     out:str=None # File to write, which must be new; encoder.FORMAT by default
 ):
     "Write an encoder to a file of its own"
-    check_choice('format', format, ('safetensors','onnx'))
+    write = look_up(format, dict(safetensors=shutil.copyfile, onnx=export_onnx), 'format')
     out = Path(ifnone(out, f'encoder.{format}'))
     if out.exists(): raise FileExistsError(f"{out} exists, and nothing is overwritten: give another name with --out.")
-    if not out.parent.is_dir(): raise FileNotFoundError(f"There is no folder {out.parent} to write {out.name} to.")
-    file = _encoder_file(run)
-    if format == 'onnx': export_onnx(file, out)
-    else: shutil.copyfile(file, out)
+    write(_encoder_file(run), out)
     print(f"Wrote {out}.")
 
 # %% ../nbs/25_runs.ipynb #684d7236
 def _trial_options(options, folder):
     "Options of `clae_train` for a trial, and the data sets to transfer to"
-    options = dict(options, name=folder.name)
+    options = _not_given | options | dict(name=folder.name)
     targets = options.pop('transfer', '').split()
-    if limit := options.get('limit'): # the most that a grid takes: of fewer images all
+    if limit := options['limit']: # the most that a grid takes: of fewer images all
         n = catalogue[options['data']].n_train or len(get_dls('folder', options['path'], bs=2, num_workers=0).train_ds)
         if n < limit: options['limit'] = None
-    return _not_given() | options,targets
+    return options,targets
 
 def trial(
     options:dict, # Of `clae_train`; `transfer` are names of data sets
     folder:Path # Of the trial, which is there and locked
 ):
     "Do a trial of a sweep, or go on with it; its summary has the accuracies on the whole test set"
-    if (folder/'settings.json').exists(): read_options(folder, to_continue=True) # or say that it cannot
+    if (folder/'settings.json').exists(): read_options(folder, True) # or say that it cannot
     options,targets = _trial_options(options, folder)
     run = _Run(options, folder)
     run.write_options()
@@ -413,5 +347,5 @@ def print_results(
 ):
     "Run what is missing of a table or a figure, render it and print it"
     make = table if kind == 'table' else partial(figure, load=trained)
-    file = make(data=None if data is None else data.split(','), run=trial, **kwargs)
+    file = make(data=data and data.split(','), run=trial, **kwargs)
     print(f"{file.read_text()}\nThis is {file}.")

@@ -186,7 +186,8 @@ def test_damaged_settings(tmp_path, run_folder, seed):
 versions = '"versions": {"clae_fastai": "0.2.0"}'
 
 @pytest.mark.parametrize('text', ['', 'null', '[]', '{}', '{"options": {"epochs": 1}}', '{"options": {}, "versions": []}',
-                                  '['*100000, '\x00', f'{{"options": null, {versions}}}', f'{{"options": [], {versions}}}', f'{{"options": 1e999, {versions}}}',
+                                  '['*100000, '\x00', f'{{"options": null, {versions}}}', f'{{"options": [], {versions}}}',
+                                  f'{{"options": 1e999, {versions}}}',
                                   f'{{"options": {{"epochs": "1"}}, {versions}}}'], ids=range(12))
 def test_wrong_settings(command, tmp_path, text):
     (tmp_path/'runs'/'x').mkdir(parents=True)

@@ -14,33 +14,26 @@ def plot_losses(
 ) -> plt.Figure:
     "Draw the losses of a run over its epochs, those that it has"
     if not isinstance(history, pd.DataFrame): history = pd.read_csv(history)
-    fig,ax = plt.subplots(figsize=(6,4))
-    for name in ('train_loss','valid_loss','loss_aug','loss_adv'):
-        if name in history and history[name].notna().any():
-            ax.plot(range(1, len(history)+1), history[name].astype(float), label=name, marker='.')
-    ax.set(xlabel='epoch', ylabel='contrastive loss', title='Training')
-    ax.legend()
+    losses = history.reindex(columns=['train_loss','valid_loss','loss_aug','loss_adv']).astype(float)
+    losses = losses.dropna(axis=1, how='all')
+    losses.index = range(1, len(losses)+1)
+    ax = losses.plot(figsize=(6,4), marker='.', xlabel='epoch', ylabel='contrastive loss', title='Training')
     ax.grid(alpha=.3)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    fig.tight_layout()
-    return fig
+    ax.figure.tight_layout()
+    return ax.figure
 
 # %% ../../nbs/21_measure.report.ipynb #37393046
 _rows = dict(raw='raw pixels', untrained='untrained encoder', encoder='trained encoder')
+_columns = {'1': '1 label a class', 'all': 'all labels'}
 
 def knn_table(
     knn:dict, # {'raw', 'untrained', 'encoder'}: {labels a class, or 'all'}: {'mean', 'values'}, accuracies as fractions
     n_test:int # Number of held-out images
 ) -> str: # Percent; where labels were drawn several times, with the standard deviation
     "The table that a run ends with"
-    def _head(n): return 'all labels' if n == 'all' else f"{n} label{'' if n == '1' else 's'} a class"
-    def _cell(v):
-        spread = f" ± {100*np.std(v['values']):.1f}" if len(v['values']) > 1 else ''
-        return f"{100*v['mean']:.1f}{spread}"
-    def _line(name, cells): return f'{name:20}' + ''.join(f'{o:>20}' for o in cells)
-    labels,*_ = knn.values()
-    draws = len(first(labels.values())['values'])
-    title = (f"kNN accuracy on {n_test} held-out images, percent "
-             f"(mean ± standard deviation over {draws} draws of the labels)")
-    rows = [_line(_rows[k], map(_cell, v.values())) for k,v in knn.items()]
-    return '\n'.join([title, '', _line('', map(_head, labels)), *rows])
+    def _cell(mean, values, **_): return f'{100*mean:.1f}' + (f' ± {100*np.std(values):.1f}' if len(values) > 1 else '')
+    cells = {_rows[k]: {_columns.get(n, f'{n} labels a class'): _cell(**v) for n,v in row.items()} for k,row in knn.items()}
+    draws = len(first(first(knn.values()).values())['values'])
+    title = f"kNN accuracy on {n_test} held-out images, percent (mean ± standard deviation over {draws} draws of the labels)"
+    return f'{title}\n\n{pd.DataFrame(cells).T.to_string(col_space=18)}'

@@ -9,7 +9,7 @@ __all__ = ['train_options', 'read_options', 'RunLog', 'train', 'evaluate_run', '
 from fastai.vision.all import *
 from dataclasses import replace
 from torch.optim.swa_utils import update_bn
-import fastai, filelock, json, kornia, platform, shutil, torchvision
+import contextlib, fastai, filelock, json, kornia, platform, shutil, torchvision
 from . import __version__
 from .core import *
 from .data.catalogue import *
@@ -23,16 +23,22 @@ from .paper.recipes import *
 from .paper.experiments import figure, table
 
 # %% ../nbs/25_runs.ipynb #12c6d113
-def _first_free(paths): return first(paths, lambda path: not path.exists())
-def _free_folder(name): return _first_free(Path('runs', f'{name}-{i}') for i in itertools.count(1))
+def _numbered(name): return (Path('runs', f'{name}-{i}') for i in itertools.count(1))
+
+def _make_new(paths, make):
+    "The first of `paths` that `make` can make: what is there stays, also if somebody else makes it at this moment"
+    for path in paths:
+        with contextlib.suppress(FileExistsError):
+            make(path)
+            return path
 
 def _check_name(name):
     if not re.fullmatch(r'\w[\w.\-]{0,99}', name):
         raise ValueError(
             f"A run's name is up to 100 letters, digits, '_', '-' and '.', one folder name, and this is {name!r}.")
     if Path('runs', name).exists():
-        raise FileExistsError(
-            f"The run runs/{name} exists, and nothing is overwritten. A free name is {_free_folder(name).name}.")
+        free = first(_numbered(name), lambda folder: not folder.exists()).name
+        raise FileExistsError(f"The run runs/{name} exists, and nothing is overwritten. A free name is {free}.")
 
 def _find(file, run, what):
     "`file` of a run that goes by its name or its folder"
@@ -87,13 +93,14 @@ _defaults = dict(arch='resnet18', method='simclr', eps=.03, alpha=1., attack='fg
 _digits = dict(arch='resnet8', views='digits')
 _limits = dict(
     epochs=(1,math.inf), n_out=(1,math.inf), every_batches=(1,math.inf), limit=(2,math.inf), size=(8,4096),
-    workers=(0,256), seed=(0,2**32-1), lr=(1e-300,1e300))
+    workers=(0,256), seed=(0,2**32-1), lr=(1e-12,1e12))
 
 def _check_limits(values):
     for name,(low,high) in _limits.items():
         value = values.get(name)
         if value is None or low <= value <= high: continue
-        raise ValueError(f"{name} must lie between {low} and {high}, and it is {value}.")
+        need = f'between {low} and {high}' if high < math.inf else f'{low} or more'
+        raise ValueError(f"{name} must be {need}, and it is {value}.")
 
 def _given(**options): return {k: v for k,v in options.items() if v is not None}
 
@@ -186,9 +193,9 @@ class _Run:
         learn = self.learner()
         if later: return self.fit(learn)
         if new:
-            default = f"{self.data}-{self.settings['method']}"
-            self.folder = _free_folder(default) if name is None else Path('runs', name)
-            self.folder.mkdir(parents=True)
+            folders = _numbered(f"{self.data}-{self.settings['method']}") if name is None else [Path('runs', name)]
+            self.folder = _make_new(folders, partial(Path.mkdir, parents=True))
+            if self.folder is None: _check_name(name) # somebody was faster
         try:
             with filelock.FileLock(self.folder/'.lock', timeout=0):
                 if new: self.write_options(precision=learn.precision) # what 'auto' has chosen, for good
@@ -290,7 +297,8 @@ def evaluate_run(
     if 'seed' in own: dataset,own = get_dls(data, drop_last=False, **own),{} # `evaluate` has a seed of its own
     res = replace(evaluate(file, dataset, **kwargs, **own), dataset=data)
     ends = itertools.chain([''], map('-{}'.format, itertools.count(2)))
-    new = _first_free(file.parent/f'eval-{data}-{res.protocol}{end}.json' for end in ends)
+    files = (file.parent/f'eval-{data}-{res.protocol}{end}.json' for end in ends)
+    new = _make_new(files, partial(Path.touch, exist_ok=False))
     _write_json(new, {**res.to_dict(), 'versions': _versions})
     print(f"{res}\n\nAll of it is in {new}.")
 
@@ -303,6 +311,7 @@ def export_run(
     write = look_up(format, dict(safetensors=shutil.copyfile, onnx=export_onnx), 'format')
     out = Path(ifnone(out, f'encoder.{format}'))
     if out.exists(): raise FileExistsError(f"{out} exists, and nothing is overwritten: give another name with --out.")
+    if not out.parent.is_dir(): raise FileNotFoundError(f"There is no folder {out.parent} to write {out.name} to.")
     write(_encoder_file(run), out)
     print(f"Wrote {out}.")
 

@@ -23,7 +23,7 @@ class _Columns(Callback):
         if self.row is not None: self.recorder.log += self.row
 
 class KNNCallback(_Columns):
-    "Adds kNN accuracy to the training table, every few epochs; nan on the others, which cost nothing"
+    "Adds kNN accuracy to the training table, nan on epochs between evaluations"
     names = ('knn',)
     def __init__(self,
         every:int=1, # Epochs from one evaluation to the next
@@ -31,20 +31,18 @@ class KNNCallback(_Columns):
         valid_dl=None, # Labelled images to classify, `dls.valid` by default
         k:int=200, # Neighbours
         temperature:float=.1, # Of their votes
-        which:str='h' # On the encoder's features 'h' or the embeddings 'z'
+        which:str='h' # Features 'h' or embeddings 'z'
     ): store_attr()
 
     def before_fit(self):
         super().before_fit()
         dls = ifnone(self.train_dl, self.dls.train),ifnone(self.valid_dl, self.dls.valid)
-        self.loaders = [local_dl(dl) for dl in dls] # of several processes each looks at all images
-        for dl in self.loaders:
-            with no_random(reproducible=False):
-                if len(dl.dataset) == 0 or len(dl.dataset[0]) < 2:
-                    raise ValueError("KNNCallback needs labelled images to train and to test on, and the DataLoaders have none: "
-                                     "give it `train_dl` and `valid_dl`.")
-        n = len(self.loaders[0].dataset)
-        if not 1 <= self.k <= n: raise ValueError(f"k must lie between 1 and the number of training images, {n}, and it is {self.k}.")
+        self.loaders = [local_dl(dl) for dl in dls] # each process looks at all images
+        bank,queries = (dl.dataset for dl in self.loaders)
+        with no_random(reproducible=False): labelled = all(len(ds) and len(ds[0]) > 1 for ds in (bank,queries))
+        if not labelled: raise ValueError("KNNCallback needs labelled images: give it `train_dl` and `valid_dl`.")
+        if not 1 <= self.k <= len(bank):
+            raise ValueError(f"k must lie between 1 and {len(bank)}, the number of training images, and it is {self.k}.")
 
     def after_train(self):
         if (self.epoch+1) % self.every or hasattr(self.learn, 'lr_finder'): return

@@ -44,7 +44,7 @@ class Evaluation:
 
     @property
     def result(self):
-        "The linear probe's accuracy, in its metric, of the epoch that is selected"
+        "The probe's accuracy, in its metric, at the selected epoch"
         return getattr(self.probe, self.settings['select'])
 
     def to_dict(self): return {**vars(self), 'probe': self.probe.to_dict(), 'result': self.result}
@@ -74,7 +74,7 @@ def _dataset_dls(dataset, info, kwargs):
 def evaluate(
     model:Learner|nn.Module|str|Path, # A `clae_learner`, an encoder file, or a model that gets the images as they come
     dataset:str|DataLoaders, # A name of `get_dls`, or `DataLoaders` with labels
-    protocol:str='honest', # Or 'authors': defaults of the arguments down to `epochs`, see the table above
+    protocol:str='honest', # Or 'authors': what the arguments down to `epochs` are by default
     select:str=None, # Adam's result: 'final' or 'best_on_test'
     knn_on:str=None, # Features 'h' or embeddings 'z'
     probe_on:str=None, # 'h' or 'z'
@@ -83,7 +83,7 @@ def evaluate(
     solver:str=None, # 'lbfgs' or 'adam'
     probe_bs:int=None, # Adam's batch size
     epochs:int=None, # Adam's epochs
-    valid=None, # `DataLoader` to choose the penalty of 'lbfgs' on; a fifth of the training images by default
+    valid=None, # `DataLoader` to choose the penalty on; a fifth of the training images by default
     seed:int=0, # Of the probe
     **kwargs # Of `get_dls`, such as `path`, `bs`
 ) -> Evaluation:
@@ -130,7 +130,7 @@ def transfer(
     model:Learner|str|Path, # A `clae_learner`, or an encoder file
     names:list|str=table2, # Names of `get_dls`, or one
     root:str|Path=None, # Folder of the data sets, fastai's own by default
-    download:bool=True, # Fetch what is not there?
+    download:bool=True, # Fetch missing ones?
     protocol:str='honest', # And further arguments of `evaluate`
     **kwargs
 ) -> Transfer:

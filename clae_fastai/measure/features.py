@@ -16,7 +16,7 @@ from ..train.encoder import *
 
 # %% ../../nbs/17_measure.features.ipynb #30ba4e43
 def _prepare(model, dl):
-    "`ContrastiveModel`, header of its encoder, and the normalisation that images of `dl` still need"
+    "`ContrastiveModel`, header of its encoder, and the normalisation that `dl` lacks"
     normalize,info = noop,getattr(model, 'encoder_info', {})
     if isinstance(model, (str,Path)):
         model = load_encoder(model).to(ifnone(getattr(dl, 'device', None), default_device()))
@@ -99,27 +99,26 @@ def knn_predict(
     "Weighted k-nearest-neighbour classification by cosine similarity"
     check_data((train_features,train_labels), (test_features,))
     n = len(train_features)
-    if not 1 <= k <= n: raise ValueError(f"k must lie between 1 and {n}, the number of training images, and it is {k}.")
-    if not temperature > 0: raise ValueError(f"temperature must be above 0, and it is {temperature}.")
-    dtype = torch.promote_types(torch.promote_types(train_features.dtype, test_features.dtype), torch.float32)
-    bank = train_features.detach().to(dtype) # itself, if it is float32
+    if not 1 <= k <= n: raise ValueError(f"k must be 1 to {n}, the number of training images, not {k}.")
+    if not temperature > 0: raise ValueError(f"temperature must be above 0, not {temperature}.")
+    bank = at_least_float32(train_features.detach())
     norms = bank.norm(dim=1).clamp_(min=1e-12) # zero vectors are similar to none
     classes,y = train_labels.unique(return_inverse=True)
     rows = min(len(test_features), max(1, _chunk//n))
     buffer = bank.new_empty(rows, n) # one for all chunks saves a tenth of the time
     predicted = []
     for queries in test_features.detach().split(rows):
-        queries = F.normalize(queries.to(dtype), dim=1)
+        queries = F.normalize(queries.to(bank), dim=1)
         sim = torch.mm(queries, bank.T, out=buffer[:len(queries)]).div_(norms)
         sim,idx = sim.topk(k) # (B,k), the nearest first
-        votes = ((sim - sim[:,:1])/temperature).exp_() # relative to the nearest: the same winner, and no overflow
+        votes = ((sim - sim[:,:1])/temperature).exp_() # relative to the nearest, against overflow
         predicted.append(sim.new_zeros(len(sim), len(classes)).scatter_add_(1, y[idx], votes).argmax(1))
     return classes[torch.cat(predicted)]
 
 def knn_accuracy(
     train:tuple, # Features (N,D) and labels (N,)
     test:tuple, # Features (M,D) and labels (M,)
-    k:int=200, # Neighbours that vote
+    k:int=200, # Neighbours
     temperature:float=.1 # Of their votes
 ) -> float: # A fraction
     "Share of test images that `knn_predict` labels correctly"
@@ -129,7 +128,7 @@ def knn_accuracy(
 class KNNClassifier(ClassifierMixin, BaseEstimator):
     "`knn_predict` for scikit-learn: labels of any kind, arrays or tensors in, arrays out"
     def __init__(self,
-        k:int=200, # Neighbours that vote
+        k:int=200, # Neighbours
         temperature:float=.1 # Of their votes
     ): self.k,self.temperature = k,temperature
 
@@ -150,7 +149,7 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
 
 # %% ../../nbs/17_measure.features.ipynb #2f185a97
 def _per_class(counts, n):
-    "Images of each class for `n`, a number or a share such as '1%'"
+    "Images of each class for `n`, a number or a share"
     if isinstance(n, str): return (counts*float(n[:-1])/100).round().long().clamp(min=1)
     return torch.full_like(counts, n)
 
@@ -167,8 +166,7 @@ def label_draws(
     if len(few): raise ValueError(f"There are not {n} images to draw of the classes {few[:5].tolist()}.")
     g = torch.Generator().manual_seed(seed)
     members = [(labels == c).nonzero().flatten() for c in classes]
-    def _draw(): return torch.cat([idx[torch.randperm(len(idx), generator=g)[:m]] for idx,m in zip(members, sizes)])
-    return [_draw() for _ in range(draws)]
+    return [torch.cat([idx[torch.randperm(len(idx), generator=g)[:m]] for idx,m in zip(members, sizes)]) for _ in range(draws)]
 
 def few_label_knn(
     train_features:Tensor, # (N,D)

@@ -26,9 +26,9 @@ class KNNCallback(_Columns):
     "Adds kNN accuracy to the training table, nan on epochs between evaluations"
     names = ('knn',)
     def __init__(self,
-        every:int=1, # Epochs from one evaluation to the next
-        train_dl=None, # Labelled images that vote, `dls.train` by default
-        valid_dl=None, # Labelled images to classify, `dls.valid` by default
+        every:int=1, # Epochs between evaluations
+        train_dl=None, # Labelled bank, `dls.train` by default
+        valid_dl=None, # Labelled queries, `dls.valid` by default
         k:int=200, # Neighbours
         temperature:float=.1, # Of their votes
         which:str='h' # Features 'h' or embeddings 'z'
@@ -42,14 +42,13 @@ class KNNCallback(_Columns):
         with no_random(reproducible=False): labelled = all(len(ds) and len(ds[0]) > 1 for ds in (bank,queries))
         if not labelled: raise ValueError("KNNCallback needs labelled images: give it `train_dl` and `valid_dl`.")
         if not 1 <= self.k <= len(bank):
-            raise ValueError(f"k must lie between 1 and {len(bank)}, the number of training images, and it is {self.k}.")
+            raise ValueError(f"k must be 1 to {len(bank)}, the number of training images, not {self.k}.")
 
     def after_train(self):
         if (self.epoch+1) % self.every or hasattr(self.learn, 'lr_finder'): return
         train,test = (extract_features(self.learn, dl, self.which, device=None) for dl in self.loaders)
         self.row = [knn_accuracy(train, test, self.k, self.temperature)]
 
-# %% ../../nbs/20_measure.monitors.ipynb #ed8b2275
 class CollapseMonitor(_Columns):
     "Adds the standard deviation of `z`, alignment and uniformity to the training table"
     names,run_valid = ('z_std','alignment','uniformity'),False

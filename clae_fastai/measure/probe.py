@@ -26,7 +26,7 @@ class Probe:
     top5:float # None for five classes or fewer
     mean_per_class:float # Mean of the classes' accuracies
     settings:dict # All that it takes to repeat this
-    linear:nn.Linear # The classifier; its outputs are the training set's labels, sorted
+    linear:nn.Linear # The classifier; its outputs are the sorted labels
 
     def to_dict(self): return {k: v for k,v in vars(self).items() if k != 'linear'}
     def to_json(self): return json.dumps(self.to_dict())
@@ -69,8 +69,8 @@ def _softmax_regression(parts, mean, l2, w, tol):
             error = log_p.exp_().scatter_add_(1, y, log_p.new_full(y.shape, -1)) # softmax - one-hot
             grad.addmm_(error.T, x)
         return loss.item(),grad.flatten().cpu().numpy()
-    options = dict(ftol=tol, gtol=0, maxiter=5000, maxfun=10**6)
-    res = scipy.optimize.minimize(_loss_and_grad, w.flatten().cpu().numpy(), jac=True, method='L-BFGS-B', options=options)
+    res = scipy.optimize.minimize(_loss_and_grad, w.flatten().cpu().numpy(), jac=True, method='L-BFGS-B',
+        options=dict(ftol=tol, gtol=0, maxiter=5000, maxfun=10**6))
     return w.new_tensor(res.x).view_as(w)
 
 def _lbfgs_probe(x, y, valid, n_classes, metric, l2s, seed):
@@ -106,8 +106,8 @@ def linear_probe(
     bs:int=256, # 'adam': batch size
     lr:float=3e-4, # 'adam': learning rate
     l2s:list=None, # 'lbfgs': penalties to choose from, 45 from 1e5 to 1e-6 by default
-    seed:int=0, # Of the held-out images; of Adam's start and batches
-    device=None # Where to compute, `default_device()` by default
+    seed:int=0, # Of the held-out images, or of Adam
+    device=None # `default_device()` by default
 ) -> Probe:
     "Logistic regression on features"
     check_choice('solver', solver, ('lbfgs','adam'))
@@ -125,15 +125,14 @@ def linear_probe(
     if n_classes < 2: raise ValueError("A classifier needs two classes, and the training set has one.")
     device = torch.device(ifnone(device, default_device()))
     if not adam and device.type == 'mps': device = 'cpu' # no float64
-    def _data(part):
-        x,y = part
+    def _data(x, y):
         return x.to(device, torch.float32 if adam else x.dtype),torch.searchsorted(classes.to(y.device), y).to(device)
-    (x,y),(test_x,test_y) = _data(train),_data(test)
+    (x,y),(test_x,test_y) = _data(*train),_data(*test)
     if adam:
         settings = dict(epochs=epochs, bs=bs, lr=lr)
         linear,curve = _adam_probe(x, y, test_x, test_y, n_classes, metric, **settings, seed=seed)
     else:
-        linear,curve,l2 = _lbfgs_probe(x, y, valid and _data(valid), n_classes, metric, l2s, seed)
+        linear,curve,l2 = _lbfgs_probe(x, y, valid and _data(*valid), n_classes, metric, l2s, seed)
         settings = dict(l2=l2, l2s=l2s, valid='given' if valid else 'a fifth of the training images')
     with torch.no_grad():
         top = torch.cat([linear(rows.to(linear.weight)).topk(min(5, n_classes)).indices for rows in test_x.split(1024)])

@@ -7,38 +7,30 @@ __all__ = ['table2', 'Evaluation', 'evaluate', 'Transfer', 'transfer']
 
 # %% ../../nbs/19_measure.evaluate.ipynb #52b3669e
 from fastai.vision.all import *
-import json
 from dataclasses import dataclass
 from ..core import *
-from ..method.models import *
 from ..data.catalogue import *
 from ..train.encoder import *
 from .features import *
 from .probe import *
 
-# %% ../../nbs/19_measure.evaluate.ipynb #d17a155e
-def _protocol(name, method, dataset):
-    "The arguments that protocol `name` sets, for an encoder trained by `method`"
+# %% ../../nbs/19_measure.evaluate.ipynb #4c90d22b
+def _settings(protocol, method, dataset, **given):
+    "What `protocol` sets for an encoder trained by `method`, and what is given instead"
     linear = method in ('plain','uel')
-    adam = dict(probe_bs=128 if linear else 256, epochs=200 if dataset == 'tinyimagenet' else 1000)
-    honest  = dict(select='final',        knn_on='h', probe_on='h', k=200, temperature=.1, solver='lbfgs', **adam)
-    authors = dict(select='best_on_test', knn_on='z', probe_on='h', k=200, temperature=.5, solver='adam',  **adam)
+    honest  = dict(select='final',        knn_on='h', probe_on='h', temperature=.1, solver='lbfgs')
+    authors = dict(select='best_on_test', knn_on='z', probe_on='h', temperature=.5, solver='adam')
     if linear: authors.update(probe_on='z', temperature=.1)
-    return look_up(name, dict(honest=honest, authors=authors), 'protocol')
-
-def _check_settings(select, knn_on, probe_on, solver, has_head, **others):
-    check_choice('select', select, ('final','best_on_test'))
-    check_choice('knn_on', knn_on, ('h','z'))
-    check_choice('probe_on', probe_on, ('h','z'))
-    check_choice('solver', solver, ('lbfgs','adam'))
-    if select == 'best_on_test' and solver == 'lbfgs':
+    settings = dict(k=200, probe_bs=128 if linear else 256, epochs=200 if dataset == 'tinyimagenet' else 1000)
+    settings |= look_up(protocol, dict(honest=honest, authors=authors), 'protocol')
+    settings |= {name: v for name,v in given.items() if v is not None}
+    choices = dict(select=('final','best_on_test'), knn_on=('h','z'), probe_on=('h','z'), solver=('lbfgs','adam'))
+    for name in choices: check_choice(name, settings[name], choices[name])
+    if settings['select'] == 'best_on_test' and settings['solver'] == 'lbfgs':
         raise ValueError("'lbfgs' has no epochs to select from: use select='final', or solver='adam'.")
-    if 'z' in (knn_on,probe_on) and not has_head:
-        raise ValueError(f"knn_on is {knn_on!r} and probe_on {probe_on!r}, and an encoder file has no head, so no embeddings z. "
-                         "Give knn_on='h' and probe_on='h' (--knn_on h --probe_on h on the command line), "
-                         "or pass the `Learner`, which has its head.")
+    return settings
 
-@dataclass(repr=False)
+@dataclass
 class Evaluation:
     "Accuracies of an encoder on a data set, as fractions, and how they were made"
     dataset:str # Its name
@@ -52,112 +44,102 @@ class Evaluation:
 
     @property
     def result(self):
-        "The linear probe's accuracy, in the data set's metric, of the epoch that the protocol selects"
+        "The probe's accuracy, in its metric, at the selected epoch"
         return getattr(self.probe, self.settings['select'])
 
     def to_dict(self): return {**vars(self), 'probe': self.probe.to_dict(), 'result': self.result}
     def to_json(self): return json.dumps(self.to_dict())
 
-    def __str__(self):
+    def __repr__(self):
         s,p = self.settings,self.probe
         fit = f"L-BFGS, penalty {p.settings['l2']:.2g}" if s['solver'] == 'lbfgs' else f"Adam, {s['epochs']} epochs"
-        probe = f"linear probe on {s['probe_on']} ({fit})"
-        best_metric = p.metric.replace('top1', 'top-1').replace('_', ' ')
-        rows = [(f"kNN on {s['knn_on']} (k {s['k']}, temperature {s['temperature']:g})", 'top-1', self.knn),
-                (probe, 'top-1', p.top1),
-                (probe, 'top-5', p.top5),
-                (probe, 'mean per class', p.mean_per_class),
-                (f"the same at its best epoch on the test set, {p.best_epoch}", best_metric, p.best_on_test)]
-        rows = [row for row in rows if row[2] is not None]
-        width = max(len(row[0]) for row in rows)
-        return '\n'.join([f"{self.dataset}, protocol {self.protocol!r}: {self.n_train} training images, {self.n_test} test images, "
-                          f"{self.n_classes} classes; accuracy in percent", '',
-                          *(f"{what:{width}}  {metric:14}  {100*accuracy:5.1f}" for what,metric,accuracy in rows)])
-    __repr__ = __str__
+        top5 = f"top-5 {p.top5:.1%}, " if p.top5 is not None else ''
+        lines = [
+            f"{self.dataset}, {self.protocol!r}: {self.n_train} training and {self.n_test} test images, {self.n_classes} classes",
+            f"kNN on {s['knn_on']} (k {s['k']}, temperature {s['temperature']:g}): top-1 {self.knn:.1%}",
+            f"linear probe on {s['probe_on']} ({fit}): top-1 {p.top1:.1%}, {top5}mean per class {p.mean_per_class:.1%}"]
+        if p.best_epoch: lines.append(f"best epoch on the test set, {p.best_epoch}: {p.metric} {p.best_on_test:.1%}")
+        return '\n'.join(lines)
 
-# %% ../../nbs/19_measure.evaluate.ipynb #4c90d22b
 def _dataset_dls(dataset, info, kwargs):
-    "Name, metric and `DataLoaders` of `dataset`, its images of the size that the encoder was trained on"
+    "Name, metric and `DataLoaders` of `dataset`, with images of the encoder's size"
     if not isinstance(dataset, str):
-        if kwargs: raise ValueError(f"{', '.join(kwargs)} would go to get_dls, and the data are DataLoaders already.")
+        if kwargs: raise ValueError(f"{', '.join(kwargs)} would go to get_dls, but the data are DataLoaders.")
         return 'DataLoaders','top1',dataset
-    size,defaults = info.get('size', ()),dict(drop_last=False)
-    if len(set(size)) == 1: defaults['size'] = size[0]
-    with no_random(reproducible=False): dls = get_dls(dataset, **merge(defaults, kwargs))
+    sides = set(info.get('size', ()))
+    options = dict(size=sides.pop() if len(sides) == 1 else None, drop_last=False) | kwargs
+    with no_random(reproducible=False): dls = get_dls(dataset, **options)
     return dataset,catalogue[dataset].metric,dls
 
-def _features(model, dl, has_head):
-    "Features and labels of `dl` by the features' name, 'h' or 'z', on the model's device"
-    *features,y = extract_features(model, dl, 'both' if has_head else 'h', device=None)
-    return {which: (x,y) for which,x in zip('hz', features)}
-
 def evaluate(
-    model:Learner|nn.Module|str|Path, # A `clae_learner`, a model or encoder that gets the images as they come, or an encoder file
+    model:Learner|nn.Module|str|Path, # A `clae_learner`, an encoder file, or a model that gets the images as they come
     dataset:str|DataLoaders, # A name of `get_dls`, or `DataLoaders` with labels
-    protocol:str='honest', # 'honest' or 'authors': what the arguments down to `epochs` are by default, see the table above
-    select:str=None, # Which epoch of Adam's is the result: 'final' or 'best_on_test'
-    knn_on:str=None, # kNN on the encoder's features 'h' or the embeddings 'z'
-    probe_on:str=None, # Linear probe on 'h' or 'z'
-    k:int=None, # Neighbours; by default as the protocol says, or all training images, if they are fewer
-    temperature:float=None, # Of the neighbours' votes
-    solver:str=None, # Of the linear probe: 'lbfgs' or 'adam'
+    protocol:str='honest', # Or 'authors': what the arguments down to `epochs` are by default
+    select:str=None, # Adam's result: 'final' or 'best_on_test'
+    knn_on:str=None, # Features 'h' or embeddings 'z'
+    probe_on:str=None, # 'h' or 'z'
+    k:int=None, # Neighbours; by default not more than training images
+    temperature:float=None, # Of their votes
+    solver:str=None, # 'lbfgs' or 'adam'
     probe_bs:int=None, # Adam's batch size
     epochs:int=None, # Adam's epochs
-    valid=None, # `DataLoader` of the images to choose the penalty of 'lbfgs' on; by default a fifth of the training images
+    valid=None, # `DataLoader` to choose the penalty on; a fifth of the training images by default
     seed:int=0, # Of the probe
-    **kwargs # Passed to `get_dls`, for example `path`, `bs`, `num_workers`
+    **kwargs # Of `get_dls`, such as `path`, `bs`
 ) -> Evaluation:
     "kNN and linear probe of an encoder. Changes nothing about it or its training"
-    file = isinstance(model, (str,Path))
-    info = load_encoder(model).info if file else getattr(model, 'encoder_info', {})
-    has_head = not file and getattr(get_model(getattr(model, 'model', model)), 'head', None) is not None
-    given = dict(select=select, knn_on=knn_on, probe_on=probe_on, k=k, temperature=temperature,
-                 solver=solver, probe_bs=probe_bs, epochs=epochs)
-    settings = merge(_protocol(protocol, info.get('method', 'simclr'), dataset), {k: v for k,v in given.items() if v is not None})
-    _check_settings(**settings, has_head=has_head)
-    name,metric,dls = _dataset_dls(dataset, info, kwargs)
-    train,test = (_features(model, dl, has_head) for dl in (dls.train, dls.valid))
+    info = load_encoder(model).info if isinstance(model, (str,Path)) else getattr(model, 'encoder_info', {})
+    settings = _settings(protocol, info.get('method'), dataset, select=select, knn_on=knn_on, probe_on=probe_on, k=k,
+        temperature=temperature, solver=solver, probe_bs=probe_bs, epochs=epochs)
     knn_on,probe_on = settings['knn_on'],settings['probe_on']
+    which = 'both' if 'z' in (knn_on,probe_on) else 'h'
+    head = getattr(get_model(getattr(model, 'model', model)), 'head', None)
+    if which == 'both' and head is None:
+        raise ValueError("An encoder has no head, so no embeddings z: use knn_on='h', probe_on='h' "
+            "(--knn-on h --probe-on h), or the `Learner`.")
+    def _features(dl):
+        *features,y = extract_features(model, dl, which, device=None)
+        return {name: (x,y) for name,x in zip('hz', features)}
+    name,metric,dls = _dataset_dls(dataset, info, kwargs)
+    train,test = _features(dls.train),_features(dls.valid)
     x,y = train[knn_on]
-    if k is None: settings['k'] = min(settings['k'], len(x))
+    settings['k'] = ifnone(k, min(settings['k'], len(x)))
     knn = knn_accuracy((x,y), test[knn_on], settings['k'], settings['temperature'])
-    held_out = None if valid is None else _features(model, valid, has_head)[probe_on]
+    held_out = None if valid is None else _features(valid)[probe_on]
     probe = linear_probe(train[probe_on], test[probe_on], settings['solver'], held_out, metric,
-                         settings['epochs'], settings['probe_bs'], seed=seed, device=x.device)
-    settings.update(seed=seed, encoder=info, data={k: str(v) for k,v in kwargs.items()})
+        settings['epochs'], settings['probe_bs'], seed=seed, device=x.device)
+    settings.update(seed=seed, encoder=info, data={name: str(v) for name,v in kwargs.items()})
     return Evaluation(name, protocol, len(x), len(test[knn_on][0]), len(y.unique()), knn, probe, settings)
 
 # %% ../../nbs/19_measure.evaluate.ipynb #73b2fcd1
 table2 = 'cifar10 cifar100 cars aircraft dtd pets caltech101 flowers'.split()
 
-@dataclass(repr=False)
+@dataclass
 class Transfer:
     "Evaluations of one encoder on several data sets"
-    results:dict # Name of the data set: `Evaluation`
-    missing:dict # Name of the data set: why it was left out, such as images that are not there, or that the encoder does not take
+    results:dict # Name: `Evaluation`
+    missing:dict # Name: why it was left out
 
-    def to_json(self): return json.dumps(dict(results={k: v.to_dict() for k,v in self.results.items()}, missing=self.missing))
-    def __str__(self):
-        done = [f"{name:14}{e.probe.metric.replace('_', ' '):16}{100*e.result:6.1f}{100*e.knn:8.1f}" for name,e in self.results.items()]
+    def to_json(self): return json.dumps(vars(self), default=Evaluation.to_dict)
+    def __repr__(self):
+        done = [f"{name:14}{e.probe.metric:16}{100*e.result:6.1f}{100*e.knn:8.1f}" for name,e in self.results.items()]
         missing = [f'{name:14}missing: {why}' for name,why in self.missing.items()]
         return '\n'.join([f"{'data set':14}{'metric':16}{'linear':>6}{'kNN':>8}", *done, *missing])
-    __repr__ = __str__
 
 def transfer(
     model:Learner|str|Path, # A `clae_learner`, or an encoder file
     names:list|str=table2, # Names of `get_dls`, or one
-    root:str|Path=None, # Folder that the data sets are in, fastai's own by default
-    download:bool=True, # Fetch what is not there?
+    root:str|Path=None, # Folder of the data sets, fastai's own by default
+    download:bool=True, # Fetch missing ones?
     protocol:str='honest', # And further arguments of `evaluate`
     **kwargs
 ) -> Transfer:
     "Evaluate an encoder on several data sets. Raises `ValueError` if none can be"
-    names,done,error = L(names),Transfer({}, {}),None
+    names,results,errors = L(names),{},{}
     for name in names: look_up(name, catalogue, 'data set')
     for name in names:
-        try: done.results[name] = evaluate(model, name, protocol, path=root, download=download, **kwargs)
-        except (FileNotFoundError, ValueError) as e:
-            done.missing[name] = str(e)
-            if isinstance(e, ValueError): error = ifnone(error, e)
-    if error and not done.results: raise error
-    return done
+        try: results[name] = evaluate(model, name, protocol, path=root, download=download, **kwargs)
+        except (FileNotFoundError, ValueError) as e: errors[name] = e
+    wrong = first(errors.values(), risinstance(ValueError))
+    if wrong and not results: raise wrong
+    return Transfer(results, {name: str(e) for name,e in errors.items()})

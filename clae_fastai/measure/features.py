@@ -8,8 +8,6 @@ __all__ = ['extract_features', 'check_data', 'knn_predict', 'knn_accuracy', 'KNN
 # %% ../../nbs/17_measure.features.ipynb #de60b0f1
 from fastai.vision.all import *
 from contextlib import nullcontext
-from fastprogress.core import IN_NOTEBOOK
-from fastprogress.fastprogress import progress_bar
 from sklearn.base import BaseEstimator, ClassifierMixin
 from ..core import *
 from ..method.views import split_normalize, TwoViews
@@ -17,134 +15,121 @@ from ..method.models import *
 from ..train.encoder import *
 
 # %% ../../nbs/17_measure.features.ipynb #30ba4e43
-def _eval_batches(dl):
-    "Batches of `dl` in order and without augmentation"
-    if not isinstance(dl, TfmdDL): yield from dl; return
-    dl = dl.new(shuffle=False, drop_last=False)
-    with getattr(dl.dataset, 'set_split_idx', lambda i: nullcontext())(1): yield from dl
-
-def _with_progress(dl, model):
-    "The same behind a bar where fastai shows one: on a terminal or in a notebook, not under `no_bar`; while training, below its bar"
-    batches,progress = _eval_batches(dl),getattr(model, 'progress', None)
-    hidden = isinstance(model, Learner) and progress is None
-    if hidden or not (sys.stdout.isatty() or IN_NOTEBOOK): return batches
-    return progress_bar(batches, total=len(dl), leave=False, parent=getattr(progress, 'mbar', None))
-
 def _prepare(model, dl):
-    "`ContrastiveModel`, what is known of its encoder, and the normalisation that images of `dl` still need"
-    normalize,info = noop,{}
+    "`ContrastiveModel`, header of its encoder, and the normalisation that `dl` lacks"
+    normalize,info = noop,getattr(model, 'encoder_info', {})
     if isinstance(model, (str,Path)):
         model = load_encoder(model).to(ifnone(getattr(dl, 'device', None), default_device()))
         info = model.info
         if 'mean' in info: normalize = TwoViews(noop, (info['mean'],info['std'])).normalize
     elif isinstance(model, Learner):
         if hasattr(model, 'clae'): normalize = model.clae.normalize
-        info,model = getattr(model, 'encoder_info', {}),get_model(model.model)
+        model = get_model(model.model)
     if split_normalize(getattr(dl, 'after_batch', None))[1] is not None: normalize = noop
     return model if isinstance(model, ContrastiveModel) else ContrastiveModel(model, None),info,normalize
 
+def _with_progress(dl, model):
+    "`dl` behind a bar on terminals and in notebooks, but under `no_bar`; while training, below fastai's own"
+    progress = getattr(model, 'progress', None)
+    no_bar = isinstance(model, Learner) and progress is None
+    if no_bar or not (sys.stdout.isatty() or IN_NOTEBOOK): return dl
+    return progress_bar(dl, leave=False, parent=getattr(progress, 'mbar', None))
+
 def extract_features(
-    model:Learner|nn.Module|str|Path, # `Learner` of a `ContrastiveModel`, such a model, an encoder, or an encoder file
-    dl, # `DataLoader` of images, with or without labels. A `clae_learner` and a file normalise them as in training, unless `dl` does
-    which:str='h', # 'h': the encoder's features; 'z': embeddings; 'both'
-    dtype:torch.dtype=None, # Of the result; the model's own by default. `torch.float16` halves the memory
+    model:Learner|nn.Module|str|Path, # Also a `ContrastiveModel`, encoder, or encoder file
+    dl, # Images, with or without labels; learner and file normalise them, unless `dl` does
+    which:str='h', # The features 'h', the embeddings 'z', or 'both'
+    dtype:torch.dtype=None, # Of the result, the model's by default
     device='cpu' # Of the result; None: the model's
-) -> tuple: # `(features, labels)`, or `(h, z, labels)`; labels are None where there are none
-    "Features of all images of `dl`"
+) -> tuple: # `(features, labels or None)`, or `(h, z, labels)`
+    "Features of all images of `dl`, in order and without augmentation"
     check_choice('which', which, ('h','z','both'))
     net,info,normalize = _prepare(model, dl)
     if which != 'h' and net.head is None:
-        raise ValueError("An encoder, or its file, has no head and so no embeddings z: "
-                         f"which must be 'h', and it is {which!r}. z needs the `Learner`.")
-    model_device = next((p.device for p in net.parameters()), torch.device('cpu'))
+        raise ValueError("An encoder has no head to make embeddings z: use which='h', or the `Learner`.")
+    model_device = getattr(first(net.parameters()), 'device', 'cpu')
     device = ifnone(device, model_device)
     hs,zs,ys = [],[],[]
     with no_random(reproducible=False), torch.no_grad(), training_mode(net, False):
-        for b in _with_progress(dl, model):
-            x,*y = to_device(b, model_device)
-            check_channels(x.shape[1], info)
-            h = net.features(normalize(x.as_subclass(Tensor)))
-            if which != 'z': hs.append(h.to(device, dtype))
-            if which != 'h': zs.append(net.project(h).to(device, dtype))
-            ys += [labels.as_subclass(Tensor).to(device) for labels in y[:1]]
-    if not hs and not zs: raise ValueError("There is no image to extract features from: the DataLoader is empty.")
+        if isinstance(dl, TfmdDL): dl = dl.new(shuffle=False, drop_last=False)
+        with getattr(getattr(dl, 'dataset', None), 'set_split_idx', nullcontext)(1): # no augmentation
+            for x,*y in _with_progress(dl, model):
+                check_channels(x.shape[1], info)
+                h = net.features(normalize(to_device(x, model_device).as_subclass(Tensor)))
+                if which != 'z': hs.append(h.to(device, dtype))
+                if which != 'h': zs.append(net.project(h).to(device, dtype))
+                ys += [labels.as_subclass(Tensor).to(device) for labels in y[:1]]
+    if not hs + zs: raise ValueError("There are no images: the DataLoader is empty.")
     return *(torch.cat(parts) for parts in (hs,zs) if parts), torch.cat(ys) if ys else None
 
-# %% ../../nbs/17_measure.features.ipynb #b7492631
-def _first_five(numbers): return ', '.join(map(str, numbers[:5].tolist())) + (', ...' if len(numbers) > 5 else '')
-
+# %% ../../nbs/17_measure.features.ipynb #977a6f11
 def check_data(
     train:tuple, # Features (N,F) and labels (N,)
     test:tuple # Features (M,F) and labels (M,), or features alone
 ):
-    "Raises `ValueError` where a classifier cannot learn from `train`, or be used or tested on `test`"
+    "Raises `ValueError` where a classifier cannot be trained and tested on these"
     for (x,*labels),part in ((train,'training'), (test,'test')):
         if x.ndim != 2 or len(x) == 0:
-            raise ValueError(f"Features are a table of images and numbers (N,F), and the {part} features have shape {tuple(x.shape)}.")
+            raise ValueError(f"Features must be a table (N,F), and the {part} features have shape {tuple(x.shape)}.")
         bad = torch.cat([~rows.isfinite().all(1) for rows in x.split(4096)]).nonzero().flatten()
         if len(bad):
-            raise ValueError(f"{len(bad)} of the {len(x)} {part} features are NaN or infinite, in the rows {_first_five(bad)}: "
-                             "look at those images, and whether the encoder's training diverged.")
+            raise ValueError(f"{len(bad)} of the {len(x)} {part} features are NaN or infinite, such as rows {bad[:5].tolist()}. "
+                "Look at those images, and whether the training diverged.")
         for y in labels:
-            if y is None: raise ValueError(f"The {part} images have no labels to learn from or to compare with.")
-            if len(y) != len(x): raise ValueError(f"There are {len(x)} {part} features and {len(y)} labels.")
-            if y.ndim != 1 or y.is_floating_point():
-                raise ValueError(f"Labels are one integer an image, (N,), and the {part} labels are {y.dtype} of shape {tuple(y.shape)}.")
-    x,test_x = train[0],test[0]
-    if x.shape[1] != test_x.shape[1]:
-        raise ValueError(f"Training features have shape {tuple(x.shape)}, test features {tuple(test_x.shape)}: "
-                         "they must come from the same encoder.")
+            if y is None: raise ValueError(f"The {part} images have no labels.")
+            if y.is_floating_point() or y.shape != x.shape[:1]:
+                raise ValueError(f"{len(x)} {part} features need as many integer labels, not {y.dtype} of shape {tuple(y.shape)}.")
+    if train[0].shape[1] != test[0].shape[1]:
+        raise ValueError(f"Training features have {train[0].shape[1]} numbers, test features {test[0].shape[1]}: "
+            "take both from the same encoder.")
     for y in test[1:]:
-        unseen = y.unique()[~torch.isin(y.unique(), train[1])]
+        unseen = np.setdiff1d(y.cpu(), train[1].cpu())
         if len(unseen):
-            raise ValueError(f"{len(unseen)} classes of the test set are not in the training set, those numbered {_first_five(unseen)}: "
-                             "no classifier can know them. Take both from the same classes.")
+            raise ValueError(f"{len(unseen)} classes of the test set are not in the training set, such as {unseen[:5].tolist()}.")
 
-# %% ../../nbs/17_measure.features.ipynb #977a6f11
 _chunk = 2**25 # similarities at a time: 128 MiB in float32
 
 def knn_predict(
-    train_features:Tensor, # The bank (N,D), of any floating point type; half precision is copied to float32
+    train_features:Tensor, # The bank (N,D); half precision is copied
     train_labels:Tensor, # (N,), integers
     test_features:Tensor, # (M,D)
-    k:int=200, # Number of neighbours that vote, at most N
-    temperature:float=.1 # A neighbour's vote weighs exp(cosine/temperature); above 0
+    k:int=200, # Neighbours that vote, at most N
+    temperature:float=.1 # A vote weighs exp(cosine/temperature)
 ) -> Tensor: # Predicted labels (M,)
-    "Weighted k-nearest-neighbour classification by cosine similarity, on the features' device"
+    "Weighted k-nearest-neighbour classification by cosine similarity"
     check_data((train_features,train_labels), (test_features,))
     n = len(train_features)
-    if not 1 <= k <= n: raise ValueError(f"k must lie between 1 and the number of training images, {n}, and it is {k}.")
-    if not temperature > 0: raise ValueError(f"temperature must be above 0, and it is {temperature}.")
-    dtype = torch.promote_types(torch.promote_types(train_features.dtype, test_features.dtype), torch.float32)
-    bank = train_features.detach().to(dtype) # itself, if it is float32
-    norms = torch.linalg.vector_norm(bank, dim=1).clamp_(min=1e-12) # zero vectors are similar to none
+    if not 1 <= k <= n: raise ValueError(f"k must be 1 to {n}, the number of training images, not {k}.")
+    if not temperature > 0: raise ValueError(f"temperature must be above 0, not {temperature}.")
+    bank = at_least_float32(train_features.detach())
+    norms = bank.norm(dim=1).clamp_(min=1e-12) # zero vectors are similar to none
     classes,y = train_labels.unique(return_inverse=True)
     rows = min(len(test_features), max(1, _chunk//n))
-    buffer = bank.new_empty(rows, n) # one for all chunks: to allocate it for each costs a tenth of the time
-    def _predict(queries):
-        queries = F.normalize(queries.detach().to(dtype), dim=1)
+    buffer = bank.new_empty(rows, n) # one for all chunks saves a tenth of the time
+    predicted = []
+    for queries in test_features.detach().split(rows):
+        queries = F.normalize(queries.to(bank), dim=1)
         sim = torch.mm(queries, bank.T, out=buffer[:len(queries)]).div_(norms)
         sim,idx = sim.topk(k) # (B,k), the nearest first
-        votes = ((sim - sim[:,:1])/temperature).exp_() # relative to the nearest: the same winner, and no overflow
-        return sim.new_zeros(len(sim), len(classes)).scatter_add_(1, y[idx], votes).argmax(1)
-    return classes[torch.cat([_predict(queries) for queries in test_features.split(rows)])]
+        votes = ((sim - sim[:,:1])/temperature).exp_() # relative to the nearest, against overflow
+        predicted.append(sim.new_zeros(len(sim), len(classes)).scatter_add_(1, y[idx], votes).argmax(1))
+    return classes[torch.cat(predicted)]
 
 def knn_accuracy(
-    train:tuple, # Features (N,D) and labels (N,) of the bank
+    train:tuple, # Features (N,D) and labels (N,)
     test:tuple, # Features (M,D) and labels (M,)
-    k:int=200, # Number of neighbours that vote
+    k:int=200, # Neighbours
     temperature:float=.1 # Of their votes
 ) -> float: # A fraction
     "Share of test images that `knn_predict` labels correctly"
     check_data(train, test)
     return float((knn_predict(*train, test[0], k, temperature) == test[1]).float().mean())
 
-# %% ../../nbs/17_measure.features.ipynb #d9b798ad
 class KNNClassifier(ClassifierMixin, BaseEstimator):
-    "`knn_predict` as a scikit-learn classifier: labels of any kind, arrays or tensors in, arrays out"
+    "`knn_predict` for scikit-learn: labels of any kind, arrays or tensors in, arrays out"
     def __init__(self,
-        k:int=200, # Number of neighbours that vote
-        temperature:float=.1 # A neighbour's vote weighs exp(cosine/temperature)
+        k:int=200, # Neighbours
+        temperature:float=.1 # Of their votes
     ): self.k,self.temperature = k,temperature
 
     def fit(self,
@@ -164,38 +149,36 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
 
 # %% ../../nbs/17_measure.features.ipynb #2f185a97
 def _per_class(counts, n):
-    "Images of each class for `n`, a number or a share such as '1%'"
+    "Images of each class for `n`, a number or a share"
     if isinstance(n, str): return (counts*float(n[:-1])/100).round().long().clamp(min=1)
     return torch.full_like(counts, n)
 
 def label_draws(
     labels:Tensor, # (N,), integers
-    n:int|str, # Labels per class, or their share, such as '1%', of each class, at least one
+    n:int|str, # Labels per class, or a share such as '1%', at least one
     draws:int=20, # Number of draws
-    seed:int=0 # Seed of the draws
-) -> list: # `draws` index tensors, `n` images of each class
+    seed:int=0 # Of the draws
+) -> list: # `draws` index tensors
     "Random choices of `n` images per class"
     classes,counts = labels.unique(return_counts=True)
     sizes = _per_class(counts, n)
     few = classes[counts < sizes]
-    if len(few): raise ValueError(f"{n} labels per class cannot be drawn: the classes number {_first_five(few)} have fewer images.")
+    if len(few): raise ValueError(f"There are not {n} images to draw of the classes {few[:5].tolist()}.")
     g = torch.Generator().manual_seed(seed)
-    def _draw(c, size):
-        idx = (labels == c).nonzero().flatten()
-        return idx[torch.randperm(len(idx), generator=g)[:size]]
-    return [torch.cat([_draw(c, m) for c,m in zip(classes, sizes)]) for _ in range(draws)]
+    members = [(labels == c).nonzero().flatten() for c in classes]
+    return [torch.cat([idx[torch.randperm(len(idx), generator=g)[:m]] for idx,m in zip(members, sizes)]) for _ in range(draws)]
 
 def few_label_knn(
     train_features:Tensor, # (N,D)
     train_labels:Tensor, # (N,)
     test_features:Tensor, # (M,D)
     test_labels:Tensor, # (M,)
-    ns:tuple=(1,5,10,'1%','10%'), # Labels per class, or shares; numbers that some class has not are left out
-    draws:int=20, # Random choices of the labelled images, for each of `ns`
-    seed:int=0, # Seed of those
-    k_all:int=20, # Neighbours when all labels are used (with `n` labels per class, k is `n`)
+    ns:tuple=(1,5,10,'1%','10%'), # Labels per class, or shares; too large ones are left out
+    draws:int=20, # For each of `ns`
+    seed:int=0, # Of the draws
+    k_all:int=20, # Neighbours among all labels; among `n` labels per class they are `n`
     temperature:float=.1 # Of the votes
-) -> dict: # For each of `ns`, and 'all': `{'mean': ..., 'std': ..., 'values': [...]}`, accuracies as fractions
+) -> dict: # Of each of `ns`, and 'all': `{'mean': ..., 'std': ..., 'values': [...]}`, fractions
     "kNN accuracy from few labels, and from all"
     train,test,accuracies = (train_features,train_labels),(test_features,test_labels),{}
     check_data(train, test)
@@ -204,6 +187,6 @@ def few_label_knn(
         sizes = _per_class(counts, n)
         if (sizes > counts).any(): continue
         accuracies[str(n)] = [knn_accuracy((train_features[idx],train_labels[idx]), test, int(sizes.min()), temperature)
-                              for idx in label_draws(train_labels, n, draws, seed)]
+            for idx in label_draws(train_labels, n, draws, seed)]
     accuracies['all'] = [knn_accuracy(train, test, min(k_all, len(train_features)), temperature)]
     return {n: dict(mean=float(np.mean(v)), std=float(np.std(v)), values=v) for n,v in accuracies.items()}

@@ -23,35 +23,32 @@ class _Columns(Callback):
         if self.row is not None: self.recorder.log += self.row
 
 class KNNCallback(_Columns):
-    "Adds kNN accuracy to the training table, every few epochs; nan on the others, which cost nothing"
+    "Adds kNN accuracy to the training table, nan on epochs between evaluations"
     names = ('knn',)
     def __init__(self,
-        every:int=1, # Epochs from one evaluation to the next
-        train_dl=None, # Labelled images that vote, `dls.train` by default
-        valid_dl=None, # Labelled images to classify, `dls.valid` by default
+        every:int=1, # Epochs between evaluations
+        train_dl=None, # Labelled bank, `dls.train` by default
+        valid_dl=None, # Labelled queries, `dls.valid` by default
         k:int=200, # Neighbours
         temperature:float=.1, # Of their votes
-        which:str='h' # On the encoder's features 'h' or the embeddings 'z'
+        which:str='h' # Features 'h' or embeddings 'z'
     ): store_attr()
 
     def before_fit(self):
         super().before_fit()
         dls = ifnone(self.train_dl, self.dls.train),ifnone(self.valid_dl, self.dls.valid)
-        self.loaders = [local_dl(dl) for dl in dls] # of several processes each looks at all images
-        for dl in self.loaders:
-            with no_random(reproducible=False):
-                if len(dl.dataset) == 0 or len(dl.dataset[0]) < 2:
-                    raise ValueError("KNNCallback needs labelled images to train and to test on, and the DataLoaders have none: "
-                                     "give it `train_dl` and `valid_dl`.")
-        n = len(self.loaders[0].dataset)
-        if not 1 <= self.k <= n: raise ValueError(f"k must lie between 1 and the number of training images, {n}, and it is {self.k}.")
+        self.loaders = [local_dl(dl) for dl in dls] # each process looks at all images
+        bank,queries = (dl.dataset for dl in self.loaders)
+        with no_random(reproducible=False): labelled = all(len(ds) and len(ds[0]) > 1 for ds in (bank,queries))
+        if not labelled: raise ValueError("KNNCallback needs labelled images: give it `train_dl` and `valid_dl`.")
+        if not 1 <= self.k <= len(bank):
+            raise ValueError(f"k must be 1 to {len(bank)}, the number of training images, not {self.k}.")
 
     def after_train(self):
         if (self.epoch+1) % self.every or hasattr(self.learn, 'lr_finder'): return
         train,test = (extract_features(self.learn, dl, self.which, device=None) for dl in self.loaders)
         self.row = [knn_accuracy(train, test, self.k, self.temperature)]
 
-# %% ../../nbs/20_measure.monitors.ipynb #ed8b2275
 class CollapseMonitor(_Columns):
     "Adds the standard deviation of `z`, alignment and uniformity to the training table"
     names,run_valid = ('z_std','alignment','uniformity'),False

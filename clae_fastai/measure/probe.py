@@ -7,26 +7,26 @@ __all__ = ['Probe', 'linear_probe']
 
 # %% ../../nbs/18_measure.probe.ipynb #9f55e05a
 from fastai.vision.all import *
-import json, scipy.optimize
+import scipy.optimize
 from dataclasses import dataclass
 from sklearn.model_selection import train_test_split
 from ..core import *
 from .features import *
 
-# %% ../../nbs/18_measure.probe.ipynb #32c293b7
+# %% ../../nbs/18_measure.probe.ipynb #c631780e
 @dataclass
 class Probe:
     "What a linear probe reached; accuracies are fractions"
-    metric:str # Of `final`, `best_on_test` and `curve`: 'top1', or 'mean_per_class'
-    final:float # The result: of the finished classifier on the test set
-    best_on_test:float # 'adam': the best epoch's, chosen on the test set and so too good; 'lbfgs': None
+    metric:str # Of `final`, `best_on_test` and `curve`
+    final:float # The result: the finished classifier's on the test set
+    best_on_test:float # 'adam': the best epoch's, and so too good; 'lbfgs': None
     best_epoch:int # Its number, from 1, or None
-    curve:list # 'adam': on the test set after each epoch; 'lbfgs': on the held-out images for each penalty
+    curve:list # 'adam': each epoch's on the test set; 'lbfgs': each penalty's on held-out images
     top1:float # Of the finished classifier
-    top5:float # The same, or None for five classes or fewer
-    mean_per_class:float # The same: mean of the classes' own accuracies
+    top5:float # None for five classes or fewer
+    mean_per_class:float # Mean of the classes' accuracies
     settings:dict # All that it takes to repeat this
-    linear:nn.Linear # The classifier, its outputs in the order of the training set's sorted labels
+    linear:nn.Linear # The classifier; its outputs are the sorted labels
 
     def to_dict(self): return {k: v for k,v in vars(self).items() if k != 'linear'}
     def to_json(self): return json.dumps(self.to_dict())
@@ -52,102 +52,93 @@ def _adam_probe(x, y, test_x, test_y, n_classes, metric, epochs, bs, lr, seed):
         with torch.no_grad(): curve.append(_accuracy(linear(test_x).argmax(1), test_y, metric))
     return linear,torch.stack(curve).tolist()
 
-# %% ../../nbs/18_measure.probe.ipynb #c631780e
 def _blocks(parts, mean):
-    "Centred features and labels in blocks of 16 MiB: `parts` are features, labels and the rows that count, and none is copied as a whole"
+    "Centred features, a one for the bias, and labels, in blocks of 16 MiB; `parts` are features, labels and rows"
     for x,y,idx in parts:
-        for rows in idx.split(max(1, 2**21//len(mean))): yield x[rows].double().sub_(mean),y[rows,None]
-
-def _logits(x, w): return F.linear(x, w[:,:-1], w[:,-1])
+        for rows in idx.split(max(1, 2**21//len(mean))):
+            yield F.pad(x[rows], (0,1), value=1).double().sub_(mean),y[rows,None]
 
 def _softmax_regression(parts, mean, l2, w, tol):
-    "Weights and bias (K,F+1) that minimise the sum of cross-entropies plus l2/2 times the squared weights, starting at `w`"
+    "Weights and bias (K,F+1) that minimise summed cross-entropy + l2/2*|weights|^2, from `w` on"
     def _loss_and_grad(v):
-        u = torch.from_numpy(v).to(w.device).view_as(w)
+        u = w.new_tensor(v).view_as(w)
         loss,grad = l2/2*u[:,:-1].square().sum(),F.pad(l2*u[:,:-1], (0,1))
         for x,y in _blocks(parts, mean):
-            log_p = _logits(x, u).log_softmax(1)
+            log_p = (x@u.T).log_softmax(1)
             loss -= log_p.gather(1, y).sum()
             error = log_p.exp_().scatter_add_(1, y, log_p.new_full(y.shape, -1)) # softmax - one-hot
-            grad[:,:-1].addmm_(error.T, x)
-            grad[:,-1] += error.sum(0)
+            grad.addmm_(error.T, x)
         return loss.item(),grad.flatten().cpu().numpy()
-    options = dict(ftol=tol, gtol=0, maxiter=5000, maxfun=10**6)
-    res = scipy.optimize.minimize(_loss_and_grad, w.flatten().cpu().numpy(), jac=True, method='L-BFGS-B', options=options)
-    return torch.from_numpy(res.x).view_as(w).to(w.device)
-
-def _hold_out(x, y, seed):
-    "Four fifths of the images, and one for validation: the same share of each class, where each class has enough images"
-    n = y.bincount()
-    stratify = y.cpu() if n.min() >= 2 and len(y) >= 5*len(n) else None
-    parts = train_test_split(np.arange(len(y)), test_size=.2, random_state=seed, stratify=stratify)
-    return [(x,y,torch.as_tensor(idx, device=x.device)) for idx in parts]
+    res = scipy.optimize.minimize(_loss_and_grad, w.flatten().cpu().numpy(), jac=True, method='L-BFGS-B',
+        options=dict(ftol=tol, gtol=0, maxiter=5000, maxfun=10**6))
+    return w.new_tensor(res.x).view_as(w)
 
 def _lbfgs_probe(x, y, valid, n_classes, metric, l2s, seed):
-    "Classifier, the chosen penalty, and the accuracy on held-out images for each of `l2s`"
-    if valid is None: fit,held_out = _hold_out(x, y, seed)
+    "Classifier, the accuracy on held-out images for each of `l2s`, and the chosen one"
+    if valid is None:
+        n = y.bincount()
+        stratify = y.cpu() if n.min() >= 2 and len(y) >= 5*len(n) else None # enough of each class
+        split = train_test_split(torch.arange(len(y)), test_size=.2, random_state=seed, stratify=stratify)
+        fit,held_out = ((x,y,rows.to(x.device)) for rows in split)
     else: fit,held_out = ((*part,torch.arange(len(part[1]), device=x.device)) for part in ((x,y),valid))
     held_y = held_out[1][held_out[2]]
-    mean = sum(rows.double().sum(0) for rows in x.split(1024))/len(x)
-    w,curve,best = mean.new_zeros(n_classes, len(mean)+1),[],None
+    mean = F.pad(sum(block.double().sum(0) for block in x.split(1024))/len(x), (0,1))
+    w,curve,best = mean.new_zeros(n_classes, len(mean)),[],None
     for l2 in l2s:
         w = _softmax_regression([fit], mean, l2, w, 1e-6)
-        pred = torch.cat([_logits(block, w).argmax(1) for block,_ in _blocks([held_out], mean)])
+        pred = torch.cat([(block@w.T).argmax(1) for block,_ in _blocks([held_out], mean)])
         curve.append(float(_accuracy(pred, held_y, metric)))
         if best is None or curve[-1] > max(curve[:-1]): best = l2,w # of equals the strongest penalty
     l2,w = best
     w = _softmax_regression([fit,held_out], mean, l2, w, 1e-9)
-    linear = nn.utils.skip_init(nn.Linear, len(mean), n_classes, device=w.device, dtype=w.dtype) # draws nothing
-    linear.weight.data,linear.bias.data = w[:,:-1],w[:,-1] - w[:,:-1]@mean
-    return linear,l2,curve
+    linear = nn.utils.skip_init(nn.Linear, x.shape[1], n_classes, device=w.device, dtype=w.dtype) # draws nothing
+    linear.weight.data,linear.bias.data = w[:,:-1],w[:,-1] - w@mean
+    return linear,curve,l2
 
 # %% ../../nbs/18_measure.probe.ipynb #f5f4273f
 def linear_probe(
     train:tuple, # Features (N,F) and labels (N,)
     test:tuple, # Features (M,F) and labels (M,)
     solver:str='lbfgs', # 'lbfgs', or 'adam'
-    valid:tuple=None, # 'lbfgs': features and labels to choose the penalty on, then used for training too; by default a fifth of `train`
+    valid:tuple=None, # 'lbfgs': chooses the penalty, then trained on too; a fifth of `train` by default
     metric:str='top1', # 'top1', or 'mean_per_class'
-    epochs:int=1000, # 'adam': passes over the training features
+    epochs:int=1000, # 'adam'
     bs:int=256, # 'adam': batch size
     lr:float=3e-4, # 'adam': learning rate
-    l2s:list=None, # 'lbfgs': penalties to choose from; 45 from 1e5 to 1e-6 by default
-    seed:int=0, # Of the held-out images; of Adam's start and batches
-    device=None # Where to compute, `default_device()` by default
+    l2s:list=None, # 'lbfgs': penalties to choose from, 45 from 1e5 to 1e-6 by default
+    seed:int=0, # Of the held-out images, or of Adam
+    device=None # `default_device()` by default
 ) -> Probe:
     "Logistic regression on features"
     check_choice('solver', solver, ('lbfgs','adam'))
     check_choice('metric', metric, ('top1','mean_per_class'))
     adam = solver == 'adam'
-    if valid is not None and adam: raise ValueError("'adam' has nothing to choose on `valid`: add those images to `train`.")
+    if valid and adam: raise ValueError("'adam' has nothing to choose on `valid`: add it to `train`.")
     if adam and not (epochs >= 1 and bs >= 1 and lr > 0):
-        raise ValueError(f"epochs and bs must be 1 or more, and lr above 0; they are {epochs}, {bs} and {lr}.")
+        raise ValueError(f"epochs and bs must be 1 or more, and lr above 0, not {epochs}, {bs} and {lr}.")
     if l2s is None: l2s = np.logspace(5, -6, 45).tolist()
-    if not (len(l2s) and min(l2s) >= 0): raise ValueError(f"l2s must be one penalty or more, each 0 or above, and it is {l2s}.")
-    for other in (test,valid):
-        if other is not None: check_data(train, other)
+    if not (len(l2s) and min(l2s) >= 0): raise ValueError(f"l2s must be one penalty or more, each 0 or above, not {l2s}.")
+    check_data(train, test)
+    if valid: check_data(train, valid)
     classes = train[1].unique()
     n_classes = len(classes)
-    if n_classes < 2: raise ValueError("A classifier needs two classes or more in the training set, and there is one.")
+    if n_classes < 2: raise ValueError("A classifier needs two classes, and the training set has one.")
     device = torch.device(ifnone(device, default_device()))
-    if not adam and device.type == 'mps': device = torch.device('cpu') # no float64
-    def _data(part):
-        x,y = part
+    if not adam and device.type == 'mps': device = 'cpu' # no float64
+    def _data(x, y):
         return x.to(device, torch.float32 if adam else x.dtype),torch.searchsorted(classes.to(y.device), y).to(device)
-    (x,y),(test_x,test_y) = _data(train),_data(test)
-    best_on_test = best_epoch = None
+    (x,y),(test_x,test_y) = _data(*train),_data(*test)
     if adam:
         settings = dict(epochs=epochs, bs=bs, lr=lr)
         linear,curve = _adam_probe(x, y, test_x, test_y, n_classes, metric, **settings, seed=seed)
-        best_on_test = max(curve)
-        best_epoch = curve.index(best_on_test) + 1
     else:
-        linear,l2,curve = _lbfgs_probe(x, y, valid and _data(valid), n_classes, metric, l2s, seed)
-        settings = dict(l2=l2, l2s=l2s, valid='a fifth of the training images' if valid is None else 'given')
+        linear,curve,l2 = _lbfgs_probe(x, y, valid and _data(*valid), n_classes, metric, l2s, seed)
+        settings = dict(l2=l2, l2s=l2s, valid='given' if valid else 'a fifth of the training images')
     with torch.no_grad():
         top = torch.cat([linear(rows.to(linear.weight)).topk(min(5, n_classes)).indices for rows in test_x.split(1024)])
-    hit = top == test_y[:,None]
     accuracies = {name: float(_accuracy(top[:,0], test_y, name)) for name in ('top1','mean_per_class')}
-    return Probe(metric, accuracies[metric], best_on_test, best_epoch, curve, **accuracies,
-                 top5=float(hit.any(1).float().mean()) if n_classes > 5 else None,
-                 settings=dict(solver=solver, seed=seed, **settings), linear=linear)
+    top5 = float((top == test_y[:,None]).any(1).float().mean()) if n_classes > 5 else None
+    best = max(curve) if adam else None
+    best_epoch = curve.index(best) + 1 if adam else None
+    return Probe(metric, accuracies[metric], best, best_epoch, curve, **accuracies, top5=top5,
+        settings=dict(solver=solver, seed=seed, **settings), linear=linear)

@@ -2,7 +2,6 @@
 import json
 import pickle
 import random
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from torch import nn
 
 from clae_fastai.all import (DataLoaders, KNNCallback, clae_learner, evaluate, export_onnx, extract_features, get_dls, load_encoder,
                              resnet8, resnet20, set_seed, transfer)
-from clae_fastai.cli import clae_eval, clae_export, clae_train
+from clae_fastai.cli import clae_eval, clae_export
 
 # evaluating changes nothing
 
@@ -148,27 +147,25 @@ def test_pickles_are_refused(tmp_path, command):
 
 # commands
 
-def test_eval_and_export_commands(tmp_path, monkeypatch, capsys, command):
-    def succeed(func, *args):
-        "In this process, as the shell would call it: what it prints"
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, 'argv', [func.__name__, *map(str, args)])
-        func()
-        return capsys.readouterr().out
-    succeed(clae_train, '--epochs', 1, '--limit', 128)
+def test_eval_and_export_commands(tmp_path, cli, command):
+    def succeed(name, *args):
+        res = cli(name, *args)
+        assert not res.returncode, res.stderr
+        return res.stdout
+    succeed('clae_train', '--epochs', 1, '--limit', 128)
     run = tmp_path/'runs'/'digits-simclr-1'
-    for args in ([], ['--protocol', 'authors', '--knn_on', 'h', '--k', 5]):
-        out = succeed(clae_eval, 'digits-simclr-1', *args)
+    for args in ([], ['--protocol', 'authors', '--knn-on', 'h', '--k', 5]):
+        out = succeed('clae_eval', 'digits-simclr-1', *args)
         assert 'linear probe' in out and '\r' not in out
     e = json.loads((run/'eval-digits-honest.json').read_text())
     assert e['settings']['k'] == 200 and e['n_test'] == 450 and e['result'] == e['probe']['final'] and 'torch' in e['versions']
     a = json.loads((run/'eval-digits-authors.json').read_text())
     assert a['result'] == a['probe']['best_on_test'] == max(a['probe']['curve']) and len(a['probe']['curve']) == 1000
-    succeed(clae_export, 'digits-simclr-1', '--format', 'onnx', '--out', 'e.onnx')
+    succeed('clae_export', 'digits-simclr-1', '--format', 'onnx', '--out', 'e.onnx')
     assert (tmp_path/'e.onnx').exists()
     assert 'overwritten' in command(clae_export, run, '--format', 'safetensors', '--out', 'e.onnx')
     message = command(clae_eval, 'digits-simclr-1', '--protocol', 'authors')
-    assert 'no head' in message and '--knn_on h' in message
+    assert 'no head' in message and '--knn-on h --probe-on h' in message
 
 @pytest.mark.slow
 def test_photographs(cifar_dir, tmp_path):

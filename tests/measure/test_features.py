@@ -111,14 +111,14 @@ def test_bad_features(blobs):
     bad[[4,9]],bad[11,2] = torch.nan,torch.inf
     use = dict(knn=lambda a, b: knn_predict(*a, b[0], 5), probe=linear_probe, few=lambda a, b: few_label_knn(*a, *b))
     for name,f in use.items():
-        with pytest.raises(ValueError, match='3 of the 60 training features .* rows 4, 9, 11:'): f((bad,y), (tx,ty))
-        with pytest.raises(ValueError, match='rows 4, 9, 11:'): f((x,y), (bad,y))
+        with pytest.raises(ValueError, match=r'3 of the 60 training features .* rows \[4, 9, 11\]'): f((bad,y), (tx,ty))
+        with pytest.raises(ValueError, match=r'rows \[4, 9, 11\]'): f((x,y), (bad,y))
         with pytest.raises(ValueError, match='same encoder'): f((x,y), (tx[:,:3],ty))
-        with pytest.raises(ValueError, match='60 training features and 59 labels'): f((x,y[1:]), (tx,ty))
+        with pytest.raises(ValueError, match=r'60 training features .* \(59,\)'): f((x,y[1:]), (tx,ty))
         with pytest.raises(ValueError, match=r'\(N,F\)'): f((x[:0],y[:0]), (tx,ty))
         with pytest.raises(ValueError, match=r'\(N,F\)'): f((x,y), (tx[0],ty))
         if name != 'knn':
-            with pytest.raises(ValueError, match='not in the training set, those numbered 2:'): f((x[y<2],y[y<2]), (tx,ty))
+            with pytest.raises(ValueError, match=r'not in the training set, such as \[2\]'): f((x[y<2],y[y<2]), (tx,ty))
 
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='the largest size of a process is read from /proc')
 def test_memory():

@@ -53,13 +53,14 @@ class Evaluation:
     def __repr__(self):
         s,p = self.settings,self.probe
         fit = f"L-BFGS, penalty {p.settings['l2']:.2g}" if s['solver'] == 'lbfgs' else f"Adam, {s['epochs']} epochs"
-        top5 = f"top-5 {p.top5:.1%}, " if p.top5 is not None else ''
-        lines = [
-            f"{self.dataset}, {self.protocol!r}: {self.n_train} training and {self.n_test} test images, {self.n_classes} classes",
-            f"kNN on {s['knn_on']} (k {s['k']}, temperature {s['temperature']:g}): top-1 {self.knn:.1%}",
-            f"linear probe on {s['probe_on']} ({fit}): top-1 {p.top1:.1%}, {top5}mean per class {p.mean_per_class:.1%}"]
-        if p.best_epoch: lines.append(f"best epoch on the test set, {p.best_epoch}: {p.metric} {p.best_on_test:.1%}")
-        return '\n'.join(lines)
+        rows = [(f"kNN on {s['knn_on']} (k {s['k']}, temperature {s['temperature']:g})", 'top-1', self.knn)]
+        for metric,value in (('top-1', p.top1), ('top-5', p.top5), ('mean per class', p.mean_per_class)):
+            if value is not None: rows.append((f"linear probe on {s['probe_on']} ({fit})", metric, value))
+        if p.best_epoch: rows.append((f"its best epoch on the test set, {p.best_epoch}", p.metric, p.best_on_test))
+        width = max(len(what) for what,*_ in rows)
+        return '\n'.join([f"{self.dataset}, protocol {self.protocol!r}: {self.n_train} training images, "
+            f"{self.n_test} test images, {self.n_classes} classes; accuracy in percent", '',
+            *(f"{what:{width}}  {metric:14}  {100*value:5.1f}" for what,metric,value in rows)])
 
 def _dataset_dls(dataset, info, kwargs):
     "Name, metric and `DataLoaders` of `dataset`, with images of the encoder's size"

@@ -53,21 +53,23 @@ def _adam_probe(x, y, test_x, test_y, n_classes, metric, epochs, bs, lr, seed):
     return linear,torch.stack(curve).tolist()
 
 def _blocks(parts, mean):
-    "Centred features, a one for the bias, and labels, in blocks of 16 MiB; `parts` are features, labels and rows"
+    "Centred features and labels, in blocks of 16 MiB; `parts` are features, labels and rows"
     for x,y,idx in parts:
-        for rows in idx.split(max(1, 2**21//len(mean))):
-            yield F.pad(x[rows], (0,1), value=1).double().sub_(mean),y[rows,None]
+        for rows in idx.split(max(1, 2**21//len(mean))): yield x[rows].double().sub_(mean),y[rows]
+
+def _logits(x, w): return F.linear(x, w[:,:-1], w[:,-1])
 
 def _softmax_regression(parts, mean, l2, w, tol):
     "Weights and bias (K,F+1) that minimise summed cross-entropy + l2/2*|weights|^2, from `w` on"
     def _loss_and_grad(v):
-        u = w.new_tensor(v).view_as(w)
-        loss,grad = l2/2*u[:,:-1].square().sum(),F.pad(l2*u[:,:-1], (0,1))
-        for x,y in _blocks(parts, mean):
-            log_p = (x@u.T).log_softmax(1)
-            loss -= log_p.gather(1, y).sum()
-            error = log_p.exp_().scatter_add_(1, y, log_p.new_full(y.shape, -1)) # softmax - one-hot
-            grad.addmm_(error.T, x)
+        u = w.new_tensor(v).view_as(w).requires_grad_()
+        def _losses(): # one at a time, so that one block's graph is in memory
+            for x,y in _blocks(parts, mean): yield F.cross_entropy(_logits(x, u), y, reduction='sum')
+            yield l2/2*u[:,:-1].square().sum()
+        loss,grad = 0.,torch.zeros_like(w)
+        for part in _losses():
+            grad += torch.autograd.grad(part, u)[0]
+            loss += part.detach()
         return loss.item(),grad.flatten().cpu().numpy()
     res = scipy.optimize.minimize(_loss_and_grad, w.flatten().cpu().numpy(), jac=True, method='L-BFGS-B',
         options=dict(ftol=tol, gtol=0, maxiter=5000, maxfun=10**6))
@@ -82,17 +84,17 @@ def _lbfgs_probe(x, y, valid, n_classes, metric, l2s, seed):
         fit,held_out = ((x,y,rows.to(x.device)) for rows in split)
     else: fit,held_out = ((*part,torch.arange(len(part[1]), device=x.device)) for part in ((x,y),valid))
     held_y = held_out[1][held_out[2]]
-    mean = F.pad(sum(block.double().sum(0) for block in x.split(1024))/len(x), (0,1))
-    w,curve,best = mean.new_zeros(n_classes, len(mean)),[],None
+    mean = sum(block.double().sum(0) for block in x.split(1024))/len(x)
+    w,curve,best = mean.new_zeros(n_classes, len(mean)+1),[],None
     for l2 in l2s:
         w = _softmax_regression([fit], mean, l2, w, 1e-6)
-        pred = torch.cat([(block@w.T).argmax(1) for block,_ in _blocks([held_out], mean)])
+        pred = torch.cat([_logits(block, w).argmax(1) for block,_ in _blocks([held_out], mean)])
         curve.append(float(_accuracy(pred, held_y, metric)))
         if best is None or curve[-1] > max(curve[:-1]): best = l2,w # of equals the strongest penalty
     l2,w = best
     w = _softmax_regression([fit,held_out], mean, l2, w, 1e-9)
     linear = nn.utils.skip_init(nn.Linear, x.shape[1], n_classes, device=w.device, dtype=w.dtype) # draws nothing
-    linear.weight.data,linear.bias.data = w[:,:-1],w[:,-1] - w@mean
+    linear.weight.data,linear.bias.data = w[:,:-1],w[:,-1] - w[:,:-1]@mean
     return linear,curve,l2
 
 # %% ../../nbs/18_measure.probe.ipynb #f5f4273f

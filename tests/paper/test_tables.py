@@ -58,7 +58,7 @@ def test_a_ray_cluster_gives_the_same_figure(smoke, tmp_path, monkeypatch):
     assert len(a) == 2
 
 @pytest.mark.parametrize('args,word', [
-    ((clae_table,'3'), '1, 2'),
+    ((clae_table,'3'), 'strong'),
     ((clae_figure,'8'), '3a'),
     ((clae_table,'1','--data','nowhere'), 'NAME=FOLDER'),
     ((clae_table,'1','--workers','0','--scale','smoke'), 'workers'),

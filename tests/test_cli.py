@@ -201,7 +201,7 @@ def test_bad_images_are_named_or_skipped(cli, bad_images):
 
 def test_empty_folder(command, tmp_path):
     (tmp_path/'none').mkdir()
-    assert 'no image in none' in command(clae_train, '--path', 'none')
+    assert 'no image that can be read in none' in command(clae_train, '--path', 'none')
 
 def test_existing_run_is_not_overwritten(command, tmp_path):
     run = tmp_path/'runs'/'mine'

@@ -56,7 +56,8 @@ class Evaluation:
         rows = [(f"kNN on {s['knn_on']} (k {s['k']}, temperature {s['temperature']:g})", 'top-1', self.knn)]
         for metric,value in (('top-1', p.top1), ('top-5', p.top5), ('mean per class', p.mean_per_class)):
             if value is not None: rows.append((f"linear probe on {s['probe_on']} ({fit})", metric, value))
-        if p.best_epoch: rows.append((f"its best epoch on the test set, {p.best_epoch}", p.metric, p.best_on_test))
+        metric = p.metric.replace('top1', 'top-1').replace('_', ' ')
+        if p.best_epoch: rows.append((f"its best epoch on the test set, {p.best_epoch}", metric, p.best_on_test))
         width = max(len(what) for what,*_ in rows)
         return '\n'.join([f"{self.dataset}, protocol {self.protocol!r}: {self.n_train} training images, "
             f"{self.n_test} test images, {self.n_classes} classes; accuracy in percent", '',

@@ -65,7 +65,7 @@ def load_encoder(
     "The encoder of a file"
     state,info = read_encoder(file)
     arch = ifnone(arch, info['arch'])
-    if arch == '': raise ValueError(f"{file} does not name its architecture: pass the function or module as `arch`.")
+    if arch == '': raise ValueError(f"{file} does not name its architecture: pass `arch`, its function or module.")
     try: encoder = create_encoder(arch, info['stem'], info['channels'])
     except ValueError as e: raise ValueError(f"{file} cannot be loaded. {e}") from None
     if diff := key_difference(state, encoder):

@@ -9,8 +9,7 @@ __all__ = ['plot_adversarial_images', 'adversarial_images', 'confidence_interval
 
 # %% ../../nbs/23_paper.analysis.ipynb #99477064
 from fastai.vision.all import *
-import scipy.stats, warnings
-from torch.nn.modules.batchnorm import _BatchNorm
+import scipy.stats
 from ..core import *
 from ..method.dualbn import *
 from ..method.attacks import *
@@ -31,38 +30,35 @@ def _attack_like(clae, attack, eps, **kwargs):
 def adversarial_images(
     learn:Learner, # A `clae_learner`
     n:int=8, # Number of images, at most a batch
-    eps:float=None, # Attack with `FGSM(eps)` instead of the learner's own attack
-    seed:int=0 # Of the images and their views
+    eps:float=None, # Of an `FGSM` instead of the learner's attack
+    seed:int=0 # Of images and views
 ) -> pd.DataFrame: # As of `views_table`; `linf`, `l2` of the perturbation, normalised; `cos_p`, `cos_adv`
-    "Training images, their views and adversaries, and how similar those are to the encoder"
+    "Training images, their views and adversaries, and how alike the encoder finds them"
     with seeded_clae(learn, seed) as (clae,model,device):
         if eps is not None: clae.attack = _attack_like(clae, FGSM, eps)
         elif not clae.attacking:
-            raise ValueError("This learner trains without an attack: give the strength of one, as in eps=.03.")
+            raise ValueError("This learner has no attack: give the strength of one, as in eps=.03.")
         x = first(full_batches(clae.dls.train, device, 1))[0]
         x_q,x_p = clae.views(x)
         x_adv = clae.adversarial_views(x_q)
-        with torch.no_grad(): z_q,*zs = model(x_q, x_p, x_adv)
-        cos_p,cos_adv = [F.cosine_similarity(z_q, z) for z in zs]
-        delta = (x_adv - x_q).flatten(1)
-        numbers = dict(linf=delta.abs().amax(1), l2=delta.norm(dim=1), cos_p=cos_p, cos_adv=cos_adv)
-        images = views_table(clae, n, x, x_q=x_q, x_p=x_p, x_adv=x_adv)
-    return images.assign(**{k: v[:n].tolist() for k,v in numbers.items()})
+        with torch.no_grad(): z_q,z_p,z_adv = model(x_q, x_p, x_adv)
+        delta,cos = (x_adv - x_q).flatten(1),partial(F.cosine_similarity, z_q)
+        numbers = dict(linf=delta.abs().amax(1), l2=delta.norm(dim=1), cos_p=cos(z_p), cos_adv=cos(z_adv))
+        return views_table(clae, n, x, x_q=x_q, x_p=x_p, x_adv=x_adv).assign(**{k: v[:n].tolist() for k,v in numbers.items()})
 
 plot_adversarial_images = draw_views
 
 # %% ../../nbs/23_paper.analysis.ipynb #4e397b79
 def confidence_interval(
     values, # Numbers, two or more
-    level:float=.95 # Share of intervals that contain the true mean
+    level:float=.95 # How often such intervals hold the true mean
 ) -> tuple: # (mean, low, high)
-    "Mean of `values`, and Student's interval for it"
+    "Mean of `values`, and its Student interval"
     v = np.asarray(values, dtype=float)
     if v.ndim != 1 or len(v) < 2:
-        raise ValueError(f"An interval needs two values or more, not shape {v.shape}: measure more batches.")
-    if not 0 < level < 1: raise ValueError(f"level must be between 0 and 1, such as .95, and it is {level}.")
+        raise ValueError(f"An interval needs two values or more, not {v.shape}: measure more batches.")
     if (v == v[0]).all(): return v[0],v[0],v[0]
-    with warnings.catch_warnings(action='ignore'): # SciPy warns of values that are nearly equal
+    with warnings.catch_warnings(action='ignore'): # of values nearly equal
         return v.mean(),*scipy.stats.ttest_1samp(v, 0).confidence_interval(level)
 
 def _interval(values, level): return pd.Series(confidence_interval(values, level), ['mean','low','high'])
@@ -72,11 +68,11 @@ def intervals(
     value:str='loss', # Column to average
     level:float=.95 # Of the intervals
 ) -> pd.DataFrame: # `mean`, `low`, `high` for each kind and eps
-    "Means over batches or images, with intervals"
+    "Means over batches or images"
     return rows.groupby(['kind','eps'], sort=False)[[value]].apply(lambda t: _interval(t[value], level))
 
 def paired_intervals(
-    rows:pd.DataFrame, # From `loss_vs_eps` or `classifier_vs_eps`
+    rows:pd.DataFrame, # As of `intervals`
     value:str='loss', # Column to compare
     kinds:tuple=('adversarial','random'), # The first minus the second
     level:float=.95 # Of the intervals
@@ -87,18 +83,18 @@ def paired_intervals(
 
 # %% ../../nbs/23_paper.analysis.ipynb #254647ba
 def _check_eps(eps):
-    eps = tuple(dict.fromkeys(float(e) for e in L(eps)))
+    eps = tuple(L(eps).map(float).unique())
     if eps and all(0 <= e < math.inf for e in eps): return eps
-    raise ValueError(f"eps must be finite numbers of 0 or more, and it is {eps}.")
+    raise ValueError(f"eps must be finite numbers of 0 or more, not {eps}.")
 
 def _sweep(clae, attack, eps, **kwargs):
-    "An attack of one step, of strength 1, that returns `x_adv` for each of `eps`"
+    "A one-step attack that returns `x_adv` for each of `eps`"
     class _Sweep(attack):
         def add(self, x, delta): return [super(_Sweep, self).add(x, e*delta) if e else x for e in eps]
     return _attack_like(clae, _Sweep, 1., **kwargs)
 
 def _adversary_and_noise(clae, eps, seed):
-    "`f(x)`: `x` perturbed by FGSM of each strength, then by random signs"
+    "`f(x)`: `x` after FGSM of each strength, then after random signs"
     attacks = _sweep(clae, FGSM, eps),_sweep(clae, RandomPerturbation, eps, seed=seed)
     def _perturbed(x):
         xs = []
@@ -107,23 +103,22 @@ def _adversary_and_noise(clae, eps, seed):
     return _perturbed
 
 def _table(attack, columns, unit, **values):
-    "`values` (N,kinds*eps), a row for each number; with the units of `eps`, for the drawing"
+    "A row for each of `values` (N,kinds*eps); with the units of `eps`, for the drawing"
     n = len(first(values.values()))
     kinds,eps = zip(*columns*n)
-    values = {k: v.double().flatten().cpu() for k,v in values.items()}
-    res = pd.DataFrame({'kind': kinds, 'eps': eps, unit: np.arange(n).repeat(len(columns)), **values})
-    size = dict(linf='largest change of a value', l2='length over an image')[attack.norm]
-    units = dict(normalized='normalised units', pixel='pixels in [0,1]')[attack.space]
-    res.attrs['eps'] = f"{size}, {units}"
+    res = pd.DataFrame({'kind': kinds, 'eps': eps, unit: np.arange(n).repeat(len(columns))})
+    for k,v in values.items(): res[k] = v.double().flatten().cpu()
+    size = 'length over an image' if attack.norm == 'l2' else 'largest change of a value'
+    res.attrs['eps'] = size + (', pixels in [0,1]' if attack.space == 'pixel' else ', normalised units')
     return res
 
 def loss_vs_eps(
     learn:Learner, # A trained `clae_learner`, with `eps=0` too
     eps:tuple=(0,.01,.02,.03,.05,.1), # In the units of the learner's attack
     n_batches:int=30, # Training batches
-    seed:int=0 # Of images, views and random signs
+    seed:int=0 # Of images, views and signs
 ) -> pd.DataFrame: # `kind` ('augmentation', 'adversarial', 'random'), `eps`, `batch`, `loss`
-    "Contrastive loss of adversarial and of random perturbations of the same views"
+    "Contrastive loss of the same views, perturbed by the attack and at random"
     eps,losses = _check_eps(eps),[]
     with seeded_clae(learn, seed, trained=True) as (clae,model,device):
         perturbed,pair = _adversary_and_noise(clae, eps, seed),clae.loss_func.pair
@@ -137,10 +132,9 @@ def loss_vs_eps(
     columns = [('augmentation',0.), *itertools.product(('adversarial','random'), eps)]
     return _table(clae.attack, columns, 'batch', loss=torch.stack(losses))
 
-# %% ../../nbs/23_paper.analysis.ipynb #6e122f72
 _blue,_red = '#67a9cf','#b2182b'
 _styles = dict(
-    adversarial=dict(label='adversarial (contrastive FGSM)', color=_red, ls='-', marker='o'),
+    adversarial=dict(label='adversarial (contrastive FGSM)', color=_red, marker='o'),
     random=dict(label='random signs', color=_blue, ls='--', marker='s'),
     supervised=dict(label='supervised FGSM', color='black', ls=':', marker='^'))
 
@@ -160,20 +154,19 @@ def _draw_curves(ax, rows, table, ylabel):
     _tidy(ax)
 
 def _legend(ax, what, level):
-    ax.legend(frameon=False, fontsize=8, title=f"mean of {what}, {level:.0%} interval", title_fontsize=8, alignment='left')
+    ax.legend(title=f"mean of {what}, {level:.0%} interval", title_fontsize=8, fontsize=8, alignment='left', frameon=False)
 
 def plot_loss_vs_eps(
     rows:pd.DataFrame, # From `loss_vs_eps`
-    level:float=.95, # Of the bands
-    ax:plt.Axes=None # Axes to draw into, new ones by default
+    level:float=.95, # Of the intervals, drawn as bands
+    ax:plt.Axes=None # New ones by default
 ) -> plt.Axes:
-    "Draw the contrastive loss against eps (the paper's Fig. 3a), intervals as bands"
-    ax = ifnone(ax, plt.subplots(figsize=(5.5,3.6), layout='constrained')[1])
+    "Draw the contrastive loss against eps (the paper's Fig. 3a)"
+    if ax is None: ax = plt.subplots(figsize=(5.5,3.6), layout='constrained')[1]
     table = intervals(rows, level=level)
     _draw_curves(ax, rows, table, 'contrastive loss')
     if 'augmentation' in table.index:
-        mean,low,high = table.loc[('augmentation',0.)]
-        bottom,top = ax.get_ylim()
+        (mean,low,high),(bottom,top) = table.loc[('augmentation',0.)],ax.get_ylim()
         other = 'the other augmentation instead'
         if mean < 2*top - bottom:
             ax.axhline(mean, color='grey', ls='-.', lw=1, label=other)
@@ -184,28 +177,27 @@ def plot_loss_vs_eps(
 
 # %% ../../nbs/23_paper.analysis.ipynb #39e0ddae
 def classifier_vs_eps(
-    learn:Learner, # A trained `clae_learner`, with `eps=0` too
-    eps:tuple=(0,.01,.02,.03,.05,.1), # In the units of the learner's attack
-    n_batches:int=None, # Validation batches, all complete ones by default
-    dls:DataLoaders=None, # Labelled images, the learner's own by default
-    seed:int=0, # Of the images' order, random signs and classifier
+    learn:Learner, # As in `loss_vs_eps`
+    eps:tuple=(0,.01,.02,.03,.05,.1), # As there
+    n_batches:int=None, # Validation batches, all by default
+    dls:DataLoaders=None, # Labelled, the learner's by default
+    seed:int=0, # Of order, signs and classifier
     **kwargs # For `linear_probe`, such as `l2s`
 ) -> pd.DataFrame: # `kind` ('adversarial', 'random', 'supervised'), `eps`, `image`, `cross_entropy`, `correct` (0 or 1)
     "What a linear classifier makes of perturbed validation images"
     eps,dls,losses,hits = _check_eps(eps),ifnone(dls, learn.dls),[],[]
     if len(dls.loaders) < 2 or len(dls.valid.dataset) < 2:
-        raise ValueError("There are no validation images to classify: give DataLoaders with some as dls.")
+        raise ValueError("There are no validation images: give DataLoaders with some as dls.")
     with seeded_clae(learn, seed, trained=True) as (clae,model,device):
         train,valid = [extract_features(learn, dl) for dl in (dls.train,dls.valid)]
         linear = linear_probe(train, valid, seed=seed, device=device, **kwargs).linear.to(device, torch.float32)
         classes = train[1].unique().to(device)
         net = model if isinstance(model, ContrastiveModel) else ContrastiveModel(model, None)
         def _logits(x): return linear(net.features(x))
-        normalized = split_normalize(getattr(dls.valid, 'after_batch', None))[1] is not None
         perturbed,supervised = _adversary_and_noise(clae, eps, seed),_sweep(clae, FGSM, eps)
         for x,y,*_ in full_batches(dls.valid, device, n_batches, shuffle=True):
             x,y = x.as_subclass(Tensor),torch.searchsorted(classes, y.as_subclass(Tensor))
-            if not normalized: x = clae.normalize(x)
+            if split_normalize(getattr(dls.valid, 'after_batch', None))[1] is None: x = clae.normalize(x)
             model.train()
             xs = perturbed(x)
             model.eval()
@@ -214,14 +206,14 @@ def classifier_vs_eps(
             y = y[:,None].expand(-1, len(xs))
             losses.append(F.cross_entropy(logits, y, reduction='none'))
             hits.append(logits.argmax(1) == y)
-    columns = list(itertools.product(('adversarial','random','supervised'), eps))
+    columns = list(itertools.product(_styles, eps))
     return _table(clae.attack, columns, 'image', cross_entropy=torch.cat(losses), correct=torch.cat(hits))
 
 def plot_classifier_vs_eps(
     rows:pd.DataFrame, # From `classifier_vs_eps`
-    level:float=.95 # Of the bands
+    level:float=.95 # Of the intervals, drawn as bands
 ) -> plt.Figure:
-    "Draw the classifier's cross entropy and accuracy against eps (the paper's Fig. 3b), intervals as bands"
+    "Draw the classifier's cross entropy and accuracy against eps (the paper's Fig. 3b)"
     fig,axs = plt.subplots(1, 2, figsize=(9,3.3), layout='constrained')
     _draw_curves(axs[0], rows, intervals(rows, 'cross_entropy', level), 'cross entropy of the classifier')
     _draw_curves(axs[1], rows, 100*intervals(rows, 'correct', level), 'accuracy of the classifier, percent')
@@ -230,17 +222,17 @@ def plot_classifier_vs_eps(
 
 # %% ../../nbs/23_paper.analysis.ipynb #c93a8347
 def _without_memory(model):
-    "A copy of `model` whose batch norms know nothing, and will average all batches equally"
+    "A copy of `model` whose batch norms begin anew, and average all batches equally"
     model = deepcopy(model).train()
     for m in model.modules():
-        if isinstance(m, _BatchNorm) and m.running_mean is not None:
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None:
             m.track_running_stats,m.momentum = True,None
             m.reset_running_stats()
     return model
 
 @torch.no_grad()
 def _reestimate(clae, model, batches):
-    "Copies of `model`: one that knows the statistics of `x_q` and `x_adv`, and one of `x_p`"
+    "Copies of `model` with the statistics of `x_q` and `x_adv`, and with those of `x_p`"
     net,net_p = _without_memory(model),_without_memory(model)
     for x,*_ in batches:
         x_q,x_p = clae.views(x)
@@ -251,13 +243,13 @@ def _reestimate(clae, model, batches):
 
 def bn_statistics(
     learn:Learner, # A `clae_learner`, trained with an attack
-    reestimate:bool=False, # Not as training left them, but anew, by fixed weights on the same images?
+    reestimate:bool=False, # Anew, by fixed weights on the same images, not as training left them?
     n_batches:int=30, # Training batches to re-estimate on
     seed:int=0 # Of these
 ) -> pd.DataFrame: # `estimate` ('as trained', 're-estimated'), `layer`, `channel`, `kind` ('clean', 'adv', 'clean_p'), `mean`, `var`
     "Mean and variance of every channel in every dual batch norm"
     if all(m.clean.running_mean is None for m in dual_bns(learn.model)):
-        raise ValueError("This learner has no dual batch norm with statistics: train one with an attack, and an encoder with batch norm.")
+        raise ValueError("There is no dual batch norm with statistics: train one with an attack, and an encoder with batch norm.")
     estimate,res = 're-estimated' if reestimate else 'as trained',[]
     with seeded_clae(learn, seed, trained=True) as (clae,model,device):
         nets = dict(clean=model, adv=model)
@@ -269,11 +261,10 @@ def bn_statistics(
                 if not isinstance(m, DualBatchNorm) or m.clean.running_mean is None: continue
                 bn = m.adv if kind == 'adv' else m.clean
                 mean,var = torch.stack([bn.running_mean, bn.running_var]).double().cpu().numpy()
-                layer = dict(estimate=estimate, layer=name.removeprefix('encoder.'))
-                res.append(pd.DataFrame(dict(layer, channel=np.arange(len(mean)), kind=kind, mean=mean, var=var)))
+                res.append(pd.DataFrame(dict(estimate=estimate, layer=name.removeprefix('encoder.'),
+                    channel=range(len(mean)), kind=kind, mean=mean, var=var)))
     return pd.concat(res, ignore_index=True)
 
-# %% ../../nbs/23_paper.analysis.ipynb #f60b7910
 def frechet_distance(
     mean1, # (C,)
     var1, # (C,), 0 or more
@@ -281,18 +272,17 @@ def frechet_distance(
     var2 # (C,)
 ) -> float:
     "Distance of two normal distributions with independent channels (Dowson & Landau 1982)"
-    one,two = (np.array([mean, np.sqrt(var)], dtype=float) for mean,var in ((mean1,var1), (mean2,var2)))
-    return float(np.linalg.norm(one - two))
+    return math.dist(np.append(mean1, np.sqrt(var1)), np.append(mean2, np.sqrt(var2)))
 
 def bn_distance(
-    stats:pd.DataFrame, # From `bn_statistics`, several concatenated if wished
-    kinds:tuple=('clean','adv') # Which two to compare
+    stats:pd.DataFrame, # From `bn_statistics`, one or several
+    kinds:tuple=('clean','adv') # To compare
 ) -> pd.DataFrame: # `estimate`, `layer`, `channels`, `distance`, `relative`; a row a layer
-    "Fréchet distance of two kinds of statistics, over all channels of each layer"
+    "Fréchet distance of two kinds of statistics of each layer"
     rows = []
     for (estimate,layer),g in stats.groupby(['estimate','layer'], sort=False):
         a,b = (g[g.kind == k].sort_values('channel') for k in kinds)
-        if not len(a) or not len(b): continue
+        if a.empty or b.empty: continue
         d = frechet_distance(a['mean'], a['var'], b['mean'], b['var'])
         rows.append((estimate, layer, len(a), d, d/max(a['var'].sum()**.5, 1e-12)))
     return pd.DataFrame(rows, columns=['estimate','layer','channels','distance','relative'])
@@ -300,20 +290,20 @@ def bn_distance(
 # %% ../../nbs/23_paper.analysis.ipynb #c8d069a0
 def _draw_channels(ax, clean, adv):
     pos = np.arange(len(clean))
-    ax.vlines(pos, np.minimum(clean, adv), np.maximum(clean, adv), color='grey', lw=1)
+    ax.vlines(pos, clean, adv, color='grey', lw=1)
     ax.plot(pos, clean, 'o', color=_blue, ms=6, label='clean batch norm')
     ax.plot(pos, adv, 'D', mfc='none', color=_red, ms=4.5, label='adversarial batch norm')
     ax.set_xticks(pos, clean.index, fontsize=7)
     _tidy(ax, axis='y')
 
-def _draw_distances(ax, trained, anew, none):
-    layers = list(pd.concat([trained, anew]).layer.unique())
+def _draw_distances(ax, dist, same):
+    layers = dist.index.unique()
     for t,style in (
-        (trained, dict(marker='s', mfc='white', color='black', label='clean to adversarial, as trained')),
-        (anew, dict(marker='o', color=_red, label='the same, re-estimated')),
-        (none, dict(marker='|', ms=10, mew=2, color='grey', label='clean to clean of other views, re-estimated'))):
-        if len(t): ax.plot(t.set_index('layer').relative.reindex(layers), range(len(layers)), ls='', **style)
-    ax.set_yticks(range(len(layers)), layers, fontsize=8)
+        (dist[dist.estimate == 'as trained'], dict(marker='s', mfc='white', color='black', label='clean to adversarial, as trained')),
+        (dist[dist.estimate == 're-estimated'], dict(marker='o', color=_red, label='the same, re-estimated')),
+        (same, dict(marker='|', ms=10, mew=2, color='grey', label='clean to clean of other views, re-estimated'))):
+        if len(t): ax.plot(t.relative.reindex(layers), layers, ls='', **style)
+    ax.tick_params('y', labelsize=8)
     ax.set(xscale='log', xlabel='relative distance')
     ax.set_title('all channels of each layer', fontsize=9)
     ax.invert_yaxis()
@@ -321,29 +311,27 @@ def _draw_distances(ax, trained, anew, none):
 
 def plot_bn_statistics(
     stats:pd.DataFrame, # From `bn_statistics`, of either estimate or both
-    layer:str=None, # Whose channels to show; by default that of the largest relative distance
-    channels:list=None # Which, the first 16 by default
+    layer:str=None, # Whose channels to show, that of the largest relative distance by default
+    channels:list=None # The first 16 by default
 ) -> plt.Figure:
-    "Draw means and variances of some channels, and all layers' distances (the paper's Fig. 4)"
-    dist,estimates = bn_distance(stats),list(stats.estimate.unique())
-    trained,anew = [dist[dist.estimate == k] for k in ('as trained','re-estimated')]
-    last = dist[dist.estimate == estimates[-1]].set_index('layer').relative
+    "Draw some channels' statistics, and all layers' distances (the paper's Fig. 4)"
+    dist,same = [bn_distance(stats, ('clean',k)).set_index('layer') for k in ('adv','clean_p')]
+    estimates = stats.estimate.unique()
+    last = dist[dist.estimate == estimates[-1]].relative
     layer = look_up(ifnone(layer, last.idxmax()), list(last.index), 'dual batch norm')
     shown = stats[stats.layer == layer]
-    channels = list(ifnone(channels, range(min(16, shown.channel.max() + 1))))
+    channels = list(ifnone(channels, shown.channel.unique()[:16]))
     n = len(estimates)
-    fig = plt.figure(figsize=(11, max(2.4*n, .2*dist.layer.nunique()) + .9), layout='constrained')
+    fig = plt.figure(figsize=(11, max(2.4*n, .2*len(last)) + .9), layout='constrained')
     grid = fig.add_gridspec(n, 3, width_ratios=(1,1,.9))
     for i,estimate in enumerate(estimates):
         t = shown[shown.estimate == estimate].set_index(['kind','channel'])
-        for j,(col,name) in enumerate(dict(mean='mean', var='variance').items()):
+        for j,(col,name) in enumerate((('mean','mean'), ('var','variance'))):
             ax = fig.add_subplot(grid[i,j])
             _draw_channels(ax, *(t.loc[k].loc[channels, col] for k in ('clean','adv')))
             ax.set_title(f"{layer}: {name}, {estimate}", fontsize=9)
             if i == n-1: ax.set_xlabel('channel')
-    legend = partial(fig.legend, fontsize=8, frameon=False)
-    legend(*fig.axes[0].get_legend_handles_labels(), loc='outside lower left', ncols=2)
-    ax = fig.add_subplot(grid[:,2])
-    _draw_distances(ax, trained, anew, bn_distance(stats, ('clean','clean_p')))
-    legend(*ax.get_legend_handles_labels(), loc='outside lower right', ncols=3)
+    _draw_distances(fig.add_subplot(grid[:,2]), dist, same)
+    for ax,side,ncols in ((fig.axes[0],'left',2), (fig.axes[-1],'right',3)):
+        fig.legend(*ax.get_legend_handles_labels(), loc=f'outside lower {side}', ncols=ncols, fontsize=8, frameon=False)
     return fig

@@ -7,8 +7,8 @@ __all__ = ['Grid', 'grids', 'trial_name', 'sweep', 'trial_row', 'aggregate', 'pa
 
 # %% ../../nbs/24_paper.experiments.ipynb #73512316
 from fastai.vision.all import *
-import filelock, hashlib, json, multiprocessing, traceback
-from contextlib import nullcontext, redirect_stdout, suppress
+import filelock, traceback
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from ..core import *
 from ..data.catalogue import catalogue
@@ -21,19 +21,19 @@ from .analysis import *
 @dataclass(frozen=True)
 class Grid:
     "What a table or a figure is made of"
-    title:str # What it shows
+    title:str # Its heading
     axes:dict # Axis: {label: options}
-    baseline:tuple # (axis, label) that the axis's other labels are compared with
+    baseline:tuple # (axis, label): what the axis's other labels are compared with
     data:tuple # Data sets to train on
-    base:dict=field(default_factory=dict) # Options of every trial, which go before the scale's
-    x:str=None # Axis along a figure's abscissa; None: only a table
+    base:dict=field(default_factory=dict) # Options of every trial, before the scale's
+    x:str=None # A figure's horizontal axis; None: only a table
     metrics:tuple=('knn','linear') # Columns of a trial's row
-    omit:tuple=() # (data, metric) that the paper's table leaves out
-    paper:dict=field(default_factory=dict) # (data, metric, label, ...): what the paper prints, in percent
+    omit:tuple=() # (data, metric) that the paper leaves out
+    paper:dict=field(default_factory=dict) # (data, metric, label, ...): the paper's percentage
 
 # %% ../../nbs/24_paper.experiments.ipynb #245c75fd
 _scales = dict( # options of every trial
-    paper=dict(epochs=100), # SimCLR's; everything else is the recipe's
+    paper=dict(epochs=100), # SimCLR's; the rest is the recipe's
     small=dict(arch='resnet18_w16', epochs=10, bs=128, lr=3e-3, limit=5000, channels_last=True),
     smoke=dict(arch='resnet8', epochs=1, bs=64, lr=3e-3, limit=256))
 
@@ -49,7 +49,7 @@ _axis_values = dict(
 def grids(
     scale:str='small' # 'paper', 'small' or 'smoke'
 ) -> dict: # Name: `Grid`
-    "All tables and figures that are grids, at a scale"
+    "All tables and figures that are grids"
     epochs = look_up(scale, _scales, 'scale')['epochs']
     longer = round(epochs*11/6) # without the attack, in the time that CLAE takes
     targets = ['digits'] if scale == 'smoke' else table2
@@ -107,10 +107,10 @@ def _scale_options(scale, method, label):
 
 @patch
 def cells(self:Grid,
-    scale:str='small', # The scale of `grids` that it is from
+    scale:str='small', # The grid's
     data:list=None # Names, `NAME=FOLDER`, or folders of images; the grid's own by default
 ) -> list: # (labels, options) of every cell
-    "What there is to train for a grid, but for the seeds"
+    "What there is to train, but for the seeds"
     sets = [_data_set(o) for o in L(ifnone(data, self.data))]
     if len(dict(sets)) < len(sets):
         raise ValueError(f"Two data sets go by one name, of {', '.join(name for name,_ in sets)}: rename a folder.")
@@ -118,13 +118,13 @@ def cells(self:Grid,
     for (name,where),*keys in itertools.product(sets, *self.axes.values()):
         own = merge(self.base, *(labels[k] for labels,k in zip(self.axes.values(), keys)))
         o = merge(dict(eps=.03, alpha=1, attack='fgsm'), where, _scale_options(scale, own['method'], name), own)
-        if o.get('n_out') == methods[o['method']]['n_out']: del o['n_out'] # the default: one trial has one spelling
-        res.append(({'data': name, **dict(zip(self.axes, keys))}, {k: v for k,v in o.items() if v is not None}))
+        if o.get('n_out') == methods[o['method']]['n_out']: del o['n_out'] # one trial has one spelling
+        res.append((dict(zip(['data', *self.axes], [name, *keys])), {k: v for k,v in o.items() if v is not None}))
     return res
 
 # %% ../../nbs/24_paper.experiments.ipynb #43fe0aba
 def _plain_number(v):
-    "A whole number as an `int`, whatever it was"
+    "A whole number as an `int`"
     v = v.item() if isinstance(v, np.generic) else v
     return int(v) if isinstance(v, float) and v.is_integer() else v
 
@@ -133,7 +133,7 @@ def _data_name(options): return Path(options['path']).name if options['data'] ==
 def trial_name(
     options:dict # Options of `clae_train`, the seed among them
 ) -> str: # A folder's name
-    "Name of a trial: data, method, strength and seed to read, and a hash of everything"
+    "Data, method, strength and seed of a trial to read, and a hash of everything"
     o = {k: Path(v).name if k == 'path' else _plain_number(v) for k,v in options.items() if v is not None}
     canonical = json.dumps(o, sort_keys=True, separators=(',',':'), allow_nan=False)
     start = re.sub(r'[^\w.\-]', '_', f"{_data_name(o)}-{o['method']}-eps{o['eps']:g}-seed{o['seed']}")
@@ -142,41 +142,41 @@ def trial_name(
 # %% ../../nbs/24_paper.experiments.ipynb #05dd5fbe
 @contextmanager
 def _trial_lock(folder):
-    "Is a trial's folder ours, while this lasts?"
+    "Is a trial's folder ours meanwhile?"
     folder.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder/'.lock', timeout=0)
     with suppress(filelock.Timeout): lock.acquire()
     try: yield lock.is_locked
     finally: lock.release()
 
-def _is_open(folder): return not any((folder/o).exists() for o in ('summary.json','error.txt'))
+def _is_done(folder): return (folder/'summary.json').exists()
 
-def _record_failure(folder, why):
-    write_text(folder/'error.txt', why)
-    print(f"\nTRIAL FAILED: {folder}\n{why}", file=sys.stderr, flush=True)
+def _is_open(folder): return not _is_done(folder) and not (folder/'error.txt').exists()
 
 def _do_trial(folder, options, run):
-    "Do a trial, unless it is done, was tried in vain, or is in hand elsewhere: then return False"
+    "False if a trial is done, has failed, or is in hand elsewhere; else do it"
     if not _is_open(folder): return False
     with _trial_lock(folder) as ours:
-        if not ours or not _is_open(folder): return False # somebody may have done it since
+        if not ours or not _is_open(folder): return False # done meanwhile
         start = time.time()
         try:
             with (folder/'log.txt').open('a', encoding='utf-8') as f, redirect_stdout(f): run(dict(options), folder)
-            if not (folder/'summary.json').exists(): raise ValueError("the trial ended without summary.json")
+            if not _is_done(folder): raise ValueError("the trial ended without summary.json")
             print(f"{folder.name}: done in {time.time() - start:.0f} s", flush=True)
-        except Exception: _record_failure(folder, traceback.format_exc())
+        except Exception:
+            write_text(folder/'error.txt', why := traceback.format_exc())
+            print(f"\nTRIAL FAILED: {folder}\n{why}", file=sys.stderr, flush=True)
     return True
 
 def _do_all(trials, run, threads):
     torch.set_num_threads(threads)
-    # after each from the first on, as another process may have died of one
+    # after each from the first on: another process may have died of one
     while any(_do_trial(folder, o, run) for folder,o in trials.items()): pass
 
 def _do_in_processes(trials, run, workers):
     args = trials,run,max(1, torch.get_num_threads()//workers)
-    spawn = multiprocessing.get_context('spawn')
-    processes = [spawn.Process(target=_do_all, args=args) for _ in range(workers)]
+    Process = multiprocessing.get_context('spawn').Process
+    processes = [Process(target=_do_all, args=args) for _ in range(workers)]
     for p in processes: p.start()
     try:
         for p in processes: p.join()
@@ -184,56 +184,53 @@ def _do_in_processes(trials, run, workers):
         for p in processes: p.terminate()
 
 def _do_on_node(folder, options, run):
-    "Ray's task: do a trial, and return the texts of what it leaves behind, summary and error"
-    (folder/'error.txt').unlink(missing_ok=True) # an earlier sweep's, on a disk that is not ours
+    "Ray's task: do a trial, and return what it leaves behind, as texts by file"
+    (folder/'error.txt').unlink(missing_ok=True) # an earlier sweep's, on the node's own disk
     _do_trial(folder, options, run)
-    files = folder/'summary.json',folder/'error.txt'
-    return [f.exists() and f.read_text(encoding='utf-8') for f in files]
+    return {o: f.read_text(encoding='utf-8') for o in ('summary.json','error.txt') if (f := folder/o).exists()}
 
 def _do_on_ray(trials, run, address):
     try: import ray
     except ImportError:
-        raise ValueError("ray needs one more package: pip install 'clae_fastai[ray]'.") from None
+        raise ValueError("ray needs a package: pip install 'clae_fastai[ray]'.") from None
     with nullcontext() if ray.is_initialized() else ray.init(address):
         task = ray.remote(num_cpus=1, num_gpus=int('GPU' in ray.cluster_resources()), max_retries=5)(_do_on_node)
         folders = {task.remote(folder, o, run): folder for folder,o in trials.items()}
-        left = list(folders)
-        while left:
-            (done,),left = ray.wait(left)
-            folder = folders[done]
+        while folders:
+            (done,),_ = ray.wait(list(folders))
+            folder = folders.pop(done)
             folder.mkdir(parents=True, exist_ok=True) # the disks may not be shared
-            try: summary,error = ray.get(done)
-            except ray.exceptions.RayError: summary,error = None,traceback.format_exc() # its node died, and five more
-            if error: _record_failure(folder, error)
-            elif summary:
-                write_text(folder/'summary.json', summary)
-                print(f"{folder.name}: done", flush=True)
+            try: texts = ray.get(done)
+            except ray.exceptions.RayError: texts = {'error.txt': traceback.format_exc()} # its node died, six times
+            for file,text in texts.items():
+                write_text(folder/file, text)
+                print(f"{folder.name} has left {file}", flush=True)
 
 def _check_all_done(folders):
     busy,failed = [],[]
     for d in folders:
         with _trial_lock(d) as ours:
-            if not (d/'summary.json').exists(): (failed if ours else busy).append(str(d))
-    if busy: print(f"Other processes are at work on {len(busy)} trials: {', '.join(busy)}.", flush=True)
+            if not _is_done(d): (failed if ours else busy).append(str(d))
+    if busy: print(f"Others are at work on {len(busy)} trials: {', '.join(busy)}.", flush=True)
     if failed:
         raise ValueError(
             f"Of {len(folders)} trials {len(failed)} failed: {', '.join(failed)}. "
-            "See error.txt there (without one their process died), and start again: what is done stays done.")
+            "See error.txt there (none: the process died), and start again: what is done stays done.")
 
 def _check_count(name, n):
-    if n < 1: raise ValueError(f"{name} must be 1 or more, and it is {n}.")
+    if n < 1: raise ValueError(f"{name} must be 1 or more, not {n}.")
 
 def sweep(
     trials:list, # Options of each trial, the seed among them
-    run:Callable, # `run(options, folder)` does a trial, or goes on with it, and leaves `summary.json` in its folder
+    run:Callable, # `run(options, folder)` does a trial, or goes on with it, and leaves `summary.json` in `folder`
     folder:str|Path='runs', # Where the trials' folders are
     workers:int=1, # Processes; 1: this one
-    ray:str=None # Address of a Ray cluster, or 'auto', to submit the trials to
+    ray:str=None # Address of a Ray cluster that does the trials, or 'auto'
 ):
-    "Do all trials that nobody has done. Raises `ValueError` in the end if some failed"
+    "Do all trials that nobody has done. `ValueError` in the end if some failed"
     _check_count('workers', workers)
     trials = {Path(folder).resolve()/trial_name(o): o for o in trials}
-    todo = {d: o for d,o in trials.items() if not (d/'summary.json').exists()}
+    todo = {d: o for d,o in trials.items() if not _is_done(d)}
     if not todo: return
     print(f"{len(todo)} of {len(trials)} trials are to be done.", flush=True)
     for d in todo: (d/'error.txt').unlink(missing_ok=True)
@@ -245,17 +242,16 @@ def sweep(
 # %% ../../nbs/24_paper.experiments.ipynb #dc0bd4cf
 def trial_row(
     options:dict, # A trial
-    summary:dict # What its summary.json holds
+    summary:dict # Its summary.json
 ) -> dict:
-    "One trial as a row of a table"
+    "A trial as a row of a table"
     metrics = summary['metrics']
     accuracy = metrics.get('accuracy', {})
     row = dict(
-        trial=trial_name(options), **options, knn=accuracy.get('knn'), linear=accuracy.get('lr'),
+        trial=trial_name(options), **dict(options, data=_data_name(options)), knn=accuracy.get('knn'), linear=accuracy.get('lr'),
         **{f'transfer_{k}': v for k,v in metrics.get('transfer', {}).items()},
         train_seconds=metrics.get('train_seconds'), device=summary['settings'].get('device'),
         **{f'version_{k}': v for k,v in summary['versions'].items()})
-    row['data'] = _data_name(options)
     row.pop('path', None)
     return row
 
@@ -263,8 +259,8 @@ def aggregate(
     df:pd.DataFrame, # A row a trial
     by:list, # Columns that make a cell
     metric:str # Column to aggregate
-) -> pd.DataFrame: # A row a cell: `by`, n, mean, std (the sample's; nan for one value), values by seed
-    "Mean, standard deviation and raw values of each cell that has any"
+) -> pd.DataFrame: # A row a cell that has values: `by`, n, mean, std (the sample's; nan for one), values by seed
+    "Mean, standard deviation and values of each cell"
     cells = df.dropna(subset=[metric]).sort_values('seed', kind='stable').groupby(list(by), sort=False)
     return cells[metric].agg(n='count', mean='mean', std='std', values=list).reset_index()
 
@@ -272,18 +268,18 @@ def paired(
     df:pd.DataFrame, # A row a trial
     by:list, # Columns that make a cell
     metric:str, # Column to compare
-    baseline:tuple, # (column of `by`, label): the cells to compare with; the other columns and the seed must agree
+    baseline:tuple, # (column of `by`, label) to compare with, where the other columns and the seed agree
     level:float=.95 # Confidence
 ) -> pd.DataFrame: # A row a cell that has pairs: `by`, n, mean, values by seed, low, high (nan for one pair)
     "Differences from the baseline, seed by seed, with their interval"
     axis,label = baseline
     same = [*(o for o in by if o != axis), 'seed']
     df = df.dropna(subset=[metric])
-    is_base = df[axis] == label
-    both = df[~is_base].merge(df.loc[is_base, [*same, metric]], on=same, suffixes=('','_base'), validate='m:1')
+    base = df.loc[df[axis] == label, [*same, metric]]
+    both = df[df[axis] != label].merge(base, on=same, suffixes=('','_base'), validate='m:1')
     both['difference'] = both[metric] - both[f'{metric}_base']
     res = aggregate(both, by, 'difference').drop(columns='std')
-    bounds = [confidence_interval(v, level)[1:] if len(v) > 1 else (math.nan,math.nan) for v in res['values']]
+    bounds = [confidence_interval(v, level)[1:] if len(v) > 1 else [math.nan]*2 for v in res['values']]
     return res.join(pd.DataFrame(bounds, columns=['low','high']))
 
 # %% ../../nbs/24_paper.experiments.ipynb #75e99d8f
@@ -295,11 +291,11 @@ def _title(name): return _titles.get(name, name.replace('transfer_', 'to '))
 @patch
 def results(self:Grid,
     cells:list, # Its cells
-    rows:pd.DataFrame, # Rows of trials, these and others
-    seeds:int=3 # Number of seeds, from 0 on
-) -> pd.DataFrame: # A row a trial and its cell's labels; the metrics of those that are not done are nan
+    rows:pd.DataFrame, # Of trials, these and others
+    seeds:int=3 # Number of seeds
+) -> pd.DataFrame: # A row a trial, with its cell's labels; metrics are nan where it is not done
     "What is known of a grid's trials"
-    labels = {trial_name({**o, 'seed': s}): {**label, 'seed': s} for s in range(seeds) for label,o in cells}
+    labels = {trial_name(dict(o, seed=s)): dict(label, seed=s) for s in range(seeds) for label,o in cells}
     own = rows[rows['trial'].isin(labels)].set_index('trial')
     known = own.dropna(axis=1, how='all').to_dict('index') # without the columns of other grids
     df = pd.DataFrame([{'trial': name, **known.get(name, {}), **label} for name,label in labels.items()])
@@ -309,7 +305,7 @@ def _markdown_table(head, rows):
     return '\n'.join('| ' + ' | '.join(map(str, row)) + ' |' for row in (head, ['---']*len(head), *rows))
 
 def _cell_texts(cell, pair, paper):
-    "Mean and standard deviation, every value, and the difference from the baseline"
+    "Mean, values, and difference from the baseline"
     mean,values,difference = 'not run','',''
     if cell:
         mean = f"{100*cell['mean']:.1f}" + (f" ± {100*cell['std']:.1f}" if cell['n'] > 1 else '')
@@ -324,13 +320,13 @@ def _cell_texts(cell, pair, paper):
 def markdown(self:Grid,
     df:pd.DataFrame # Its `results`
 ) -> str:
-    "A grid's results as two tables"
+    "Two tables, a short and a full one"
     by,texts = ['data', *self.axes],{}
     columns = [(d,m) for d in df['data'].unique() for m in self.metrics if (d,m) not in self.omit]
     keys = list(itertools.product(*self.axes.values()))
     for d,m in columns:
-        cells,pairs = (
-            t.set_index(by).to_dict('index') for t in (aggregate(df, by, m), paired(df, by, m, self.baseline)))
+        tables = aggregate(df, by, m),paired(df, by, m, self.baseline)
+        cells,pairs = (t.set_index(by).to_dict('index') for t in tables)
         for key in keys:
             texts[d,m,*key] = _cell_texts(cells.get((d,*key)), pairs.get((d,*key)), self.paper.get((d,m,*key)))
     short = _markdown_table(
@@ -342,31 +338,28 @@ def markdown(self:Grid,
     return f'{short}\n\n{full}\n'
 
 def _draw_metric(ax, grid, df, metric):
-    "A curve for each combination of the labels of the other axes than `x`"
+    "A curve for each combination of the other axes' labels"
     x,labels = grid.x,list(grid.axes[grid.x])
     numbers = all(isinstance(o, (int,float)) for o in labels)
     at = dict(zip(labels, labels if numbers else range(len(labels))))
     others = [axis for axis in grid.axes if axis != x]
     for i,key in enumerate(itertools.product(*(grid.axes[axis] for axis in others))):
-        pairs = list(zip(others, key))
-        names = [f'{axis} {label}' for axis,label in pairs if (axis,label) != grid.baseline]
-        names.insert(0, 'baseline' if grid.baseline in pairs else 'CLAE')
+        names = ['baseline' if o == grid.baseline else 'CLAE, {} {}'.format(*o) for o in zip(others, key)]
         own = df[(df[others] == list(key)).all(axis=1)]
         cells = aggregate(own, [x], metric)
         ax.errorbar(
             cells[x].map(at), 100*cells['mean'], 100*cells['std'].fillna(0), marker='o', capsize=3,
-            ls='-' if numbers else 'none', color=f'C{i}', label=', '.join(names))
+            ls='-' if numbers else 'none', color=f'C{i}', label=', '.join(names or ['CLAE']))
         ax.scatter(own[x].map(at), 100*own[metric], s=12, color=f'C{i}', alpha=.5)
         if grid.baseline[0] == x:
-            level = cells['mean'][cells[x] == grid.baseline[1]].mean() # nan, and not drawn, where it is not run
+            level = cells['mean'][cells[x] == grid.baseline[1]].mean() # nan, not drawn, where it is not run
             ax.axhline(100*level, color='gray', ls='--', label='baseline')
     ax.set(title=df['data'].iloc[0], xlabel=_title(x), ylabel=f'{_title(metric)} accuracy, %')
     if x in ('bs','n_out'): ax.set_xscale('log', base=2)
     ax.set_xticks(list(at.values()), list(map(str, at)))
     ax.minorticks_off()
-    ax.margins(x=.05 if numbers else .2)
     ax.grid(alpha=.3)
-    ax.legend(framealpha=.6)
+    ax.legend()
 
 @patch
 def draw(self:Grid,
@@ -374,78 +367,77 @@ def draw(self:Grid,
 ) -> plt.Figure:
     "Mean, standard deviation and every trial along `x`"
     sets,n = df['data'].unique(),len(self.metrics)
-    fig,axs = plt.subplots(len(sets), n, figsize=(4.6*n, 3.6*len(sets)), squeeze=False)
+    fig,axs = plt.subplots(len(sets), n, figsize=(4.6*n, 3.6*len(sets)), squeeze=False, layout='tight')
     for ax,(d,metric) in zip(axs.flat, itertools.product(sets, self.metrics)):
         _draw_metric(ax, self, df[df['data'] == d], metric)
     fig.suptitle(f'{self.title}\n(mean and standard deviation over the seeds, and every seed)', fontsize=10)
-    fig.tight_layout()
     return fig
 
 # %% ../../nbs/24_paper.experiments.ipynb #1cde2b9f
 def _collect(out, trials):
-    "All rows of trials.csv, to which those of finished trials are added"
+    "All rows of trials.csv, with the finished trials added"
     file = out/'trials.csv'
     with filelock.FileLock(out/'.trials.lock'):
         rows = pd.read_csv(file, float_precision='round_trip') if file.exists() else pd.DataFrame(columns=['trial'])
-        done = [(o,f) for d,o in trials.items() if (f := d/'summary.json').exists()]
-        new = pd.DataFrame([trial_row(o, json.loads(f.read_bytes())) for o,f in done])
-        if len(new):
+        done = {d/'summary.json': o for d,o in trials.items() if _is_done(d)}
+        if done:
+            new = pd.DataFrame([trial_row(o, json.loads(f.read_bytes())) for f,o in done.items()])
             rows = pd.concat([rows, new] if len(rows) else [new]).drop_duplicates('trial', keep='last')
             write_text(file, rows.to_csv(index=False))
     return rows
 
-def _render_grid(grid, df, seeds, folders):
+def _render_grid(grid, df, count):
     done = df.dropna(subset=grid.metrics, how='all')
-    own = {'data', *grid.axes, 'trial', 'seed', 'recipe', 'train_seconds', *grid.metrics}
-    shared = [c for c in done if c not in own and done[c].notna().all() and done[c].nunique() == 1]
+    own = ['data', *grid.axes, 'trial', 'seed', 'recipe', 'train_seconds', *grid.metrics]
+    shared = done.drop(columns=own, errors='ignore').dropna(axis=1)
+    shared = {k: v.iloc[0] for k,v in shared.items() if v.nunique() == 1}
     # where trials are missing, whole numbers have become floats
-    same = ', '.join(f"{c.removeprefix('version_')} {_plain_number(done[c].iloc[0])}" for c in shared)
+    same = ', '.join(f"{k.removeprefix('version_')} {_plain_number(v)}" for k,v in shared.items())
     text = (
-        f"{len(done)} of {len(df)} trials, {seeds} "
+        f"{len(done)} of {len(df)} trials, {count} "
         "Accuracy in percent on the whole test set, of the last epoch, on the encoder's features; "
         f"kNN: 200 neighbours, LR: linear probe.{same and f' All trials: {same}.'}\n\n{grid.markdown(df)}")
     return text,done,grid.draw(df) if grid.x else None
 
 def _run_and_render(
-    name, grid, scale, data=None, seeds=None, workers=1, ray=None, out='results', run=None,
-    render=_render_grid, from_rows=True):
-    "`render` gives text, rows and picture; `from_rows`: rows in trials.csv will do for it, without the trials' folders"
+    name, grid, scale, data=None, seeds=None, workers=1, ray=None, out='results', run=None, render=None):
+    "`render(folders, count)`, where rows in trials.csv will not do, gives text, rows and picture"
     seeds = ifnone(seeds, 1 if scale == 'smoke' else 3)
     _check_count('workers', workers)
     _check_count('seeds', seeds)
     out,cells = Path(out),grid.cells(scale, data)
-    # every cell has its first value before any has its second
-    trials = [{**o, 'seed': s} for s in range(seeds) for _,o in cells]
+    trials = [dict(o, seed=s) for s in range(seeds) for _,o in cells] # each cell's first before any's second
     trials = {out/'runs'/trial_name(o): o for o in trials}
     out.mkdir(parents=True, exist_ok=True)
     by_hand = {o['data'] for o in trials.values() if catalogue[o['data']].source == 'path' and 'path' not in o}
     for o in sorted(by_hand): print(f"{o} is not run: get it from {catalogue[o].page} and give --data {o}=FOLDER.")
-    known = set(_collect(out, trials)['trial']) if from_rows else ()
+    known = () if render else set(_collect(out, trials)['trial'])
     todo = [o for d,o in trials.items() if d.name not in known and o['data'] not in by_hand]
     try:
         if run: sweep(todo, run, out/'runs', workers, ray)
     finally:
         df = grid.results(cells, _collect(out, trials), seeds)
-        text,rows,fig = render(grid, df, f"{seeds} seed{'s' if seeds > 1 else ''}.", trials)
+        count = f"{seeds} seed{'s' if seeds > 1 else ''}."
+        text,rows,fig = render(trials, count) if render else _render_grid(grid, df, count)
         file = out/f'{name}-{scale}.md'
         write_text(file, f"# {grid.title}\n\nScale `{scale}`, {text}")
         if rows is not None: write_text(file.with_suffix('.csv'), rows.to_csv(index=False))
-        if fig is not None:
+        if fig:
             with new_file(file.with_suffix('.png')) as tmp: fig.savefig(tmp, format='png', dpi=110, bbox_inches='tight')
             plt.close(fig)
     return file
 
 def table(
-    which:str, # '1', '2', or a question beyond the paper: 'random', 'start', 'compute', 'strong'
+    which:str, # '1', '2'; beyond the paper: 'random', 'start', 'compute', 'strong'
     scale:str='small', # 'paper', 'small' or 'smoke'
-    data:list=None, # Data sets to train on: names, `NAME=FOLDER`, or folders of images; the scale's by default
-    seeds:int=None, # Number of seeds; 3 by default, at 'smoke' 1
+    data:list=None, # Names, `NAME=FOLDER`, or folders of images; the scale's by default
+    seeds:int=None, # Number of seeds; by default 3, at 'smoke' 1
     workers:int=1, # Processes
     ray:str=None, # Address of a Ray cluster, or 'auto'
-    out:str|Path='results', # Folder of the results; the trials are in its `runs`
-    run:Callable=None # `run(options, folder)` does a trial; None: only render
-) -> Path: # The Markdown file; the CSV is beside it
-    "Run what is missing of a table and render it"
+    out:str|Path='results', # Folder; the trials are in its `runs`
+    run:Callable=None # As of `sweep`; None: only render
+) -> Path: # The Markdown file, beside its CSV
+    "Run what a table lacks, and render it"
     known = {k.removeprefix('table'): (k,g) for k,g in grids(scale).items() if g.x is None}
     return _run_and_render(*look_up(which, known, 'table'), scale, data, seeds, workers, ray, out, run)
 
@@ -481,11 +473,11 @@ _encoder_figures = {
     '3b': ('the classifier against eps', _figure3b),
     '4': ('statistics of the two batch norms', _figure4)}
 
-def _render_encoders(grid, df, seeds, folders, examine, load):
-    rows,figs,text = [],[],[f'{seeds} The picture is of seed 0.']
+def _render_encoders(folders, count, examine, load):
+    rows,figs,text = [],[],[f'{count} The picture is of seed 0.']
     for folder in folders:
         text.append(f'## {folder.name}')
-        if not (folder/'summary.json').exists():
+        if not _is_done(folder):
             text.append('not run')
             continue
         own,fig,tables = examine(load(folder))
@@ -501,15 +493,15 @@ def _render_encoders(grid, df, seeds, folders, examine, load):
 def figure(
     which:str, # '2', '3a', '3b', '4', '5a', '5b', '5c', '6a', '6b', '6c' or '7'
     scale:str='small', # 'paper', 'small' or 'smoke'
-    *args, # As of `table`, by position or name
-    load:Callable=None, # `load(folder)` makes the trained learner of a trial, for 2, 3a, 3b and 4
+    *args, # As of `table`
+    load:Callable=None, # `load(folder)`: a trial's trained learner, for 2 to 4
     **kwargs
-) -> Path: # The Markdown file; CSV and PNG are beside it
-    "Run what is missing of a figure and render it"
+) -> Path: # The Markdown file, beside its CSV and PNG
+    "Run what a figure lacks, and render it"
     known = {k.removeprefix('fig'): g for k,g in grids(scale).items() if g.x}
     if look_up(which, [*_encoder_figures, *known], 'figure') in known:
         return _run_and_render(f'fig{which}', known[which], scale, *args, **kwargs)
     title,examine = _encoder_figures[which]
     grid = replace(known['6b'], title=f'Figure {which}: {title}', axes=dict(eps={.03: dict(eps=.03)}))
     render = partial(_render_encoders, examine=examine, load=load)
-    return _run_and_render(f'fig{which}', grid, scale, *args, render=render, from_rows=False, **kwargs)
+    return _run_and_render(f'fig{which}', grid, scale, *args, render=render, **kwargs)

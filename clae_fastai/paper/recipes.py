@@ -7,8 +7,7 @@ __all__ = ['recipes', 'Recipe', 'get_recipe']
 
 # %% ../../nbs/22_paper.recipes.ipynb #fac0660c
 from fastai.vision.all import *
-import json
-from dataclasses import dataclass, asdict
+from dataclasses import dataclass
 from ..core import look_up
 from ..method.views import *
 from ..train.learner import *
@@ -20,7 +19,7 @@ _optimizers = dict(
 
 @dataclass(frozen=True)
 class Recipe:
-    "Settings of one of the paper's experiments"
+    "Settings of an experiment of the paper"
     name:str # '<method>-<data set>'
     data:str # Data set
     method:str # One of `methods`
@@ -31,21 +30,21 @@ class Recipe:
     head:str # 'linear' or 'mlp'
     n_out:int # Dimensions of the embedding
     temperature:float # Softmax temperature
-    eps:float # Strength of the attack, in normalised pixels
+    eps:float # Strength of the attack in normalised pixels
     alpha:float # Weight of the adversarial loss
     attack:str # One of `attacks`
     adv_momentum:float # Momentum of the adversarial batch norm
     bs:int # Batch size
     opt:str # 'sgd' (momentum .9) or 'adam'
     lr:float # Learning rate
-    wd:float # Weight decay, of every parameter
+    wd:float # Weight decay of every parameter
     epochs:int # Passes over the training images
-    steps:tuple # ((epoch, factor), ...): from `epoch` on the learning rate is `factor*lr`; empty: constant
-    stats:tuple # (mean, std) that images are normalised with; None: the views' own
-    sources:dict # Where each field is from: 'paper', 'code' (the authors'), or 'ours'
+    steps:tuple # ((epoch, factor), ...): the learning rate is `factor*lr` from `epoch` on; empty: constant
+    stats:tuple # (mean, std) to normalise images with; None: the views' own
+    sources:dict # Where a field is from: 'paper', 'code' (the authors'), or 'ours'
 
     def learner_kwargs(self):
-        "What `clae_learner` needs, besides the `dls`"
+        "What `clae_learner` needs besides `dls`"
         names = 'arch method eps alpha attack adv_momentum temperature head n_out views stem lr wd'.split()
         kwargs = {k: getattr(self, k) for k in names}
         if self.stats: kwargs['views'] = TwoViews.from_preset(self.views, self.size, stats=self.stats)
@@ -57,10 +56,10 @@ class Recipe:
 
     def fit(self,
         learn:Learner, # Made with `learner_kwargs`
-        cbs=None, # Callbacks besides the schedule
-        **kwargs # Passed to `Learner.fit`
+        cbs=None, # Further callbacks
+        **kwargs # Of `Learner.fit`
     ):
-        "Run the recipe's own schedule, constant or stepped"
+        "Train by the recipe's schedule"
         sched = ParamScheduler({'lr': lambda pct: self.lr_at(int(pct*self.epochs + 1e-6))})
         learn.fit(self.epochs, self.lr, cbs=[sched, *L(cbs)], **kwargs)
 
@@ -81,10 +80,10 @@ _images = dict(
 
 def _recipe(method, data):
     embedding = {k: methods[method][k] for k in ('views','head','n_out','temperature')}
-    attack = dict(eps=.03, alpha=1., attack='fgsm', adv_momentum=.01)
-    values = merge(dict(arch='resnet18'), embedding, attack, _training[method], _images[data])
+    values = dict(arch='resnet18', eps=.03, alpha=1., attack='fgsm', adv_momentum=.01)
+    values = merge(values, embedding, _training[method], _images[data])
     sources = dict.fromkeys(values, 'ours' if data == 'imagenet100' else 'code')
-    sources.update(eps='paper', attack='paper', alpha='code')
+    sources |= dict(eps='paper', attack='paper', alpha='code')
     return Recipe(f'{method}-{data}', data, method, sources=sources, **values)
 
 _known = [(m,d) for d in ('cifar10','cifar100','tinyimagenet') for m in methods] + [('simclr','imagenet100')]
@@ -93,5 +92,5 @@ recipes = {f'{m}-{d}': _recipe(m, d) for m,d in _known}
 def get_recipe(
     name:str # One of `recipes`
 ) -> Recipe:
-    "The recipe of that name"
+    "A recipe by its name"
     return look_up(name, recipes, 'recipe')

@@ -104,7 +104,11 @@ def write_safetensors(
 
 class OtherFormat(ValueError):
     "A file of another `format` than was expected"
-    def __init__(self, file, format, expected):
+    def __init__(self,
+        file, # The file
+        format, # Its format
+        expected # The other
+    ):
         super().__init__(f"{file} is something else: its format is {format!r}, and {expected!r} was expected.")
         self.format = format
 

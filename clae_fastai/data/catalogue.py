@@ -31,19 +31,17 @@ def _load_arrays(file):
 def _read_cifar(root, train, test, meta, fine=''):
     "CIFAR in torchvision's binary layout, or as image folders `train/` and `test/`"
     if (root/'train').is_dir(): return _read_two_folders(root)
-    def _part(names, classes):
+    def _part(names):
         batches = [_load_arrays(root/o) for o in names]
         images = torch.cat([torch.from_numpy(o['data']) for o in batches]).view(-1,3,32,32)
-        return MemoryImages(images, tensor([y for o in batches for y in o[fine+'labels']]), classes)
-    def _read():
-        classes = _load_arrays(root/meta)[fine+'label_names']
-        return _part(train, classes),_part([test], classes)
-    return cached_images(root, [root/o for o in (*train, test, meta)], _read)
+        labels = tensor([y for o in batches for y in o[fine+'labels']])
+        return MemoryImages(images, labels, _load_arrays(root/meta)[fine+'label_names'])
+    return cached_images(root, [root/o for o in (*train, *test, meta)], lambda: (_part(train), _part(test)))
 
 def _read_cifar10(root, **_):
-    return _read_cifar(root, [f'data_batch_{i}' for i in range(1,6)], 'test_batch', 'batches.meta')
+    return _read_cifar(root, [f'data_batch_{i}' for i in range(1,6)], ['test_batch'], 'batches.meta')
 
-def _read_cifar100(root, **_): return _read_cifar(root, ['train'], 'test', 'meta', 'fine_')
+def _read_cifar100(root, **_): return _read_cifar(root, ['train'], ['test'], 'meta', 'fine_')
 
 def _read_fashion_mnist(root, **_):
     def _part(train):
@@ -54,14 +52,13 @@ def _read_fashion_mnist(root, **_):
 
 def _read_digits(root, size, **_):
     digits = load_digits()
-    images = read_images([(o*255/16).round().astype(np.uint8) for o in digits.images], 1, (size,size))
+    images = read_images((digits.images*255/16).round().astype(np.uint8), 1, (size,size))
     data = MemoryImages(images, tensor(digits.target), [str(i) for i in range(10)])
     parts = train_test_split(np.arange(len(data)), test_size=.25, stratify=digits.target, random_state=0)
     return [data.take(o) for o in parts]
 
-# %% ../../nbs/10_data.catalogue.ipynb #aec120d1
 def _class_items(root, label=parent_label):
-    "Images below `root` and their classes, by default the names of the folders they are in"
+    "Images below `root` and their classes, by default their folders' names"
     files = get_image_files(root).sorted()
     if not files: raise FileNotFoundError(2, 'no folder, or no image in it', str(root))
     return [ImageItem(f, label(f)) for f in files]
@@ -90,7 +87,7 @@ def _read_tinyimagenet(root, **_):
 
 # %% ../../nbs/10_data.catalogue.ipynb #9171dd6e
 def _read_mat(file, key):
-    "A list of values from MATLAB's file"
+    "Values of a MATLAB file"
     with open(file, 'rb') as f: return np.atleast_1d(scipy.io.loadmat(f, squeeze_me=True)[key])
 
 def _read_cars(root, **_):
@@ -98,8 +95,7 @@ def _read_cars(root, **_):
     def _part(folder, notes):
         rows = _read_mat(root/notes, 'annotations')
         return [ImageItem(root/folder/str(o['fname']), classes[int(o['class'])-1]) for o in rows]
-    train = _part('cars_train', 'devkit/cars_train_annos.mat')
-    return train,_part('cars_test', 'cars_test_annos_withlabels.mat'),classes
+    return _part('cars_train', 'devkit/cars_train_annos.mat'),_part('cars_test', 'cars_test_annos_withlabels.mat'),classes
 
 def _read_aircraft(root, **_):
     data = root/'data'
@@ -111,15 +107,13 @@ def _read_aircraft(root, **_):
 def _read_dtd(root, **_):
     def _part(name):
         return [ImageItem(root/'images'/o, o.split('/')[0]) for o in _lines(root/'labels'/f'{name}1.txt')]
-    train = _part('train') + _part('val')
-    return train,_part('test'),_classes(train)
+    return _part('train') + _part('val'),_part('test')
 
 def _read_pets(root, **_):
     def _part(name):
         images = [line.split()[0] for line in _lines(root/'annotations'/f'{name}.txt')]
         return [ImageItem(root/'images'/f'{o}.jpg', o.rpartition('_')[0]) for o in images]
-    train = _part('trainval')
-    return train,_part('test'),_classes(train)
+    return _part('trainval'),_part('test')
 
 def _read_flowers(root, **_):
     labels,names = _read_mat(root/'imagelabels.mat', 'labels')-1,torchvision.datasets.Flowers102.classes
@@ -128,28 +122,27 @@ def _read_flowers(root, **_):
     return _part('trnid') + _part('valid'),_part('tstid'),[names[i] for i in sorted(set(labels))]
 
 def _read_caltech101(root, seed, **_):
-    "30 images of each of 102 classes, the background one among them, chosen by `seed`; the rest is for testing"
+    "30 images of each of 102 classes, with the background's, by `seed`; the rest is for testing"
     rng,train,test = random.Random(seed),[],[]
     for c,own in groupby(_class_items(root/'101_ObjectCategories'), 'label').items():
         if len(own) <= 30:
-            raise ValueError(f"{own[0].image.parent} holds {len(own)} images, and training takes 30 of each class "
-                "and testing the rest: extract the archive again.")
+            raise ValueError(f"{own[0].image.parent} holds {len(own)} images, and training alone takes 30: extract it again.")
         rng.shuffle(own)
         train,test = train + own[:30],test + own[30:]
-    return train,test,_classes(train)
+    return train,test
 
 def _read_imagenet100(root, **_):
     "`train/<wnid>/*` and `val/<wnid>/*` of an ImageNet folder, for the 100 classes of Tian et al. (2020)"
     classes = sorted((resources.files('clae_fastai')/'imagenet100.txt').read_text().split())
     def _part(name): return [o for c in classes for o in _class_items(root/name/c, lambda f: c)]
-    return _part('train'),_part('val'),classes
+    return _part('train'),_part('val')
 
 # %% ../../nbs/10_data.catalogue.ipynb #02584f29
 @dataclass(frozen=True)
 class DataSet:
     "An entry of the catalogue"
     name:str # For `get_dls`
-    n_train:int # Training images, those of validation included
+    n_train:int # Training images, with validation's
     n_test:int # Test images
     classes:int # Number of classes
     size:int # Side in pixels: the images' own, or 224 for larger ones
@@ -159,53 +152,54 @@ class DataSet:
     page:str # Where it is offered
     read:Callable=None # `read(root, size=, seed=)`
     folders:tuple=() # Names that its own folder goes by
-    fetch:str=None # Its name at `source`: a class of torchvision's data sets, or one of fastai's `URLs`
+    fetch:str=None # Its name in torchvision's `datasets` or fastai's `URLs`
 
+_vgg_page = 'https://www.robots.ox.ac.uk/~vgg/data/'
+_cifar_page = 'https://www.cs.toronto.edu/~kriz/cifar.html'
 _imagenet_terms = 'ImageNet terms: non-commercial research'
-catalogue = {o.name: o for o in (
-    DataSet('digits', 1347, 450, 10, 16, 'scikit-learn', 'CC BY 4.0', 'top1',
+catalogue = {row[0]: DataSet(*row) for row in (
+    ('digits', 1347, 450, 10, 16, 'scikit-learn', 'CC BY 4.0', 'top1',
         'https://archive.ics.uci.edu/dataset/80', _read_digits),
-    DataSet('fashion_mnist', 60000, 10000, 10, 28, 'torchvision', 'MIT', 'top1',
+    ('fashion_mnist', 60000, 10000, 10, 28, 'torchvision', 'MIT', 'top1',
         'https://github.com/zalandoresearch/fashion-mnist', _read_fashion_mnist, ('FashionMNIST',), 'FashionMNIST'),
-    DataSet('cifar10', 50000, 10000, 10, 32, 'torchvision', 'none stated', 'top1',
-        'https://www.cs.toronto.edu/~kriz/cifar.html', _read_cifar10, ('cifar-10-batches-py','cifar10'), 'CIFAR10'),
-    DataSet('cifar100', 50000, 10000, 100, 32, 'torchvision', 'none stated', 'top1',
-        'https://www.cs.toronto.edu/~kriz/cifar.html', _read_cifar100, ('cifar-100-python','cifar100'), 'CIFAR100'),
-    DataSet('tinyimagenet', 100000, 10000, 200, 64, 'path', _imagenet_terms, 'top1',
+    ('cifar10', 50000, 10000, 10, 32, 'torchvision', 'none stated', 'top1',
+        _cifar_page, _read_cifar10, ('cifar-10-batches-py','cifar10'), 'CIFAR10'),
+    ('cifar100', 50000, 10000, 100, 32, 'torchvision', 'none stated', 'top1',
+        _cifar_page, _read_cifar100, ('cifar-100-python','cifar100'), 'CIFAR100'),
+    ('tinyimagenet', 100000, 10000, 200, 64, 'path', _imagenet_terms, 'top1',
         'http://cs231n.stanford.edu/tiny-imagenet-200.zip', _read_tinyimagenet, ('tiny-imagenet-200',)),
-    DataSet('imagenet100', 126689, 5000, 100, 224, 'path', _imagenet_terms, 'top1',
+    ('imagenet100', 126689, 5000, 100, 224, 'path', _imagenet_terms, 'top1',
         'https://image-net.org/download.php', _read_imagenet100, ('imagenet','ImageNet')),
-    DataSet('cars', 8144, 8041, 196, 224, 'fastai', 'non-commercial research', 'top1',
+    ('cars', 8144, 8041, 196, 224, 'fastai', 'non-commercial research', 'top1',
         'https://ai.stanford.edu/~jkrause/cars/car_dataset.html', _read_cars, ('stanford_cars','stanford-cars'), 'CARS'),
-    DataSet('aircraft', 6667, 3333, 100, 224, 'torchvision', 'non-commercial research', 'mean_per_class',
-        'https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/', _read_aircraft, ('fgvc-aircraft-2013b',), 'FGVCAircraft'),
-    DataSet('dtd', 3760, 1880, 47, 224, 'torchvision', 'research', 'top1',
-        'https://www.robots.ox.ac.uk/~vgg/data/dtd/', _read_dtd, ('dtd',), 'DTD'),
-    DataSet('pets', 3680, 3669, 37, 224, 'torchvision', 'CC BY-SA 4.0', 'mean_per_class',
-        'https://www.robots.ox.ac.uk/~vgg/data/pets/', _read_pets, ('oxford-iiit-pet',), 'OxfordIIITPet'),
-    DataSet('caltech101', 3060, 6084, 102, 224, 'torchvision', 'CC BY 4.0', 'mean_per_class',
+    ('aircraft', 6667, 3333, 100, 224, 'torchvision', 'non-commercial research', 'mean_per_class',
+        f'{_vgg_page}fgvc-aircraft/', _read_aircraft, ('fgvc-aircraft-2013b',), 'FGVCAircraft'),
+    ('dtd', 3760, 1880, 47, 224, 'torchvision', 'research', 'top1',
+        f'{_vgg_page}dtd/', _read_dtd, ('dtd',), 'DTD'),
+    ('pets', 3680, 3669, 37, 224, 'torchvision', 'CC BY-SA 4.0', 'mean_per_class',
+        f'{_vgg_page}pets/', _read_pets, ('oxford-iiit-pet',), 'OxfordIIITPet'),
+    ('caltech101', 3060, 6084, 102, 224, 'torchvision', 'CC BY 4.0', 'mean_per_class',
         'https://data.caltech.edu/records/mzrjq-6wc02', _read_caltech101, ('caltech101','caltech_101'), 'Caltech101'),
-    DataSet('flowers', 2040, 6149, 102, 224, 'torchvision', 'none stated', 'mean_per_class',
-        'https://www.robots.ox.ac.uk/~vgg/data/flowers/102/', _read_flowers, ('flowers-102',), 'Flowers102'),
-    DataSet('folder', None, None, None, None, 'path', "the images' own", 'top1', ''))}
+    ('flowers', 2040, 6149, 102, 224, 'torchvision', 'none stated', 'mean_per_class',
+        f'{_vgg_page}flowers/102/', _read_flowers, ('flowers-102',), 'Flowers102'),
+    ('folder', None, None, None, None, 'path', "the images' own", 'top1', ''))}
 
 def datasets() -> pd.DataFrame:
     "The names that `get_dls` knows"
-    table = pd.DataFrame(list(catalogue.values()), dtype=object).set_index('name')
-    return table.loc[:,:'page'].fillna('')
+    return pd.DataFrame(list(catalogue.values()), dtype=object).set_index('name').loc[:,:'page'].fillna('')
 
 # %% ../../nbs/10_data.catalogue.ipynb #a774cf14
 def _read(entry, path, **kwargs):
-    "What the entry's reader gives, once all its images are there and can be read"
-    root = path # or the data set's own folder in it
+    "What the entry's reader gives, its images checked, and the classes"
+    root = path # or its own folder in it
     while found := [root/o for o in entry.folders if (root/o).is_dir()]: root = found[0]
     try:
-        parts = entry.read(root, **kwargs)
-        if not isinstance(parts[0], MemoryImages):
-            files = [o.image for o in parts[0] + parts[1]]
-            for f in files: f.stat() # a list may name files that are not there
-            check_images(files, root)
-        return parts
+        train,test,*classes = entry.read(root, **kwargs)
+        if isinstance(train, MemoryImages): return train,test
+        files = [o.image for o in train + test]
+        for f in files: f.stat() # a list may name files that are not there
+        check_images(files, root)
+        return train,test,*(classes or [_classes(train)])
     except (FileNotFoundError, ValueError): raise
     except Exception as e:
         raise ValueError(f"{entry.name} in {path} cannot be read ({type(e).__name__}: {e}). "
@@ -228,18 +222,17 @@ def _read_or_download(entry, path, download, **kwargs):
         raise FileNotFoundError(f"{entry.name}: expected {e.filename}, which is not there ({e.strerror})."
             f"{failed} The data set is offered at {entry.page}.") from None
 
-# %% ../../nbs/10_data.catalogue.ipynb #4c10f32b
 def get_dls(
     name:str|Path, # One of `datasets()`, or a folder of images
-    path:str|Path=None, # Where the images are or are downloaded to; by default where fastai keeps its data
+    path:str|Path=None, # Where the images are or go to; by default fastai's data folder
     bs:int=64, # Images a batch, 2 or more
-    size:int=None, # Side of the images in pixels; by default the catalogue's, and for folders see `folder_dls`
+    size:int=None, # Images' side in pixels; by default the catalogue's, in folders `folder_dls`'s
     limit:int=None, # Use this many training images, chosen by `seed`
     seed:int=42, # Seed of that choice, of a folder's held-out fifth, and of Caltech-101's split
     download:bool=True, # Fetch what is not there?
     skip_bad:bool=False, # In folders, leave out files that cannot be read, instead of raising?
     channels:int=None, # In folders, 1: read all images as grey, 3: as colour; by default what they are
-    **kwargs # Passed to the `DataLoaders`, for example `batch_tfms`, `num_workers`, `device`
+    **kwargs # For the `DataLoaders`, such as `batch_tfms`, `num_workers`, `device`
 ) -> DataLoaders: # `train`: the images to train on; `valid`: the test images
     "`DataLoaders` of a data set, by name. Raises `FileNotFoundError` or `ValueError` before any training"
     if path is None and isinstance(name, (str,Path)) and name not in catalogue and Path(name).is_dir():
@@ -247,14 +240,14 @@ def get_dls(
     entry = look_up(name, catalogue, 'data set', 'or pass a folder of images that exists')
     check_batches(bs)
     if size is not None and size < 4:
-        raise ValueError(f"size, the images' side in pixels, must be 4 or more, and it is {size}.")
+        raise ValueError(f"size must be 4 pixels or more, and it is {size}.")
     check_choice('channels', channels, (None,1,3))
     if name == 'folder':
         if path is None: raise ValueError("get_dls('folder') needs the folder's path.")
         dls = folder_dls(path, size, limit, seed, skip_bad, channels, bs=bs, **kwargs)
     else:
         if channels is not None:
-            raise ValueError(f"channels is for folders, and the images of {name} are what they are: leave it out.")
+            raise ValueError(f"channels is for folders: leave it out for {name}.")
         size = ifnone(size, entry.size)
         train,*rest = _read_or_download(entry, path, download, size=size, seed=seed)
         train = sample_items(train, limit, seed)

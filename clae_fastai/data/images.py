@@ -8,7 +8,7 @@ __all__ = ['ImageItem', 'check_images', 'read_images', 'MemoryImages', 'MemoryDL
 
 # %% ../../nbs/08_data.images.ipynb #8dc7fb5e
 from fastai.vision.all import *
-import contextlib
+from contextlib import suppress
 import torchvision.transforms.functional as TF
 from ..core import *
 
@@ -18,8 +18,8 @@ _checked_format = 'clae-checked-1'
 _in_threads = partial(parallel, threadpool=True, progress=False)
 
 def _load_checked(file):
-    "`{name: [bytes, time of change, mode, width, height]}` of images that were readable; {} if `file` is missing or damaged"
-    with contextlib.suppress(Exception): # whatever is wrong with it, all images can be checked anew
+    "`{name: [bytes, time of change, mode, width, height]}` of readable images; {} if there is no sound `file`"
+    with suppress(Exception): # whatever is wrong with it: all are checked anew
         memo = json.loads(file.read_bytes())
         types = {tuple(map(type, o)) for o in memo['images'].values()}
         if memo['format'] == _checked_format and types == {(int,int,str,int,int)}: return memo['images']
@@ -28,9 +28,9 @@ def _load_checked(file):
 def check_images(
     files:list, # Image files
     root:str|Path, # Folder to remember in what was readable
-    skip_bad:bool=False # Leave out and count what cannot be read, instead of raising?
-) -> tuple: # The files that can be read, their modes and their sizes (width, height): three `L`s
-    "Decode every file once, but for those that are known to be readable and have not changed"
+    skip_bad:bool=False # Leave out what cannot be read, instead of raising?
+) -> tuple: # Three `L`s: readable files, their modes and sizes (width, height)
+    "Decode every file, but for those that were readable and have not changed"
     memo = Path(root)/'.clae-checked.json'
     known = _load_checked(memo)
     def _name(file): return os.path.relpath(file, root)
@@ -38,7 +38,8 @@ def check_images(
         try:
             stat = os.stat(file)
             stamp = [stat.st_size,stat.st_mtime_ns]
-            if (old := known.get(_name(file))) and old[:2] == stamp: return old
+            old = known.get(_name(file))
+            if old and old[:2] == stamp: return old
             with Image.open(file) as im:
                 im.load()
                 return [*stamp, im.mode, *im.size]
@@ -47,7 +48,7 @@ def check_images(
     for file,found in zip(files, _in_threads(_check, files)):
         (bad if isinstance(found, Exception) else good).append((file,found))
     if (images := {_name(f): found for f,found in good}) != known:
-        with contextlib.suppress(OSError): write_text(memo, json.dumps(dict(format=_checked_format, images=images)))
+        with suppress(OSError): write_text(memo, json.dumps(dict(format=_checked_format, images=images)))
     if bad:
         names = ', '.join(f'{f} ({type(e).__name__}: {e})' for f,e in bad[:3])
         what = f"{len(bad)} of {len(files)} files cannot be read as images: {names}{', ...' if bad[3:] else ''}."
@@ -58,7 +59,7 @@ def check_images(
 
 # %% ../../nbs/08_data.images.ipynb #e395e5a4
 def _open_image(image, channels):
-    "A file, PIL image, array (H,W) or (H,W,C), or tensor (C,H,W) as a `PILImageBW` of one channel or `PILImage` of three"
+    "A file, PIL image, array (H,W) or (H,W,C), or tensor (C,H,W) as a `PILImageBW` or `PILImage`"
     cls = PILImageBW if channels == 1 else PILImage
     try:
         if isinstance(image, Tensor): image = image.permute(1,2,0).squeeze(-1).cpu().numpy()
@@ -82,8 +83,7 @@ def read_images(
     def _read(i):
         x = _pixels(files[i])
         if x.shape != out.shape[1:]:
-            _,h,w = x.shape
-            raise ValueError(f"{files[i]} is {w}x{h} pixels, unlike {files[0]}: images in one tensor must have one size.")
+            raise ValueError(f"{files[i]} is {x.shape[2]}x{x.shape[1]} pixels, unlike {files[0]}: images in one tensor must have one size.")
         out[i] = x
     _in_threads(_read, range(len(files)))
     return out
@@ -92,7 +92,7 @@ def read_images(
 class MemoryImages:
     "A data set of images in one tensor, with or without labels"
     n_inp = 1
-    split_idx = None # which transforms a `DataLoader` applies: 0 training's, 1 validation's, None those of both
+    split_idx = None # whose transforms a `DataLoader` applies: 0 training's, 1 validation's, None both's
     def __init__(self,
         images:Tensor, # (N,C,H,W), uint8
         labels:Tensor=None, # (N,), indices into `vocab`
@@ -126,7 +126,7 @@ class MemoryImages:
         return (x,) if self.labels is None else (x,TensorCategory(self.labels[i]))
 
     def decode(self, o, full=True):
-        "The image and the name of its class; embeddings, where a learner gives those, stay as they are"
+        "The image and its class's name; embeddings, which a learner may give, stay as they are"
         return (o[0], *(y if getattr(y, 'ndim', 0) else Category(self.vocab[int(y)]) for y in o[1:]))
 
     def take(self, idxs):
@@ -137,7 +137,7 @@ class MemoryImages:
     def like(self,
         items:list # Files, PIL images, arrays, or tensors
     ):
-        "A data set of other images, unlabelled, brought to this one's size and channels"
+        "Other images, unlabelled, brought to this data set's size and channels"
         _,c,h,w = self.images.shape
         other = type(self)(read_images(L(items), c, (w,h)) if len(items) else self.images[[]], vocab=self.vocab)
         other.split_idx = 1
@@ -148,7 +148,7 @@ class MemoryDL(TfmdDL):
     "`DataLoader` of a `MemoryImages`"
     def __init__(self,
         dataset:MemoryImages, # What to load
-        num_workers:int=0, # Processes; none are needed to index a tensor
+        num_workers:int=0, # Processes; indexing needs none
         **kwargs
     ): super().__init__(dataset, num_workers=num_workers, **kwargs)
 
@@ -171,14 +171,14 @@ class ResizeImages(DisplayedTransform):
 def memory_dls(
     train:MemoryImages, # Images to train on
     valid:MemoryImages, # Test images, or an empty set
-    size:int=None, # Side of batches in pixels; None: the images'
+    size:int=None, # Batches' side in pixels; None: the images'
     batch_tfms:list=None, # Transforms of float batches of that size
     bs:int=64, # Images a batch
     path:str|Path='.', # Where learners write
     device:torch.device=None, # By default fastai's
     **kwargs # Passed to the training `MemoryDL`
 ) -> DataLoaders:
-    "`DataLoaders` of images in memory; training's last batch is dropped if it is smaller"
+    "`DataLoaders` of images in memory; training drops a smaller last batch"
     resize = [] if size is None or (size,size) == train.images.shape[2:] else [ResizeImages(size)]
     device = ifnone(device, default_device())
     train.split_idx,valid.split_idx = 0,1
@@ -198,18 +198,18 @@ def cached_images(
     root:Path, # Folder that the cache is kept in
     files:list, # All that is read, below `root`
     read:Callable # Gives a training and a test `MemoryImages`
-) -> tuple: # The two
-    "What `read()` gives, from the cache if that was made of these files"
+) -> list: # The two
+    "`read()`, or the cache if that was made of these files"
     cache,format,fingerprint = root/'.clae-images.safetensors','clae-images-2',_fingerprint(files, root)
-    with contextlib.suppress(OSError, ValueError): # no cache, or a damaged one
+    with suppress(OSError, ValueError): # no cache, or a damaged one
         tensors,header = read_safetensors(cache, format)
         if header.get('fingerprint') == fingerprint:
             vocab = json.loads(header['vocab'])
-            return tuple(MemoryImages(tensors[f'{s}_images'], tensors[f'{s}_labels'], vocab) for s in ('train','valid'))
+            return [MemoryImages(tensors[f'{s}_images'], tensors[f'{s}_labels'], vocab) for s in ('train','valid')]
     train,valid = read()
     tensors = dict(train_images=train.images, train_labels=train.labels, valid_images=valid.images, valid_labels=valid.labels)
     try: write_safetensors(cache, tensors, format, fingerprint=fingerprint, vocab=json.dumps(list(train.vocab)))
-    except OSError as e: print(f"The images could not be kept ({e}): they will be read anew next time.")
+    except OSError as e: print(f"The images could not be kept ({e}), and are read anew next time.")
     return train,valid
 
 # %% ../../nbs/08_data.images.ipynb #3a500cc4
@@ -219,7 +219,7 @@ def sample_items(
     items:list, # `ImageItem`s, or a `MemoryImages`
     limit:int, # How many; None: all
     seed:int # Seed of the choice
-) -> list: # In their order; a `MemoryImages` of one
+) -> list: # In their order; of a `MemoryImages`, one
     "Some of the items, chosen at random. Raises `ValueError` where there are fewer"
     if limit is None: return items
     if not 0 < limit <= len(items):
@@ -236,15 +236,15 @@ def file_dls(
     batch_tfms:list=None, # Transforms of float batches
     **kwargs # Passed to `DataBlock.dataloaders`
 ) -> DataLoaders:
-    "`DataLoaders` of images that stay in files; training's last batch is dropped if it is smaller"
+    "`DataLoaders` of images in files; training drops a smaller last batch"
     images = TransformBlock(type_tfms=partial(_open_image, channels=channels), batch_tfms=IntToFloatTensor)
     labels = [CategoryBlock(vocab=classes, sort=False)] if classes else []
-    block = DataBlock([images, *labels], get_x=ItemGetter(0), get_y=ItemGetter(1) if classes else None, n_inp=1,
-        splitter=IndexSplitter(range(len(train), len(train)+len(valid))), item_tfms=item_tfms, batch_tfms=batch_tfms)
-    return block.dataloaders([*train, *valid], **kwargs)
+    return DataBlock([images, *labels], get_x=ItemGetter(0), get_y=ItemGetter(1) if classes else None, n_inp=1,
+        splitter=IndexSplitter(range(len(train), len(train)+len(valid))), item_tfms=item_tfms, batch_tfms=batch_tfms
+    ).dataloaders([*train, *valid], **kwargs)
 
 class ResizeCenterCrop(DisplayedTransform):
-    "Bring an image's shorter side to `size` (bicubic) and crop the centre"
+    "Resize an image's shorter side (bicubic) and crop the centre"
     order = Resize.order
     def __init__(self,
         size:int # Side in pixels

@@ -44,7 +44,6 @@ def _read_folder(path, seed, skip_bad):
         raise ValueError(f"{root} has class folders and {test} has not. {remedy}")
     return train,valid,images + test_images
 
-# %% ../../nbs/09_data.folders.ipynb #ca9bd8df
 def _n_channels(modes, channels):
     "1 for grey images, 3 for images in colour, or what the user says"
     grey = sum(m in ('1','L','LA','I','I;16','F') for m in modes)

@@ -88,7 +88,6 @@ def read_images(
     _in_threads(_read, range(len(files)))
     return out
 
-# %% ../../nbs/08_data.images.ipynb #fd2ff6ad
 class MemoryImages:
     "A data set of images in one tensor, with or without labels"
     n_inp = 1

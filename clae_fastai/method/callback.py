@@ -39,7 +39,6 @@ def check_loader(
     "Raises `ValueError` where its last batch would be a single image"
     if getattr(dl, 'n', None) and getattr(dl, 'bs', None): check_batches(dl.bs, dl.n, dl.drop_last)
 
-# %% ../../nbs/07_method.callback.ipynb #68a04708
 class LossTerms(Callback):
     "Columns `loss_aug` and, with an attack, `loss_adv` (eq. 16): means over the epoch's training batches"
     checkpoint_attrs = ('sums','n_batches')

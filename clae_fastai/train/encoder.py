@@ -97,7 +97,7 @@ def check_channels(
 # %% ../../nbs/15_train.encoder.ipynb #de530f2e
 def export_onnx(
     encoder:Learner|str|Path, # A `clae_learner`, or an encoder file
-    file:str|Path='encoder.onnx'
+    file:str|Path='encoder.onnx' # To be written
 ) -> Path:
     "Write an encoder as ONNX: input `images` (B,C,H,W), normalised, output `features` (B,F)"
     if not (find_spec('onnx') and find_spec('onnxscript')):

@@ -113,7 +113,7 @@ def cells(self:Grid,
     "What there is to train, but for the seeds"
     sets = [_data_set(o) for o in L(ifnone(data, self.data))]
     if len(dict(sets)) < len(sets):
-        raise ValueError(f"Two data sets go by one name, of {', '.join(name for name,_ in sets)}: rename a folder.")
+        raise ValueError(f"Two data sets have one name, of {', '.join(o for o,_ in sets)}: rename a folder.")
     res = []
     for (name,where),*keys in itertools.product(sets, *self.axes.values()):
         own = merge(self.base, *(labels[k] for labels,k in zip(self.axes.values(), keys)))
@@ -131,7 +131,7 @@ def _plain_number(v):
 def _data_name(options): return Path(options['path']).name if options['data'] == 'folder' else options['data']
 
 def trial_name(
-    options:dict # Options of `clae_train`, the seed among them
+    options:dict # Of `clae_train`, with the seed
 ) -> str: # A folder's name
     "Data, method, strength and seed of a trial to read, and a hash of everything"
     o = {k: Path(v).name if k == 'path' else _plain_number(v) for k,v in options.items() if v is not None}
@@ -221,13 +221,13 @@ def _check_count(name, n):
     if n < 1: raise ValueError(f"{name} must be 1 or more, not {n}.")
 
 def sweep(
-    trials:list, # Options of each trial, the seed among them
+    trials:list, # Options of each, with the seed
     run:Callable, # `run(options, folder)` does a trial, or goes on with it, and leaves `summary.json` in `folder`
-    folder:str|Path='runs', # Where the trials' folders are
+    folder:str|Path='runs', # Where their folders are
     workers:int=1, # Processes; 1: this one
     ray:str=None # Address of a Ray cluster that does the trials, or 'auto'
 ):
-    "Do all trials that nobody has done. `ValueError` in the end if some failed"
+    "Do what nobody has done. `ValueError` in the end if some failed"
     _check_count('workers', workers)
     trials = {Path(folder).resolve()/trial_name(o): o for o in trials}
     todo = {d: o for d,o in trials.items() if not _is_done(d)}
@@ -248,7 +248,8 @@ def trial_row(
     metrics = summary['metrics']
     accuracy = metrics.get('accuracy', {})
     row = dict(
-        trial=trial_name(options), **dict(options, data=_data_name(options)), knn=accuracy.get('knn'), linear=accuracy.get('lr'),
+        trial=trial_name(options), **dict(options, data=_data_name(options)),
+        knn=accuracy.get('knn'), linear=accuracy.get('lr'),
         **{f'transfer_{k}': v for k,v in metrics.get('transfer', {}).items()},
         train_seconds=metrics.get('train_seconds'), device=summary['settings'].get('device'),
         **{f'version_{k}': v for k,v in summary['versions'].items()})
@@ -297,7 +298,7 @@ def results(self:Grid,
     "What is known of a grid's trials"
     labels = {trial_name(dict(o, seed=s)): dict(label, seed=s) for s in range(seeds) for label,o in cells}
     own = rows[rows['trial'].isin(labels)].set_index('trial')
-    known = own.dropna(axis=1, how='all').to_dict('index') # without the columns of other grids
+    known = own.dropna(axis=1, how='all').to_dict('index') # no columns of other grids
     df = pd.DataFrame([{'trial': name, **known.get(name, {}), **label} for name,label in labels.items()])
     return df.reindex(columns=df.columns.union([*self.metrics, 'train_seconds'], sort=False))
 
@@ -339,13 +340,13 @@ def markdown(self:Grid,
 
 def _draw_metric(ax, grid, df, metric):
     "A curve for each combination of the other axes' labels"
-    x,labels = grid.x,list(grid.axes[grid.x])
+    others = dict(grid.axes)
+    x,labels = grid.x,list(others.pop(grid.x))
     numbers = all(isinstance(o, (int,float)) for o in labels)
     at = dict(zip(labels, labels if numbers else range(len(labels))))
-    others = [axis for axis in grid.axes if axis != x]
-    for i,key in enumerate(itertools.product(*(grid.axes[axis] for axis in others))):
+    for i,key in enumerate(itertools.product(*others.values())):
         names = ['baseline' if o == grid.baseline else 'CLAE, {} {}'.format(*o) for o in zip(others, key)]
-        own = df[(df[others] == list(key)).all(axis=1)]
+        own = df[(df[list(others)] == key).all(axis=1)]
         cells = aggregate(own, [x], metric)
         ax.errorbar(
             cells[x].map(at), 100*cells['mean'], 100*cells['std'].fillna(0), marker='o', capsize=3,
@@ -370,7 +371,7 @@ def draw(self:Grid,
     fig,axs = plt.subplots(len(sets), n, figsize=(4.6*n, 3.6*len(sets)), squeeze=False, layout='tight')
     for ax,(d,metric) in zip(axs.flat, itertools.product(sets, self.metrics)):
         _draw_metric(ax, self, df[df['data'] == d], metric)
-    fig.suptitle(f'{self.title}\n(mean and standard deviation over the seeds, and every seed)', fontsize=10)
+    fig.suptitle(f'{self.title}\n(mean and standard deviation over seeds, and every seed)', fontsize=10)
     return fig
 
 # %% ../../nbs/24_paper.experiments.ipynb #1cde2b9f
@@ -401,7 +402,7 @@ def _render_grid(grid, df, count):
 
 def _run_and_render(
     name, grid, scale, data=None, seeds=None, workers=1, ray=None, out='results', run=None, render=None):
-    "`render(folders, count)`, where rows in trials.csv will not do, gives text, rows and picture"
+    "`render(folders, count)`: text, rows and picture of what trials.csv does not hold"
     seeds = ifnone(seeds, 1 if scale == 'smoke' else 3)
     _check_count('workers', workers)
     _check_count('seeds', seeds)
@@ -410,7 +411,7 @@ def _run_and_render(
     trials = {out/'runs'/trial_name(o): o for o in trials}
     out.mkdir(parents=True, exist_ok=True)
     by_hand = {o['data'] for o in trials.values() if catalogue[o['data']].source == 'path' and 'path' not in o}
-    for o in sorted(by_hand): print(f"{o} is not run: get it from {catalogue[o].page} and give --data {o}=FOLDER.")
+    for o in sorted(by_hand): print(f"{o} is not run: get it at {catalogue[o].page} and give --data {o}=FOLDER.")
     known = () if render else set(_collect(out, trials)['trial'])
     todo = [o for d,o in trials.items() if d.name not in known and o['data'] not in by_hand]
     try:
@@ -494,7 +495,7 @@ def figure(
     which:str, # '2', '3a', '3b', '4', '5a', '5b', '5c', '6a', '6b', '6c' or '7'
     scale:str='small', # 'paper', 'small' or 'smoke'
     *args, # As of `table`
-    load:Callable=None, # `load(folder)`: a trial's trained learner, for 2 to 4
+    load:Callable=None, # `load(folder)`: a trial's learner, for 2 to 4
     **kwargs
 ) -> Path: # The Markdown file, beside its CSV and PNG
     "Run what a figure lacks, and render it"

@@ -24,12 +24,12 @@ class Recipe:
     data:str # Data set
     method:str # One of `methods`
     arch:str # Encoder
-    size:int # Side of the images in pixels
+    size:int # Side of images in pixels
     stem:str # 'cifar' or 'imagenet'
     views:str # One of `view_presets`
     head:str # 'linear' or 'mlp'
-    n_out:int # Dimensions of the embedding
-    temperature:float # Softmax temperature
+    n_out:int # Dimensions of embeddings
+    temperature:float # Of the softmax
     eps:float # Strength of the attack in normalised pixels
     alpha:float # Weight of the adversarial loss
     attack:str # One of `attacks`
@@ -38,9 +38,9 @@ class Recipe:
     opt:str # 'sgd' (momentum .9) or 'adam'
     lr:float # Learning rate
     wd:float # Weight decay of every parameter
-    epochs:int # Passes over the training images
-    steps:tuple # ((epoch, factor), ...): the learning rate is `factor*lr` from `epoch` on; empty: constant
-    stats:tuple # (mean, std) to normalise images with; None: the views' own
+    epochs:int # Passes over the images
+    steps:tuple # ((epoch, factor), ...): the rate is `factor*lr` from `epoch` on; empty: constant
+    stats:tuple # (mean, std) to normalise with; None: the views' own
     sources:dict # Where a field is from: 'paper', 'code' (the authors'), or 'ours'
 
     def learner_kwargs(self):
@@ -55,8 +55,8 @@ class Recipe:
         return self.lr*next((factor for start,factor in reversed(self.steps) if epoch >= start), 1.)
 
     def fit(self,
-        learn:Learner, # Made with `learner_kwargs`
-        cbs=None, # Further callbacks
+        learn:Learner, # By `learner_kwargs`
+        cbs=None, # More callbacks
         **kwargs # Of `Learner.fit`
     ):
         "Train by the recipe's schedule"
@@ -66,8 +66,9 @@ class Recipe:
     def to_json(self): return json.dumps(asdict(self))
 
     def __str__(self):
-        values = [(k,v) for k,v in asdict(self).items() if k != 'sources']
-        return '\n'.join(f"{k:13} {v!s:60} {self.sources.get(k, '')}".rstrip() for k,v in values)
+        values = asdict(self)
+        sources = values.pop('sources')
+        return '\n'.join(f"{k:13} {v!s:60} {sources.get(k, '')}".rstrip() for k,v in values.items())
 
 # %% ../../nbs/22_paper.recipes.ipynb #1d0805ce
 _sgd = dict(bs=128, opt='sgd', lr=.03, wd=5e-4, epochs=301, steps=((120,.1),(160,.05),(200,.01)))
@@ -81,7 +82,7 @@ _images = dict(
 def _recipe(method, data):
     embedding = {k: methods[method][k] for k in ('views','head','n_out','temperature')}
     values = dict(arch='resnet18', eps=.03, alpha=1., attack='fgsm', adv_momentum=.01)
-    values = merge(values, embedding, _training[method], _images[data])
+    values |= embedding | _training[method] | _images[data]
     sources = dict.fromkeys(values, 'ours' if data == 'imagenet100' else 'code')
     sources |= dict(eps='paper', attack='paper', alpha='code')
     return Recipe(f'{method}-{data}', data, method, sources=sources, **values)

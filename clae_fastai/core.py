@@ -105,9 +105,9 @@ def write_safetensors(
 class OtherFormat(ValueError):
     "A file of another `format` than was expected"
     def __init__(self,
-        file, # The file
-        format, # Its format
-        expected # The other
+        file, # Its name
+        format, # What it has
+        expected # What was expected
     ):
         super().__init__(f"{file} is something else: its format is {format!r}, and {expected!r} was expected.")
         self.format = format

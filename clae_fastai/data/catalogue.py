@@ -53,7 +53,7 @@ def _read_fashion_mnist(root, **_):
 def _read_digits(root, size, **_):
     digits = load_digits()
     images = read_images((digits.images*255/16).round().astype(np.uint8), 1, (size,size))
-    data = MemoryImages(images, tensor(digits.target), [str(i) for i in range(10)])
+    data = MemoryImages(images, tensor(digits.target), list('0123456789'))
     parts = train_test_split(np.arange(len(data)), test_size=.25, stratify=digits.target, random_state=0)
     return [data.take(o) for o in parts]
 
@@ -68,7 +68,7 @@ def _lines(file): return file.read_text().splitlines()
 def _classes(items): return sorted({o.label for o in items})
 
 def _cached_items(root, train, test, *notes):
-    "The images of these items in memory; `notes` are the files that name their classes"
+    "Their images in memory; `notes` are the files that name the classes"
     files = [*(o.image for o in train + test), *notes]
     return cached_images(root, files, lambda: [MemoryImages.from_items(o, _classes(train)) for o in (train,test)])
 
@@ -126,13 +126,13 @@ def _read_caltech101(root, seed, **_):
     rng,train,test = random.Random(seed),[],[]
     for c,own in groupby(_class_items(root/'101_ObjectCategories'), 'label').items():
         if len(own) <= 30:
-            raise ValueError(f"{own[0].image.parent} holds {len(own)} images, and training alone takes 30: extract it again.")
+            raise ValueError(f"{own[0].image.parent} holds {len(own)} images, and training takes 30: extract it again.")
         rng.shuffle(own)
         train,test = train + own[:30],test + own[30:]
     return train,test
 
 def _read_imagenet100(root, **_):
-    "`train/<wnid>/*` and `val/<wnid>/*` of an ImageNet folder, for the 100 classes of Tian et al. (2020)"
+    "`train/<wnid>/*` and `val/<wnid>/*` of ImageNet, for the 100 classes of Tian et al. (2020)"
     classes = sorted((resources.files('clae_fastai')/'imagenet100.txt').read_text().split())
     def _part(name): return [o for c in classes for o in _class_items(root/name/c, lambda f: c)]
     return _part('train'),_part('val')
@@ -145,7 +145,7 @@ class DataSet:
     n_train:int # Training images, with validation's
     n_test:int # Test images
     classes:int # Number of classes
-    size:int # Side in pixels: the images' own, or 224 for larger ones
+    size:int # Side in pixels, 224 if larger
     source:str # Who fetches it: 'scikit-learn', 'torchvision', 'fastai', or nobody ('path')
     licence:str # What its page says
     metric:str # 'top1', or 'mean_per_class'
@@ -228,10 +228,10 @@ def get_dls(
     bs:int=64, # Images a batch, 2 or more
     size:int=None, # Images' side in pixels; by default the catalogue's, in folders `folder_dls`'s
     limit:int=None, # Use this many training images, chosen by `seed`
-    seed:int=42, # Seed of that choice, of a folder's held-out fifth, and of Caltech-101's split
+    seed:int=42, # Seed of that choice, a folder's held-out fifth, and Caltech-101's split
     download:bool=True, # Fetch what is not there?
     skip_bad:bool=False, # In folders, leave out files that cannot be read, instead of raising?
-    channels:int=None, # In folders, 1: read all images as grey, 3: as colour; by default what they are
+    channels:int=None, # In folders, read all as 1: grey, 3: colour; by default what they are
     **kwargs # For the `DataLoaders`, such as `batch_tfms`, `num_workers`, `device`
 ) -> DataLoaders: # `train`: the images to train on; `valid`: the test images
     "`DataLoaders` of a data set, by name. Raises `FileNotFoundError` or `ValueError` before any training"

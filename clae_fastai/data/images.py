@@ -14,7 +14,6 @@ from ..core import *
 
 # %% ../../nbs/08_data.images.ipynb #e6533d3b
 _checked_format = 'clae-checked-1'
-
 _in_threads = partial(parallel, threadpool=True, progress=False)
 
 def _load_checked(file):
@@ -27,7 +26,7 @@ def _load_checked(file):
 
 def check_images(
     files:list, # Image files
-    root:str|Path, # Folder to remember in what was readable
+    root:str|Path, # Where to remember what was readable
     skip_bad:bool=False # Leave out what cannot be read, instead of raising?
 ) -> tuple: # Three `L`s: readable files, their modes and sizes (width, height)
     "Decode every file, but for those that were readable and have not changed"
@@ -53,7 +52,7 @@ def check_images(
         names = ', '.join(f'{f} ({type(e).__name__}: {e})' for f,e in bad[:3])
         what = f"{len(bad)} of {len(files)} files cannot be read as images: {names}{', ...' if bad[3:] else ''}."
         if not skip_bad:
-            raise ValueError(f"{what} Replace or delete them, or use skip_bad=True (--skip-bad on the command line).")
+            raise ValueError(f"{what} Replace or delete them, or use skip_bad=True (command line: --skip-bad).")
         print(f"Skipped {what}")
     return L(f for f,_ in good),L(found[2] for _,found in good),L(tuple(found[3:]) for _,found in good)
 
@@ -83,13 +82,14 @@ def read_images(
     def _read(i):
         x = _pixels(files[i])
         if x.shape != out.shape[1:]:
-            raise ValueError(f"{files[i]} is {x.shape[2]}x{x.shape[1]} pixels, unlike {files[0]}: images in one tensor must have one size.")
+            raise ValueError(f"{files[i]} is {x.shape[2]}x{x.shape[1]} pixels, unlike {files[0]}: "
+                "all must have one size.")
         out[i] = x
     _in_threads(_read, range(len(files)))
     return out
 
 class MemoryImages:
-    "A data set of images in one tensor, with or without labels"
+    "A data set in one tensor, with or without labels"
     n_inp = 1
     split_idx = None # whose transforms a `DataLoader` applies: 0 training's, 1 validation's, None both's
     def __init__(self,
@@ -98,7 +98,7 @@ class MemoryImages:
         vocab:list=() # Names of the classes
     ):
         if labels is not None and len(labels) != len(images):
-            raise ValueError(f"There are {len(images)} images and {len(labels)} labels.")
+            raise ValueError(f"There are {len(images)} images, {len(labels)} labels.")
         self.images,self.labels,self.vocab = images,labels,L(vocab)
 
     @classmethod
@@ -171,7 +171,7 @@ def memory_dls(
     train:MemoryImages, # Images to train on
     valid:MemoryImages, # Test images, or an empty set
     size:int=None, # Batches' side in pixels; None: the images'
-    batch_tfms:list=None, # Transforms of float batches of that size
+    batch_tfms:list=None, # Transforms of those float batches
     bs:int=64, # Images a batch
     path:str|Path='.', # Where learners write
     device:torch.device=None, # By default fastai's
@@ -219,7 +219,7 @@ def sample_items(
     limit:int, # How many; None: all
     seed:int # Seed of the choice
 ) -> list: # In their order; of a `MemoryImages`, one
-    "Some of the items, chosen at random. Raises `ValueError` where there are fewer"
+    "Items chosen at random. Raises `ValueError` where there are fewer"
     if limit is None: return items
     if not 0 < limit <= len(items):
         raise ValueError(f"limit must lie between 1 and the {len(items)} training images, and it is {limit}.")

@@ -76,7 +76,7 @@ def arch_name(
     return name if arch is _functions().get(name) else ''
 
 def _timm_model(name, weights, n_in):
-    "timm's model of that name, without its classifier"
+    "timm's model, without its classifier"
     try:
         import timm
         names = timm.list_models()
@@ -99,7 +99,7 @@ def _build(arch, weights, n_in):
         raise ValueError(f"An architecture is a function, a name or an nn.Module, and no {type(arch).__name__}.")
     if weights is None: return _drop_classifier(arch())
     try: return _drop_classifier(arch(weights=weights))
-    except (KeyError, TypeError) as e: # no such name, no such argument
+    except (KeyError, TypeError) as e: # no such name or argument
         raise ValueError(f"{arch_name(arch) or arch} has no trained weights {weights!r}: "
             "give torchvision's name, an encoder file (.safetensors) or a state dict.") from e
 
@@ -112,7 +112,7 @@ def _set_n_in(model, n_in, keep_weights):
     _,conv = _first_conv(model)
     if conv is None or conv.in_channels == n_in: return
     if keep_weights and conv.in_channels != 3:
-        raise ValueError(f"The given weights are for {conv.in_channels} channels, and the images have {n_in}: "
+        raise ValueError(f"The given weights are for {conv.in_channels} channels, the images have {n_in}: "
             "only weights for three can be adapted.")
     conv.in_channels,w = n_in,conv.weight.data
     if not keep_weights:
@@ -152,7 +152,7 @@ def _load_state(model, state, n_in):
 def has_stem(
     model:nn.Module # Any model
 ) -> bool:
-    "Has it the ResNet family's stem, `conv1` and `maxpool`, which `stem='cifar'` exchanges?"
+    "Has it the ResNets' stem, `conv1` and `maxpool`, which `stem='cifar'` exchanges?"
     return isinstance(getattr(model, 'conv1', None), nn.Conv2d) and hasattr(model, 'maxpool')
 
 def stem_of(

@@ -1,4 +1,4 @@
-"Everything a user needs: `from clae_fastai.all import *`. (Written by hand, as fastai's own `all` modules are.)"
+"Everything a user needs. (Written by hand)"
 from fastai.vision.all import *
 from clae_fastai.core import *
 from clae_fastai.method.losses import *

@@ -44,7 +44,6 @@ _groups = { # titles in the help, and what stands under them
     'run': 'name seed every_batches resume format out scale seeds'}
 
 def _add(group, param, about):
-    "Add an argument of a command to its parser"
     kind,choices = param.annotation,get_args(param.annotation)
     if kind is bool: takes = dict(action='store_true')
     elif choices: takes = dict(type=type(choices[0]), choices=choices)

@@ -81,7 +81,6 @@ def _digest(tensors, header):
     return h.hexdigest()
 
 def _to_disk(path):
-    "Force a file or folder out of the system's memory"
     if os.name != 'posix': return
     f = os.open(path, os.O_RDONLY)
     try: os.fsync(f)

@@ -41,7 +41,6 @@ def _check_name(name):
         raise FileExistsError(f"The run runs/{name} exists, and nothing is overwritten. A free name is {free}.")
 
 def _find(file, run, what):
-    "`file` of a run that goes by its name or its folder"
     found = first((Path(run, file), Path('runs', run, file)), Path.is_file)
     if found: return found
     raise FileNotFoundError(f"There is no {what} {run}: neither it nor runs/{run} is a folder with {file}.")
@@ -61,7 +60,6 @@ train_options = { # type, and value where a run says nothing: what version 0.1.0
 _not_given = {name: default for name,(_,default) in train_options.items()}
 
 def _check_option(name, value):
-    "A saved option, if it is what `clae_train` takes"
     kind,default = train_options[name]
     if type(value) in (kind, type(default), int if kind is float else kind): return value
     raise ValueError(f"{name} is {value!r}")
@@ -267,7 +265,6 @@ def train(
 
 # %% ../nbs/25_runs.ipynb #8b2b23fb
 def _encoder_file(run):
-    "The encoder file that `run` means, which can be read"
     file = Path(run) if Path(run).is_file() else _find('encoder.safetensors', run, 'run or encoder')
     load_encoder(file) # or say what is wrong with it
     return file
@@ -317,7 +314,6 @@ def export_run(
 
 # %% ../nbs/25_runs.ipynb #684d7236
 def _trial_options(options, folder):
-    "Options of `clae_train` for a trial, and the data sets to transfer to"
     options = _not_given | options | dict(name=folder.name)
     targets = options.pop('transfer', '').split()
     if limit := options['limit']: # the most that a grid takes: of fewer images all

@@ -188,7 +188,6 @@ def memory_dls(
 
 # %% ../../nbs/08_data.images.ipynb #670e1cf0
 def _fingerprint(files, root):
-    "Hash of the files' names and contents"
     def _hash(data): return hashlib.blake2b(data, digest_size=16).hexdigest()
     def _line(file): return f'{file.relative_to(root)} {_hash(file.read_bytes())}'
     return _hash('\n'.join(_in_threads(_line, sorted(files))).encode())

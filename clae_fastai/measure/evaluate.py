@@ -64,7 +64,6 @@ class Evaluation:
             *(f"{what:{width}}  {metric:14}  {100*value:5.1f}" for what,metric,value in rows)])
 
 def _dataset_dls(dataset, info, kwargs):
-    "Name, metric and `DataLoaders` of `dataset`, with images of the encoder's size"
     if not isinstance(dataset, str):
         if kwargs: raise ValueError(f"{', '.join(kwargs)} would go to get_dls, but the data are DataLoaders.")
         return 'DataLoaders','top1',dataset

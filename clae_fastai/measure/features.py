@@ -149,7 +149,6 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
 
 # %% ../../nbs/17_measure.features.ipynb #2f185a97
 def _per_class(counts, n):
-    "Images of each class for `n`, a number or a share"
     if isinstance(n, str): return (counts*float(n[:-1])/100).round().long().clamp(min=1)
     return torch.full_like(counts, n)
 

@@ -32,14 +32,12 @@ class Probe:
     def to_json(self): return json.dumps(self.to_dict())
 
 def _accuracy(pred, y, metric):
-    "Accuracy of predictions `pred` (N,), as a tensor"
     hit = (pred == y).float()
     if metric == 'top1': return hit.mean()
     n = y.bincount()
     return (y.bincount(hit)/n)[n > 0].mean()
 
 def _adam_probe(x, y, test_x, test_y, n_classes, metric, epochs, bs, lr, seed):
-    "Classifier, and its accuracy on the test set after each epoch"
     g,curve = torch.Generator().manual_seed(seed),[]
     with no_random(seed, reproducible=False): linear = nn.Linear(x.shape[1], n_classes).to(x.device)
     opt = torch.optim.Adam(linear.parameters(), lr=lr)

@@ -37,7 +37,6 @@ def dual_bns(
     return [m for m in model.modules() if isinstance(m, DualBatchNorm)]
 
 def _replace_modules(model, kinds, replace):
-    "Exchange modules of these kinds for `replace(module)`; a shared one stays shared"
     if isinstance(model, kinds): return replace(model)
     new = {}
     for parent in list(model.modules()):

@@ -62,7 +62,6 @@ def _drop_classifier(model):
 
 # %% ../../nbs/06_method.models.ipynb #5591e048
 def _functions():
-    "Our own and torchvision's architectures by name"
     ours = {f.__name__: f for f in (resnet8, resnet20, resnet18_w16)}
     names = torchvision.models.list_models(module=torchvision.models)
     return ours | {n: torchvision.models.get_model_builder(n) for n in names}
@@ -76,7 +75,6 @@ def arch_name(
     return name if arch is _functions().get(name) else ''
 
 def _timm_model(name, weights, n_in):
-    "timm's model, without its classifier"
     try:
         import timm
         names = timm.list_models()
@@ -91,7 +89,6 @@ def _timm_model(name, weights, n_in):
     return timm.create_model(name, pretrained=weights == 'DEFAULT', num_classes=0, in_chans=n_in)
 
 def _build(arch, weights, n_in):
-    "The stock model of `arch` without its classifier"
     if isinstance(arch, str):
         if arch not in _functions(): return _timm_model(arch, weights, n_in)
         arch = _functions()[arch]
@@ -162,7 +159,6 @@ def stem_of(
     return 'cifar' if has_stem(encoder) and isinstance(encoder.maxpool, nn.Identity) else 'imagenet'
 
 def _choose_stem(model, size, weights, state):
-    "The stem that given weights were trained with, else by the size of the images"
     if not has_stem(model) or weights is not None: return 'imagenet'
     if state is None: small = size is not None and max(tuplify(size)) <= 64
     else: small = 'conv1.weight' in state and state['conv1.weight'].shape[-1] == 3

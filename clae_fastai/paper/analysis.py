@@ -21,7 +21,6 @@ from ..measure.probe import *
 
 # %% ../../nbs/23_paper.analysis.ipynb #5f7d569c
 def _attack_like(clae, attack, eps, **kwargs):
-    "`attack(eps)` in the norm and space of the learner's own"
     own = clae.attack if isinstance(clae.attack, Attack) else attack(eps)
     res = attack(eps, norm=own.norm, space=own.space, **kwargs)
     res.set_stats(ifnone(own.stats, clae.stats))

@@ -306,7 +306,6 @@ def _markdown_table(head, rows):
     return '\n'.join('| ' + ' | '.join(map(str, row)) + ' |' for row in (head, ['---']*len(head), *rows))
 
 def _cell_texts(cell, pair, paper):
-    "Mean, values, and difference from the baseline"
     mean,values,difference = 'not run','',''
     if cell:
         mean = f"{100*cell['mean']:.1f}" + (f" ± {100*cell['std']:.1f}" if cell['n'] > 1 else '')
@@ -339,7 +338,6 @@ def markdown(self:Grid,
     return f'{short}\n\n{full}\n'
 
 def _draw_metric(ax, grid, df, metric):
-    "A curve for each combination of the other axes' labels"
     others = dict(grid.axes)
     x,labels = grid.x,list(others.pop(grid.x))
     numbers = all(isinstance(o, (int,float)) for o in labels)
@@ -376,7 +374,6 @@ def draw(self:Grid,
 
 # %% ../../nbs/24_paper.experiments.ipynb #1cde2b9f
 def _collect(out, trials):
-    "All rows of trials.csv, with the finished trials added"
     file = out/'trials.csv'
     with filelock.FileLock(out/'.trials.lock'):
         rows = pd.read_csv(file, float_precision='round_trip') if file.exists() else pd.DataFrame(columns=['trial'])

@@ -94,7 +94,6 @@ def set_random_state(
 
 # %% ../../nbs/14_train.checkpoint.ipynb #7dc15855
 def _memories(cbs):
-    "What callbacks remember, by name, each with the name of its class"
     fastai = {Recorder: ('lrs','iters','losses','values'), ParamScheduler: ('hps',), GradientAccumulation: ('count',)}
     def _memory(cb):
         known = first(names for cls,names in fastai.items() if isinstance(cb, cls))

@@ -21,19 +21,16 @@ from ..core import *
 class _RankDL(DistributedDL):
     "One rank's share of a `DataLoader`, on any device"
     def _broadcast(self, t, rank):
-        "`t` of `rank`, on all ranks; through the device that the batches are on"
         t = torch.tensor(t, dtype=torch.long, device=self.device)
         dist.broadcast(t, rank)
         return t.tolist()
 
     def __len__(self):
-        "Number of batches of each rank"
         if self.dl.n is None or not self.bs: return super().__len__()
         n_batches = math.ceil(self.dl.n/self.world_size)/self.bs
         return int(n_batches) if self.drop_last else math.ceil(n_batches)
 
     def get_idxs(self):
-        "This rank's slice of rank 0's order"
         if self.dl.n != 0: return super().get_idxs()
         self.n = self.n_padded = 0
         return []

@@ -30,7 +30,6 @@ def export_encoder(self:Learner,
     return Path(file)
 
 def _check_header(info):
-    "Raises `ValueError` with what is wrong"
     n = info.get('channels')
     def _numbers(name, n, kinds=(int,float), above=0):
         values = info.get(name)

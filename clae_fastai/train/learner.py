@@ -31,7 +31,6 @@ def _pixel_dls(dls):
     return res,image_stats(noop, dls)
 
 def _first_images(dls):
-    "Images (B,C,H,W) of one training batch"
     check_loader(dls.train)
     x = dls.one_batch()[0] if hasattr(dls.train, 'one_batch') else first(dls.train)[0]
     if getattr(x, 'ndim', 0) == 4: return x
@@ -44,7 +43,6 @@ methods = dict(
     simclr=dict(loss=NTXentLoss, temperature=.5, head='mlp', n_out=64, views='simclr'))
 
 def _loss(method, temperature):
-    "Loss function, and the rest of the method's settings"
     if callable(method):
         if temperature is None: return method,methods['simclr']
         raise ValueError("temperature goes with a method's name: your own loss has its own.")
@@ -52,7 +50,6 @@ def _loss(method, temperature):
     return settings['loss'](ifnone(temperature, settings['temperature'])),settings
 
 def _attack(attack, eps):
-    "The attack by name with `eps`, or the one given"
     if attack is not None and not callable(attack): return get_attack(attack, ifnone(eps, .03))
     if eps is None: return attack
     raise ValueError("eps goes with an attack's name: a ready-made one has its own, attack=None has none.")
@@ -66,7 +63,6 @@ def _weights_stats(encoder, pretrained, weights, info, n_in):
     return (cfg['mean'],cfg['std']) if cfg else imagenet_stats
 
 def _encoder_info(arch, encoder, n_in, size, method, stats):
-    "What an encoder file says of its encoder"
     if callable(method): method = getattr(method, '__name__', type(method).__name__)
     info = dict(arch=arch_name(arch), stem=stem_of(encoder), channels=n_in, size=size, method=method)
     return info if stats is None else dict(info, mean=stats[0].tolist(), std=stats[1].tolist())

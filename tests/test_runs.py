@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from clae_fastai import __version__, cli as commands
-from clae_fastai.cli import clae_eval, clae_export, clae_figure, clae_table, clae_train
+from clae_fastai.cli import clae_eval, clae_export, clae_train
 from clae_fastai.data.catalogue import catalogue
 from clae_fastai.method.attacks import attacks
 from clae_fastai.method.views import view_presets

@@ -242,7 +242,8 @@ class Checkpoint(Callback):
         try:
             if self.is_first_save: self._set_aside()
             save_checkpoint(file, state)
-        except OSError as e: return _warn(f"\nTHE CHECKPOINT {file} COULD NOT BE SAVED ({e}). Training goes on; those before it are kept.\n")
+        except OSError as e:
+            return _warn(f"\nTHE CHECKPOINT {file} COULD NOT BE SAVED ({e}). Training goes on; earlier ones are kept.\n")
         for f in checkpoints(self.folder)[:-self.keep]:
             if f.name != self.best[1]: f.unlink(missing_ok=True)
 

@@ -122,6 +122,7 @@ class FGSM(Attack):
     def delta(self, x, grad): return self.eps*self.direction(grad())
 
 # %% ../../nbs/04_method.attacks.ipynb #6abbdfd5
+@delegates()
 class RandomAttack(Attack):
     "Base of the attacks that draw from a random generator of their own"
     def __init__(self,
@@ -157,7 +158,7 @@ class RandomAttack(Attack):
         "Random step of size 1 in `norm`: random signs, or uniform on the sphere"
         return self.direction(self._draw(torch.randn, x.shape, x))
 
-@delegates(RandomAttack)
+@delegates()
 class RFGSM(RandomAttack):
     "R+FGSM (Tramer et al. 2018): a random step of `start_size`, then FGSM with `eps - start_size`"
     def __init__(self,
@@ -175,7 +176,7 @@ class RFGSM(RandomAttack):
         return start + (self.eps - self.start_size)*self.direction(grad(start))
 
 # %% ../../nbs/04_method.attacks.ipynb #aa405671
-@delegates(RandomAttack)
+@delegates()
 class PGD(RandomAttack):
     "Projected gradient descent (Madry et al. 2018): steps that are projected back into the `eps` ball"
     def __init__(self,
@@ -207,7 +208,7 @@ class PGD(RandomAttack):
             delta = self.project(step if delta is None else delta + step)
         return delta
 
-@delegates(PGD, but=['steps'])
+@delegates(but=['steps'])
 class FFGSM(PGD):
     "F-FGSM (Wong et al. 2020): PGD with a single step"
     def __init__(self,

@@ -207,8 +207,8 @@ def test_mistakes_with_weights_and_sizes():
                      (dict(weights='x.pth'), 'no trained weights .*safetensors')):
         with pytest.raises(ValueError, match=words): clae_learner(dls, resnet18, **kw)
     for kw in (dict(pretrained=True), dict(weights='DEFAULT')):
-        with pytest.raises(ValueError, match='no trained weights for resnet8'): clae_learner(dls, resnet8, **kw)
-    with pytest.raises(ValueError, match='16x16 pixels .* another architecture'): clae_learner(dls, 'vit_b_16')
+        with pytest.raises(ValueError, match='resnet8 has no trained weights'): clae_learner(dls, resnet8, **kw)
+    with pytest.raises(ValueError, match=r'16, 16\) .* another size or architecture'): clae_learner(dls, 'vit_b_16')
     for views in ([nn.Identity()], 3):
         with pytest.raises(ValueError, match='no view preset .*simclr'): clae_learner(dls, resnet8, views=views)
     with pytest.raises(ValueError, match='attack=None has none'): clae_learner(dls, resnet8, attack=None, eps=.1)

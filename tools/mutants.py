@@ -32,10 +32,10 @@ resume,figures,trials = 'train/test_checkpoint.py','paper/test_analysis.py','pap
 
 mutant('method.attacks', 'descent', 'the attack lowers the loss',
        f'{golden}::test_attack',
-       ('return self.eps*self.direction(grad())', 'return -self.eps*self.direction(grad())'))
+       ('def delta(self, x, grad): return self.eps*', 'def delta(self, x, grad): return -self.eps*'))
 mutant('method.attacks', 'anchors', 'anchors move with the images that are attacked',
        f'{golden}::test_attack',
-       ('self.anchor = z.detach()', 'self.anchor = z'))
+       ('anchor = z.detach()', 'anchor = z'))
 mutant('method.attacks', 'clamp', 'pixel space leaves valid pixels',
        'method/test_attacks.py::test_size_validity_and_no_nan',
        ('return torch.clamp(x + delta/std, -mean/std, (1-mean)/std)', 'return x + delta/std'))
@@ -110,8 +110,7 @@ mutant('train.finite', 'rollback', 'a skipped step leaves its batch in the stati
        ('for b,kept in zip(self.model.buffers(), self.buffers): b.copy_(kept)', 'pass'))
 mutant('train.encoder', 'header', 'any file passes as an encoder',
        'test_fuzz.py::test_wrong_headers',
-       ("if wrong := [k for k,ok in good.items() if not ok]:", 'if wrong := []:'),
-       ('return [k for k,ok in good.items() if not ok]', 'return []'))
+       ('if not ok: raise ValueError(', 'if False: raise ValueError('))
 mutant('core', 'rank-offset', "a process takes the first one's rows for its own",
        'train/test_distributed.py::test_equals_one_process_on_the_whole_batch[2]',
        ('return 0 if world_size() == 1 else n*dist.get_rank()', 'return 0'))
@@ -139,15 +138,13 @@ mutant('paper.experiments', 'trial-name', "a trial's name depends on the order o
        ('sort_keys=True', 'sort_keys=False'))
 mutant('paper.analysis', 'bn-of-noise', 'Figure 4 estimates the adversarial statistics on clean views',
        f'{figures}::test_bn_statistics_are_those_of_the_layers_inputs',
-       ("nets['adv'](clae.adversarial_views(x_q))", "nets['adv'](x_q)"),
-       ('with adversarial_bn(adv): adv(clae.adversarial_views(x_q))', 'with adversarial_bn(adv): adv(x_q)'))
+       ('with adversarial_bn(net): net(clae.adversarial_views(x_q))', 'with adversarial_bn(net): net(x_q)'))
 
 # runs
 
-mutant('cli', 'eval-seed', "a folder's held-out fifth is another one in clae_eval",
+mutant('runs', 'eval-seed', "a folder's held-out fifth is another one in clae_eval",
        'test_cli.py::test_eval_is_on_the_data_of_the_run',
-       ("*(['seed'] if o['data'] == 'folder' else [])", '*[]'),
-       ('runs', "if settings['data'] == 'folder': names.append('seed')", 'pass'))
+       ("seed = ['seed'] if settings['data'] == 'folder' else []", 'seed = []'))
 
 def module(name): return f'clae_fastai/{name.replace(".", "/")}.py'
 

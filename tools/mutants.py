@@ -32,7 +32,8 @@ resume,figures,trials = 'train/test_checkpoint.py','paper/test_analysis.py','pap
 
 mutant('method.attacks', 'descent', 'the attack lowers the loss',
        f'{golden}::test_attack',
-       ('def delta(self, x, grad): return self.eps*', 'def delta(self, x, grad): return -self.eps*'))
+       ('def delta(self, x, grad): return self.eps*self.direction(grad())',
+        'def delta(self, x, grad): return -self.eps*self.direction(grad())'))
 mutant('method.attacks', 'anchors', 'anchors move with the images that are attacked',
        f'{golden}::test_attack',
        ('anchor = z.detach()', 'anchor = z'))

@@ -91,13 +91,14 @@ _defaults = dict(arch='resnet18', method='simclr', eps=.03, alpha=1., attack='fg
 _digits = dict(arch='resnet8', views='digits')
 _limits = dict(
     epochs=(1,math.inf), n_out=(1,math.inf), every_batches=(1,math.inf), limit=(2,math.inf), size=(8,4096),
-    workers=(0,256), seed=(0,2**32-1), lr=(1e-12,1e12))
+    workers=(0,256), seed=(0,2**32-1), lr=(math.ulp(0.),sys.float_info.max))
 
 def _check_limits(values):
     for name,(low,high) in _limits.items():
         value = values.get(name)
         if value is None or low <= value <= high: continue
         need = f'between {low} and {high}' if high < math.inf else f'{low} or more'
+        if name == 'lr': need = 'finite and above 0'
         raise ValueError(f"{name} must be {need}, and it is {value}.")
 
 def _given(**options): return {k: v for k,v in options.items() if v is not None}
@@ -192,7 +193,8 @@ class _Run:
         if later: return self.fit(learn)
         if new:
             folders = _numbered(f"{self.data}-{self.settings['method']}") if name is None else [Path('runs', name)]
-            self.folder = _make_new(folders, partial(Path.mkdir, parents=True))
+            Path('runs').mkdir(exist_ok=True)
+            self.folder = _make_new(folders, Path.mkdir)
             if self.folder is None: _check_name(name) # somebody was faster
         try:
             with filelock.FileLock(self.folder/'.lock', timeout=0):

@@ -1,16 +1,14 @@
 #!/usr/bin/env python3
-"""What it costs to evaluate an encoder: `python benchmarks/bench_eval.py DIR [LIMIT]` (an image folder, CIFAR-10's for one; LIMIT training images, for a quick look). Writes results/eval.md:
+"""What it costs to evaluate an encoder.
 
-- 1000 epochs of linear evaluation the authors' way, where the encoder runs on every batch of every epoch, extrapolated from two of them, against `extract_features` and `linear_probe('adam')`, measured whole;
-- kNN of 2,000 test images against 50,000 features of 512 numbers: our time over that of lightly's `knn_predict`, the normalisation of both sets included, with one thread and with two;
-- what kNN and probe take beyond 130,000 x 2,048 features, by `bench_memory.py`.
+`python benchmarks/bench_eval.py DIR [LIMIT]` (an image folder, CIFAR-10's for one; LIMIT training images, for a quick look)
+writes results/eval.md: 1000 epochs of linear evaluation the authors' way, where the encoder runs on every batch of every
+epoch, extrapolated from two of them, against `extract_features` and `linear_probe('adam')`, measured whole.
 
-`python benchmarks/bench_eval.py --knn` prints the ratios alone."""
-import json
-import subprocess
+`python benchmarks/bench_eval.py --knn` writes results/knn.md: kNN of 2,000 test images against 50,000 features of 512
+numbers, our time over that of lightly's `knn_predict`, the normalisation of both sets included, with one thread and two."""
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -79,14 +77,9 @@ def knn():
     return [f'| kNN, k {k}, {queries:,} against {bank:,} x {dim} features, float32: threads | ours, s | lightly, s | ours / lightly |', '|---|---|---|---|',
             *rows, '', f'Least of {rounds} rounds in turns, normalisation of both sets included.']
 
-def memory():
-    out = subprocess.run([sys.executable, Path(__file__).with_name('bench_memory.py')], check=True, capture_output=True, text=True).stdout
-    rows = [f"| {o['what']} | {o['MiB']:,} |" for o in map(json.loads, out.splitlines())]
-    return ['| beyond 130,000 x 2,048 features in float32 | MiB |', '|---|---|', *rows]
-
 def main():
-    if sys.argv[1] == '--knn': print('\n'.join(knn())); return
-    lines = [*linear_evaluation(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None), '', *knn(), '', *memory(), '',
+    if sys.argv[1] == '--knn': return report.write('knn', 'python benchmarks/bench_eval.py --knn', knn())
+    lines = [*linear_evaluation(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None), '',
              f'One run, seed 0, {torch.get_num_threads()} threads.']
     if len(sys.argv) > 2: print('\n'.join(lines))
     else: report.write('eval', 'python benchmarks/bench_eval.py DIR', lines)

@@ -16,8 +16,9 @@ class DevicePrecision(Callback):
     "Gives `MixedPrecision` autocast and gradient scaler on the device that the data is on"
     order = MixedPrecision.order+.5 # after it has made its own, and before `CLAECallback`
     def before_fit(self):
-        if not hasattr(self.learn, 'mixed_precision'): return
-        mixed = self.mixed_precision
+        mixed = first(self.learn.cbs, risinstance(MixedPrecision)) # `learn.mixed_precision` may be DDP's attribute
+        if mixed is None: return
+
         device = torch.device(ifnone(getattr(self.dls, 'device', None), default_device())).type
         dtype = torch.bfloat16 if mixed.amp_mode == AMPMode.BF16 else torch.float16
         mixed.autocast,self.learn.scaler = autocast(device, dtype=dtype),GradScaler(device, **mixed.kwargs)

@@ -27,7 +27,7 @@ def _hold_out(items, seed):
     return train + [o for o in test if o.label not in known],[o for o in test if o.label in known]
 
 def _read_folder(path, seed, skip_bad):
-    "Items to train on, items to test on, and (file, mode, size) of each image"
+    "Items to train and to test on; (file, mode, size) of each image"
     tests = [path/o for o in ('test','valid','val') if (path/o).is_dir()]
     root,test = (path/'train',tests[0]) if tests and (path/'train').is_dir() else (path,None)
     train,images = _read_part(root, skip_bad)
@@ -42,7 +42,7 @@ def _read_folder(path, seed, skip_bad):
         raise ValueError(f"{test} has classes that {root} has not: {', '.join(sorted(unknown))}. {remedy}")
     if classes and valid and not _classes(valid):
         raise ValueError(f"{root} has class folders and {test} has not. {remedy}")
-    return train,valid,images + test_images
+    return train,valid if classes else [],images + test_images
 
 def _n_channels(modes, channels):
     "1 for grey images, 3 for images in colour, or what the user says"
@@ -57,7 +57,7 @@ def _cropped_size(images):
     file,_,(w,h) = min(images, key=lambda o: min(o[2]))
     if min(w,h) < 224:
         raise ValueError(f"{file} is {w}x{h} pixels, smaller than the 224 that images of several sizes are cropped to: "
-            f"choose one, for example size={min(w,h)}.")
+            f"choose one, such as size={min(w,h)}.")
     return 224
 
 def folder_dls(

@@ -1,5 +1,6 @@
 "Any folder of images: what it remembers, what is held out, what its images become."
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -61,3 +62,12 @@ def test_a_memory_that_cannot_be_kept(tmp_path):
     (tmp_path/'.clae-checked.json').mkdir() # not even root may replace a folder by a file
     for _ in range(2): assert get_dls(tmp_path, bs=2, size=24, num_workers=0).train.n == 3
     assert sorted(os.listdir(tmp_path)) == ['.clae-checked.json', '0.png', '1.png', '2.png']
+
+def test_test_images_without_classes_are_left_alone(digits_dir, tmp_path):
+    "Where nothing has a class there is nothing to test"
+    files = sorted((digits_dir/'flat').glob('*.png'))
+    for folder,part in (('train', files[:40]), ('test', files[40:50])):
+        (tmp_path/folder).mkdir()
+        for f in part: shutil.copy(f, tmp_path/folder)
+    dls = get_dls(tmp_path, bs=8, num_workers=0)
+    assert (len(dls.train_ds), len(dls.valid_ds)) == (40, 0)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Does the suite notice? Thirty faults of one line each, and the tests that have to fail: `python tools/mutants.py [NAMES]`
+"""Does the suite notice? Faults of one line each, and the tests that have to fail: `python tools/mutants.py [NAMES]`
 
 The files under version control go to a temporary folder. There the tests run once as they are and have to pass; then each
 fault is written in, its tests have to fail, and it is taken out again. A fault whose text is not found exactly once is refused:
@@ -62,6 +62,18 @@ mutant('method.losses', 'diagonal', 'each image is its own negative',
 mutant('method.losses', 'temperature', 'the plain loss has no temperature',
        f'{golden}::test_loss_and_its_gradients',
        ('sim = z_q @ self.everybody(z_p).T / self.temperature', 'sim = z_q @ self.everybody(z_p).T'))
+mutant('method.losses', 'keys', "UEL's second factors are no constants",
+       f'{golden}::test_loss_and_its_gradients',
+       ('keys = self.everybody(z.detach() if self.detach_keys else z)', 'keys = self.everybody(z)'))
+mutant('method.models', 'length', 'embeddings keep their length',
+       f'{golden}::test_three_steps_of_training',
+       ('return F.normalize(at_least_float32(z), dim=1) if self.normalize else z', 'return z'))
+mutant('method.attacks', 'too-far', 'after its random start R+FGSM steps as far as FGSM',
+       'method/test_attacks.py::test_size_validity_and_no_nan',
+       ('(self.eps - self.start_size)*self.direction', 'self.eps*self.direction'))
+mutant('method.attacks', 'one-step', 'PGD makes a single step',
+       'method/test_attacks.py::test_pgd_takes_its_steps',
+       ('for _ in range(self.steps):', 'for _ in range(1):'))
 mutant('method.views', 'one-view', 'both views are the same one',
        f'{learner}::test_same_image_different_views',
        ('return self._normalize(self.aug(x)),self._normalize(self.aug(x))', 'return (self._normalize(self.aug(x)),)*2'))

@@ -40,6 +40,17 @@ def test_size_validity_and_no_nan(name, norm, space, b, h, w, eps, dtype, seed):
         pixels = x_adv*s + m
         assert pixels.min() >= -1e-6 and pixels.max() <= 1 + 1e-6
 
+def test_pgd_takes_its_steps():
+    "As many as it is told, written out here"
+    f,loss,eps,size = embedder(3, 5, 5, torch.float64),NTXentLoss(),.1,.04
+    x = torch.rand(4, 3, 5, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    anchor,delta = f(x).detach(),torch.zeros_like(x)
+    for steps in (1,2,3):
+        moved = (x + delta).requires_grad_()
+        g, = torch.autograd.grad(loss(anchor, f(moved)), moved)
+        delta = (delta + size*g.sign()).clamp(-eps, eps)
+        torch.testing.assert_close(PGD(eps, steps=steps, step_size=size, start='zero')(f, x, loss), x + delta, rtol=0, atol=1e-12)
+
 @pytest.mark.parametrize('norm', ['linf','l2'])
 @pytest.mark.parametrize('attack', [FGSM, partial(PGD, steps=4, start='zero'), partial(FFGSM, start='zero')])
 @settings(max_examples=15, deadline=None)

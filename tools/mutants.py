@@ -71,6 +71,10 @@ mutant('method.models', 'length', 'embeddings keep their length',
 mutant('method.attacks', 'too-far', 'after its random start R+FGSM steps as far as FGSM',
        'method/test_attacks.py::test_size_validity_and_no_nan',
        ('(self.eps - self.start_size)*self.direction', 'self.eps*self.direction'))
+mutant('method.attacks', 'loud-noise', 'random signs are twice as large as they may be',
+       'method/test_attacks.py::test_size_validity_and_no_nan',
+       ('def delta(self, x, grad): return self.eps*self.random_direction(x)',
+        'def delta(self, x, grad): return 2*self.eps*self.random_direction(x)'))
 mutant('method.attacks', 'one-step', 'PGD makes a single step',
        'method/test_attacks.py::test_pgd_takes_its_steps',
        ('for _ in range(self.steps):', 'for _ in range(1):'))

@@ -53,15 +53,17 @@ _versions = dict(clae_fastai=__version__, python=platform.python_version(),
 # %% ../nbs/25_runs.ipynb #2ca05aad
 train_options = { # type, and value where a run says nothing: what version 0.1.0 did
     **dict.fromkeys('path data arch method attack views recipe name'.split(), (str,None)),
-    **dict.fromkeys('n_out epochs bs size channels limit workers every_batches'.split(), (int,None)),
-    **dict.fromkeys('eps alpha lr'.split(), (float,None)),
+    **dict.fromkeys('n_out epochs bs size channels limit workers every_batches max_pixels'.split(), (int,None)),
+    **dict.fromkeys('eps alpha lr valid_pct'.split(), (float,None)), 'value_range': (list,None), 'background': (str,'white'),
     'seed': (int,42), 'precision': (str,'fp32'), 'attack_bn': (str,'adv'), 'on_nonfinite': (str,'stop'),
-    'channels_last': (bool,False), 'skip_bad': (bool,False)}
+    'channels_last': (bool,False), 'skip_bad': (bool,False), 'unlabelled': (bool,False)}
+_of_folders = 'channels value_range background max_pixels skip_bad valid_pct unlabelled'.split()
 _not_given = {name: default for name,(_,default) in train_options.items()}
 
 def _check_option(name, value):
     kind,default = train_options[name]
-    if type(value) in (kind, type(default), int if kind is float else kind): return value
+    right = type(value) in (kind, type(default), int if kind is float else kind)
+    if right and (type(value) is not list or {*map(type, value)} <= {int,float}): return value
     raise ValueError(f"{name} is {value!r}")
 
 def read_options(
@@ -91,7 +93,7 @@ _defaults = dict(arch='resnet18', method='simclr', eps=.03, alpha=1., attack='fg
 _digits = dict(arch='resnet8', views='digits')
 _limits = dict(
     epochs=(1,math.inf), n_out=(1,math.inf), every_batches=(1,math.inf), limit=(2,math.inf), size=(8,4096),
-    workers=(0,256), seed=(0,2**32-1), lr=(math.ulp(0.),sys.float_info.max))
+    max_pixels=(1,math.inf), workers=(0,256), seed=(0,2**32-1), lr=(math.ulp(0.),sys.float_info.max))
 
 def _check_limits(values):
     for name,(low,high) in _limits.items():
@@ -102,6 +104,7 @@ def _check_limits(values):
         raise ValueError(f"{name} must be {need}, and it is {value}.")
 
 def _given(**options): return {k: v for k,v in options.items() if v is not None}
+def _of_folder(options): return {k: options[k] for k in _of_folders if options[k] != _not_given[k]}
 
 def _fill_in(options):
     "All settings, and the recipe or None, with what is given in place of its own"
@@ -142,6 +145,8 @@ class RunLog(Callback):
         if self.show and cells: print(*cells, flush=True)
 
 # %% ../nbs/25_runs.ipynb #2f0d7035
+def _value_range(learn): return learn.encoder_info.get('value_range')
+
 def _features(model, dls): return [extract_features(model, dl) for dl in dls.loaders]
 
 def _untrained_features(learn):
@@ -175,7 +180,7 @@ class _Run:
         s = self.settings
         def _some(names): return {k: s[k] for k in names.split()}
         set_seed(s['seed'])
-        dls = get_dls(s['data'], **_given(num_workers=s['workers'], **_some('path bs size limit seed skip_bad channels')))
+        dls = get_dls(s['data'], **_given(num_workers=s['workers'], **_some('path bs size limit seed')), **_of_folder(s))
         own = self.recipe.learner_kwargs() if self.recipe else _some('arch method eps alpha attack n_out views')
         return clae_learner(dls, **own, **_some('precision channels_last attack_bn on_nonfinite'))
 
@@ -198,7 +203,7 @@ class _Run:
             if self.folder is None: _check_name(name) # somebody was faster
         try:
             with filelock.FileLock(self.folder/'.lock', timeout=0):
-                if new: self.write_options(precision=learn.precision) # what 'auto' has chosen, for good
+                if new: self.write_options(precision=learn.precision, value_range=_value_range(learn)) # what was found, for good
                 self.finish(learn)
         except filelock.Timeout: raise ValueError(f"Another process is at work on {self.folder}.") from None
 
@@ -242,10 +247,11 @@ class _Run:
         if features:
             features['encoder'] = _features(learn, learn.dls)
             metrics['knn'] = {k: few_label_knn(*train, *test, ns=(1,5)) for k,(train,test) in features.items()}
-            print(f"\n{knn_table(metrics['knn'], len(learn.dls.valid_ds))}\n")
+            print(f"\n{knn_table(metrics['knn'], features['encoder'][1][1])}\n")
         metrics.update(more(learn))
         settings = dict(s, name=folder.name, size=learn.encoder_info['size'], device=str(learn.dls.device),
-            precision=learn.precision, processes=max(1, num_distrib()))
+            precision=learn.precision, processes=max(1, num_distrib()), value_range=_value_range(learn),
+            images=getattr(learn.dls, 'notes', []))
         # this says that the run is finished, so it comes last
         _write_json(folder/'summary.json', dict(settings=settings, seed=s['seed'], versions=_versions, metrics=metrics))
         print(f"The encoder is {folder/'encoder.safetensors'}; what the adversary does is in {folder/'views.png'}.")
@@ -277,7 +283,13 @@ def _own_data(file):
         raise ValueError(f"{file} is in no run's folder: say what to evaluate it on, with --data NAME or --path FOLDER.")
     settings,_ = _fill_in(read_options(file.parent))
     seed = ['seed'] if settings['data'] == 'folder' else [] # that held images out
-    return settings['data'],{k: settings[k] for k in ['path','channels','skip_bad','size',*seed]}
+    return settings['data'],{k: settings[k] for k in ['path','size',*seed]} | _of_folder(settings)
+
+def _check_held_out(dls, folder):
+    version = json.loads((folder/'settings.json').read_bytes())['versions']['clae_fastai']
+    if dls.held_out and version.startswith('0.1.'):
+        raise ValueError(f"{folder} is a run of clae_fastai {version}, which chose the images to hold out in another way, so that "
+            "this version would test on images that the run was trained on: say what to evaluate it on, with --path FOLDER.")
 
 def evaluate_run(
     run:str, # Name or folder of a run, or an encoder file
@@ -285,6 +297,11 @@ def evaluate_run(
     path:str=None, # Folder of the data set
     bs:int=64, # Images a batch
     workers:int=None, # Processes that load images
+    channels:int=None, # And further options of a folder, of `get_dls`
+    value_range:tuple=None,
+    background:str=None,
+    max_pixels:int=None,
+    skip_bad:bool=None,
     **kwargs # For `evaluate`
 ):
     "Evaluate an encoder, print the table, and write it to eval-DATA-PROTOCOL.json beside the encoder"
@@ -292,8 +309,11 @@ def evaluate_run(
     file = _encoder_file(run)
     if data is None and path is None: data,own = _own_data(file)
     else: data,own = ifnone(data, 'folder'),dict(path=path)
-    own,dataset = _given(bs=bs, num_workers=workers, **own),data
-    if 'seed' in own: dataset,own = get_dls(data, drop_last=False, **own),{} # `evaluate` has a seed of its own
+    given = dict(channels=channels, value_range=value_range, background=background, max_pixels=max_pixels, skip_bad=skip_bad or None)
+    own,dataset = _given(bs=bs, num_workers=workers, **own) | _given(**given),data
+    if 'seed' in own: # `evaluate` has one of its own
+        dataset,own = get_dls(data, drop_last=False, **own),{}
+        _check_held_out(dataset, file.parent)
     res = replace(evaluate(file, dataset, **kwargs, **own), dataset=data)
     ends = itertools.chain([''], map('-{}'.format, itertools.count(2)))
     files = (file.parent/f'eval-{data}-{res.protocol}{end}.json' for end in ends)

@@ -7,80 +7,174 @@ __all__ = ['folder_dls']
 
 # %% ../../nbs/09_data.folders.ipynb #1d69a403
 from fastai.vision.all import *
-from sklearn.model_selection import train_test_split
+from collections import Counter
+from dataclasses import dataclass
 from .images import *
 
 # %% ../../nbs/09_data.folders.ipynb #9dd68d34
-def _read_part(folder, skip_bad):
-    "Items of a folder, labelled where all lie in folders of several classes; and (file, mode, size) of each image"
-    files,modes,sizes = check_images(get_image_files(folder).sorted(), folder, skip_bad)
-    parts = [f.relative_to(folder).parts for f in files]
-    labelled = all(len(o) > 1 for o in parts) and len({o[0] for o in parts}) > 1
-    return [ImageItem(f, o[0] if labelled else None) for f,o in zip(files, parts)],L(zip(files, modes, sizes))
+_train_names = 'train','training'
+_test_names = 'test','testing','valid','validation','val','dev','eval' # the first that is there is for testing
+
+def _some(files): return ', '.join(map(str, files[:3])) + (', ...' if files[3:] else '')
+
+def _subfolders(folder): return [o for o in sorted(folder.iterdir()) if o.is_dir() and not is_clutter(o.name)]
+def _named(folders, names): return [o for name in names for o in folders if o.name.lower() == name]
+def _images_in(folder, read): return [o for o in sorted(folder.iterdir()) if o.is_file() and is_image(o.name, read)]
+
+def _enter(folder, read, classes=()):
+    "`folder`, or the folder that is all its content, if that is none of the `classes`"
+    while len(inner := _subfolders(folder)) == 1 and inner[0].name not in classes and not _images_in(folder, read): folder, = inner
+    return folder
+
+def _find_parts(path, read, notes):
+    "Folders of the training and of the test images, the latter None where there is none"
+    path = _enter(path, read)
+    folders = _subfolders(path)
+    trains,tests = (_named(folders, names) for names in (_train_names,_test_names))
+    if len(trains) > 1: raise ValueError(f"{path} has two folders to train on, {_some(trains)}: join them.")
+    if len(tests) > 1 and len(tests) == len(folders):
+        raise ValueError(f"{path} has {_some(tests)}, and no folder to train on: call one of them train.")
+    if not trains or not tests and len(folders) > 1: return path,None # `train` is also something that runs on rails
+    parts = trains + tests[:1]
+    beside = [o for o in folders if o not in parts] + _images_in(path, read)
+    if beside: notes.append(f"Left out: {_some(beside)}, as {' and '.join(map(str, parts))} hold the images.")
+    train = _enter(parts[0], read)
+    return train,_enter(tests[0], read, {o.name for o in _subfolders(train)}) if tests else None
+
+def _check_split_first(root):
+    "Raises `ValueError` for <class>/train"
+    classes = _subfolders(root)
+    if len(classes) > 1 and all(_named(_subfolders(o), _train_names) for o in classes):
+        raise ValueError(f"The classes of {root} have training folders of their own, such as {classes[0]}/train: "
+            "put that first, as in train/<class>, or give the folder of one class.")
+
+def _labels(files, root, classes=None):
+    "The class folder of each file, None where there are no `classes`; by default those of `root` are all that it has"
+    parts = [f.relative_to(root).parts for f in files]
+    found = {o[0] for o in parts if len(o) > 1}
+    if classes is None: classes = found if len(found) > 1 else ()
+    stray = [f for f,o in zip(files, parts) if len(o) == 1]
+    if classes and stray:
+        raise ValueError(f"{len(stray)} of the {len(files)} images in {root} lie in none of its class folders: {_some(stray)}. "
+            "Move them into a class or out of the folder, or train without labels: unlabelled=True (--unlabelled).")
+    return [o[0] if classes else None for o in parts]
 
 def _classes(items): return sorted({o.label for o in items} - {None})
 
-def _hold_out(items, seed):
-    "Four fifths to train on and one to test on, where the class of a test image must be known"
-    train,test = train_test_split(items, test_size=.2, random_state=seed)
-    known = {o.label for o in train}
-    return train + [o for o in test if o.label not in known],[o for o in test if o.label in known]
+def _check_classes(train, test, root, test_root):
+    if unknown := set(_classes(test)) - set(_classes(train)):
+        raise ValueError(f"{test_root} has classes that {root} has not: {', '.join(sorted(unknown))}. Sort the images of both "
+            "by the same classes, or train without labels: unlabelled=True (--unlabelled).")
 
-def _read_folder(path, seed, skip_bad):
-    "Items to train and to test on; (file, mode, size) of each image"
-    tests = [path/o for o in ('test','valid','val') if (path/o).is_dir()]
-    root,test = (path/'train',tests[0]) if tests and (path/'train').is_dir() else (path,None)
-    train,images = _read_part(root, skip_bad)
-    if not train:
-        raise FileNotFoundError(f"There is no image that can be read in {root}: "
-            f"expected files such as {root}/<class>/1.png, or {root}/1.png for images without classes.")
-    classes = _classes(train)
-    if test is None: return *(_hold_out(train, seed) if classes else (train,[])),images
-    valid,test_images = _read_part(test, skip_bad)
-    remedy = "Sort the images of both by the same classes, or, to train without labels, give one folder of images."
-    if unknown := set(_classes(valid)) - set(classes):
-        raise ValueError(f"{test} has classes that {root} has not: {', '.join(sorted(unknown))}. {remedy}")
-    if classes and valid and not _classes(valid):
-        raise ValueError(f"{root} has class folders and {test} has not. {remedy}")
-    return train,valid if classes else [],images + test_images
+def _hold_out(items, share, seed):
+    "Items to train on, and `share` of each class, of one that has two at least one, to test on"
+    labelled,rng,train,test = items[0].label is not None,random.Random(seed),[],[]
+    if share is None: share = .2 if labelled else .05
+    if not 0 <= share < 1: raise ValueError(f"valid_pct must be 0 or more and less than 1, and it is {share}.")
+    for label,own in sorted(groupby(items, 'label').items(), key=lambda o: str(o[0])):
+        least = 1 if labelled else 2 # that a contrastive loss can be measured on
+        n = max(least, round(share*len(own))) if share and len(own) >= 2*least else 0
+        chosen = set(rng.sample(range(len(own)), n))
+        for i,o in enumerate(own): (test if i in chosen else train).append(o)
+    return train,test,share
 
-def _n_channels(modes, channels):
+@dataclass
+class _Folder:
+    "What a folder holds"
+    train:list # `ImageItem`s
+    test:list # `ImageItem`s
+    files:list # Of both
+    infos:list # Their `ImageInfo`s
+    notes:list # Sentences for the user
+    held_out:bool # Are the test images chosen by us?
+
+def _read_folder(path, reader, seed, skip_bad, unlabelled, valid_pct):
+    notes,parts,files,infos = [],[],[],[]
+    roots = [o for o in _find_parts(path, reader.read, notes) if o]
+    if not unlabelled: _check_split_first(roots[0])
+    for root in roots:
+        found,others = find_images(root, reader.read)
+        if not found:
+            if parts:
+                notes.append(f"There is no image in {root}.")
+                break
+            raise FileNotFoundError(f"There is no image in {root}: "
+                f"expected files such as {root}/<class>/1.png, or {root}/1.png for images without classes.")
+        labels = _labels(found, root, () if unlabelled else _classes(parts[0]) if parts else None)
+        parts.append([ImageItem(*o) for o in zip(found, labels)])
+        names = ', '.join(f'{suffix} {n}' for suffix,n in sorted(others.items(), key=lambda o: (-o[1],o[0])))
+        if others: notes.append(f"Ignored: {others.total()} files in {root} that are no images by their names ({names}).")
+    if len(parts) == 2: _check_classes(*parts, *roots)
+    for root,items in zip(roots, parts):
+        good,its_infos,skipped = check_images(L(items).itemgot(0), root, reader, skip_bad)
+        kept = set(good)
+        items[:] = [o for o in items if o.image in kept]
+        files,infos = files + good,infos + its_infos
+        if skipped: notes.append(skipped)
+    if len(parts) == 2:
+        _check_classes(*parts, *roots) # without what was skipped
+        return _Folder(*parts, files, infos, notes, False)
+    train,test,share = _hold_out(parts[0], valid_pct, seed)
+    if test:
+        what = f'{100*share:g} % of each class are' if _classes(train) else f'{100*share:g} % of them, for valid_loss, are'
+        notes.append(f"{len(test)} of the {len(files)} images, {what} held out (another share: valid_pct=, --valid-pct).")
+    return _Folder(train, test, files, infos, notes, bool(test))
+
+# %% ../../nbs/09_data.folders.ipynb #9191db08
+def _n_channels(infos, channels):
     "1 for grey images, 3 for images in colour, or what the user says"
-    grey = sum(m in ('1','L','LA','I','I;16','F') for m in modes)
-    if channels is None and 0 < grey < len(modes):
-        raise ValueError(f"{grey} of the {len(modes)} images are grey, the others in colour: "
+    found = Counter(o.channels for o in infos)
+    if channels is not None and found.keys() <= {1,3}: return channels
+    if len(found) == 1 and channels is None: return first(found)
+    if found.keys() == {1,3}:
+        raise ValueError(f"{found[1]} of the {len(infos)} images are grey, the others in colour: "
             "make all alike with channels=3 or 1 (--channels on the command line).")
-    return ifnone(channels, 1 if grey else 3)
+    of = ', '.join(f'{n} of {c}' for c,n in sorted(found.items()))
+    raise ValueError(f"The images have different numbers of channels, or cannot have {channels}: {of}.")
 
-def _cropped_size(images):
-    "224 pixels. Raises `ValueError` where an image would have to be enlarged to that"
-    file,_,(w,h) = min(images, key=lambda o: min(o[2]))
-    if min(w,h) < 224:
+def _default_size(folder):
+    "(height, width): the images' own where it is small and that of all, else 224 pixels"
+    file,info = min(zip(folder.files, folder.infos), key=lambda o: min(o[1].height, o[1].width))
+    h,w = info.height,info.width
+    if all((o.height,o.width) == (h,w) for o in folder.infos) and (min(h,w) < 224 or h == w == 224): return h,w
+    if min(h,w) < 224:
         raise ValueError(f"{file} is {w}x{h} pixels, smaller than the 224 that images of several sizes are cropped to: "
-            f"choose one, such as size={min(w,h)}.")
-    return 224
+            f"choose one, such as size={min(h,w)}.")
+    return 224,224
 
 def folder_dls(
     path:str|Path, # The folder
-    size:int=None, # Side of the images in pixels; for the default see above
+    size:int|tuple=None, # Side of the images in pixels, or (height, width); for the default see above
     limit:int=None, # Use this many training images, chosen by `seed`
-    seed:int=42, # Seed of that choice, and of the held-out fifth
+    seed:int=42, # Seed of that choice, and of the held-out images
     skip_bad:bool=False, # Leave out files that cannot be read, instead of raising?
     channels:int=None, # 1: read all as grey, 3: as colour; by default what they are
+    value_range:tuple=None, # (black, white) of images of more than 8 bits; by default the power of two that holds all
+    background:str='white', # Colour beneath transparent parts
+    read:Callable=None, # `read(file) -> array`, (H,W) or (H,W,C), in place of Pillow; None: the file is no image
+    max_pixels:int=None, # Most pixels that an image may have; by default Pillow's limit
+    valid_pct:float=None, # Share that is held out where there is no test part; .2 by default, without labels .05
+    unlabelled:bool=False, # Are the folders in it no classes?
     **kwargs # Passed to `memory_dls` or `file_dls`
-) -> DataLoaders:
+) -> DataLoaders: # Their `reader` reads more such images, their `notes` say what was done to these
     "`DataLoaders` of a folder of images. Raises `FileNotFoundError` or `ValueError` before any training"
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_dir(): raise FileNotFoundError(f"There is no folder {path}.")
-    train,valid,images = _read_folder(path, seed, skip_bad)
-    channels,classes = _n_channels(images.itemgot(1), channels),_classes(train)
-    sides = {side for *_,width_height in images for side in width_height}
-    side = sides.pop() if len(sides) == 1 else None # where all are squares of one size
-    small = side is not None and side <= 64
-    if size is None: size = side if small else _cropped_size(images)
-    train = sample_items(train, limit, seed)
-    if not small:
-        return file_dls(train, valid, classes, None if size == side else Resize(size), channels, path=path, **kwargs)
-    train = MemoryImages.from_items(train, classes, channels)
-    valid = MemoryImages.from_items(valid, classes, channels) if valid else train.new_empty()
-    return memory_dls(train, valid, size, path=path, **kwargs)
+    options = dict(background=background, read=read, max_pixels=max_pixels)
+    folder = _read_folder(path, ImageReader(value_range=value_range, **options), seed, skip_bad, unlabelled, valid_pct)
+    found = find_value_range(folder.files, folder.infos, value_range)
+    reader = ImageReader(_n_channels(folder.infos, channels), ifnone(found, value_range), **options)
+    sizes = {(o.height,o.width) for o in folder.infos}
+    size = tuplify(size or _default_size(folder), match=(0,0))
+    notes = folder.notes + describe_images(folder.files, folder.infos, reader)
+    train,test,classes = sample_items(folder.train, limit, seed),folder.test,_classes(folder.train)
+    if len(sizes) == 1 and max(first(sizes)) <= 64:
+        train = MemoryImages.from_items(train, classes, reader)
+        test = MemoryImages.from_items(test, classes, reader) if test else train.new_empty()
+        dls = memory_dls(train, test, size, path=path, **kwargs)
+    else:
+        resize = Resize if reader.channels in (1,3) else ResizeCenterCrop
+        dls = file_dls(train, test, classes, None if sizes == {size} else resize(size), reader, path=path, **kwargs)
+    dls.reader,dls.notes,dls.held_out = reader,notes,folder.held_out
+    if notes: print('\n'.join(notes))
+    return dls

@@ -8,6 +8,7 @@ __all__ = ['methods', 'clae_learner', 'seeded_clae', 'full_batches', 'views_tabl
 # %% ../../nbs/16_train.learner.ipynb #500cb2fb
 from fastai.vision.all import *
 from fastai.vision.learner import create_head as fastai_head, default_split
+import warnings
 from ..core import *
 from ..method.losses import *
 from ..method.dualbn import *
@@ -20,10 +21,22 @@ from .finite import *
 from .encoder import *
 
 # %% ../../nbs/16_train.learner.ipynb #eeb3a6eb
+def _check_batch_tfms(dls):
+    fs = L(getattr(getattr(dls.train, 'after_batch', None), 'fs', None))
+    behind = fs[len(split_normalize(dls.train.after_batch)[0]):][1:] if fs else []
+    def _same(tfm): return same_for_all(Pipeline([tfm], split_idx=0), (32,32), device=getattr(dls, 'device', None))
+    same = [o for o in fs if isinstance(o, RandomErasing) or _same(o)] # which fills one hole with noise of each image
+    for tfms,what in ((behind, "stand behind Normalize, which is moved behind the views"),
+                      (same, "change all images of a batch in the same way")):
+        names = ', '.join(type(o).__name__ for o in tfms)
+        if names:
+            raise ValueError(f"{names} of the DataLoaders {what}: take them out of batch_tfms; augmentations belong into views=.")
+
 def _pixel_dls(dls):
     "A shallow copy of `dls` without `Normalize`, and the (mean, std) of that, or None"
     def _pixels(dl):
         return dl.new(after_batch=Pipeline(split_normalize(dl.after_batch)[0])) if isinstance(dl, TfmdDL) else dl
+    _check_batch_tfms(dls)
     res = copy(dls)
     res.loaders = [_pixels(dl) for dl in dls.loaders]
     if len(res.loaders) == 1 and isinstance(res.train, TfmdDL): # fastai's fit wants a validation set, which may be empty
@@ -62,9 +75,23 @@ def _weights_stats(encoder, pretrained, weights, info, n_in):
     cfg = getattr(encoder, 'pretrained_cfg', None) # timm's; torchvision's are all trained on ImageNet
     return (cfg['mean'],cfg['std']) if cfg else imagenet_stats
 
-def _encoder_info(arch, encoder, n_in, size, method, stats):
+def _own_views(views, stats, images):
+    "Views of the user's, those without statistics with the `DataLoaders`'"
+    if item_tfms(views) is not None: views = TwoViews(views)
+    if isinstance(views, TwoViews) and views.stats is None and stats is not None:
+        views = copy(views)
+        views.stats = stats
+    _,n_in,*size = images.shape
+    def _pair(views, x): return torch.cat(views(x), 1)
+    if same_for_all(partial(_pair, views), size, n_in, images.device):
+        warnings.warn("The views change all images of a batch in the same way, so that the loss can be small without learning: "
+            "draw random numbers for each image, or give a list of item transforms, which are applied to one image at a time.")
+    return views
+
+def _encoder_info(arch, encoder, n_in, size, method, stats, value_range):
     if callable(method): method = getattr(method, '__name__', type(method).__name__)
     info = dict(arch=arch_name(arch), stem=stem_of(encoder), channels=n_in, size=size, method=method)
+    if value_range is not None: info['value_range'] = [*value_range]
     return info if stats is None else dict(info, mean=stats[0].tolist(), std=stats[1].tolist())
 
 @delegates(Learner.__init__, but='model,loss_func')
@@ -80,7 +107,7 @@ def clae_learner(
     temperature:float=None, # Softmax temperature, the method's by default
     head:str|nn.Module=None, # 'linear', 'mlp' or a module, the method's by default
     n_out:int=None, # Dimensions of the embedding, the method's by default
-    views:str|Callable=None, # One of `view_presets`, the method's by default, or `views(x) -> (x_q, x_p)`, normalised
+    views:str|Callable|list=None, # One of `view_presets`, the method's by default, `item_tfms`, or `views(x) -> (x_q, x_p)`, normalised
     stem:str=None, # 'cifar', 'imagenet', or None: 'cifar' up to 64 pixels, where there is one
     pretrained:bool=False, # Start from the default weights?
     weights=None, # Start from a weight set, a state dict, or an encoder file
@@ -94,7 +121,8 @@ def clae_learner(
     loss,settings = _loss(method, temperature)
     attack = _attack(attack, eps)
     pixels,stats = _pixel_dls(dls)
-    _,n_in,*size = _first_images(pixels).shape
+    images = _first_images(pixels)
+    _,n_in,*size = images.shape
 
     info = None
     if isinstance(weights, (str,Path)) and Path(weights).suffix == '.safetensors': weights,info = read_encoder(weights)
@@ -106,15 +134,18 @@ def clae_learner(
     model = ContrastiveModel(encoder, head, normalize=isinstance(loss, TwoViewLoss)).to(device)
 
     views = ifnone(views, settings['views'])
-    if not callable(views):
+    if isinstance(views, str):
         stats = ifnone(stats, _weights_stats(encoder, pretrained, weights, info, n_in))
         views = TwoViews.from_preset(views, size, n_in, stats)
+    else: views = _own_views(views, stats, images)
+    if isinstance(views, TwoViews): views.check(images)
     precision,fast = precision_cbs(precision, device)
     if channels_last: fast.append(ChannelsLast())
     cbs = [CLAECallback(views, attack, adv_momentum, attack_bn), CheckFinite(on_nonfinite), DevicePrecision(), *fast, *L(cbs)]
     learn = Learner(pixels, model, CLAELoss(loss, alpha), cbs=cbs, **kwargs)
     learn.precision = precision
-    learn.encoder_info = _encoder_info(arch, encoder, n_in, size, method, getattr(views, 'stats', None))
+    learn.encoder_info = _encoder_info(arch, encoder, n_in, size, method, getattr(views, 'stats', None),
+        getattr(getattr(dls, 'reader', None), 'value_range', None))
     return learn
 
 # %% ../../nbs/16_train.learner.ipynb #660d4823
@@ -250,6 +281,7 @@ def encoder_learner(
     if not n_out: raise ValueError("The DataLoaders have no classes: give labelled images, or n_out.")
     _,n_in,*size = dls.one_batch()[0].shape
     check_channels(n_in, info)
+    check_value_range(dls, info)
     head = fastai_head(num_features(encoder, n_in, size), n_out, lin_ftrs, ps, pool=False)
     apply_init(head, nn.init.kaiming_normal_)
     model = nn.Sequential(ContrastiveModel(encoder, nn.Identity(), normalize=False), head)

@@ -103,7 +103,7 @@ def _read_folder(path, reader, seed, skip_bad, unlabelled, valid_pct):
         labels = _labels(found, root, () if unlabelled else _classes(parts[0]) if parts else None)
         parts.append([ImageItem(*o) for o in zip(found, labels)])
         names = ', '.join(f'{suffix} {n}' for suffix,n in sorted(others.items(), key=lambda o: (-o[1],o[0])))
-        if others: notes.append(f"Ignored: {others.total()} files in {root} that are no images by their names ({names}).")
+        if others: notes.append(f"Left out, as no images by their names: {names} in {root}.")
     if len(parts) == 2: _check_classes(*parts, *roots)
     for root,items in zip(roots, parts):
         good,its_infos,skipped = check_images(L(items).itemgot(0), root, reader, skip_bad)
@@ -116,8 +116,8 @@ def _read_folder(path, reader, seed, skip_bad, unlabelled, valid_pct):
         return _Folder(*parts, files, infos, notes, False)
     train,test,share = _hold_out(parts[0], valid_pct, seed)
     if test:
-        what = f'{100*share:g} % of each class are' if _classes(train) else f'{100*share:g} % of them, for valid_loss, are'
-        notes.append(f"{len(test)} of the {len(files)} images, {what} held out (another share: valid_pct=, --valid-pct).")
+        what = 'to test on, of each class' if _classes(train) else 'to measure valid_loss on,'
+        notes.append(f"Held out {what} {100*share:g} % (another share: valid_pct=, --valid-pct): {len(test)} of {len(files)} images.")
     return _Folder(train, test, files, infos, notes, bool(test))
 
 # %% ../../nbs/09_data.folders.ipynb #9191db08

@@ -33,7 +33,7 @@ class ImageInfo:
 
 class TensorChannels(TensorImage):
     "An image (C,H,W) of other than one or three channels; the first is shown"
-    _show_args = TensorImageBW._show_args
+    _show_args = dict(cmap='gray')
     def show(self, ctx=None, **kwargs): return show_image(self[:1], ctx=ctx, **{**self._show_args, **kwargs})
 
 _heic_suffixes = '.heic','.heif','.hif'
@@ -81,6 +81,16 @@ def _as_array(values):
     if values.dtype == bool: return values.astype(np.uint8)*255
     if values.dtype.kind not in 'uif': raise ValueError(f"its values are {values.dtype}, and not numbers")
     return values
+
+def _reason(file, error):
+    "Why a file cannot be read"
+    if isinstance(error, UnidentifiedImageError): error = 'Pillow does not know its format'
+    if isinstance(file, (str,Path)) and Path(file).suffix.lower() in _heic_suffixes and 'HEIF' not in Image.OPEN:
+        return ("HEIC needs a package: pip install pillow-heif; the commands and get_dls then register it by themselves, "
+            "as pillow_heif.register_heif_opener() does")
+    if isinstance(error, Image.DecompressionBombError):
+        return f"{error} Where it can be trusted, raise the limit with max_pixels=N (--max-pixels N)"
+    return str(error).rstrip('.') or type(error).__name__
 
 class ImageReader(DisplayedTransform):
     "Reads images of all kinds as 8 bits a channel"
@@ -204,16 +214,6 @@ def _load_checked(file, background):
         if [memo['format'], memo['background'], types] == [_checked_format, background, {_row_types}]: return memo['images']
     return {}
 
-def _reason(file, error):
-    "Why a file cannot be read"
-    if isinstance(error, UnidentifiedImageError): error = 'Pillow does not know its format'
-    if isinstance(file, (str,Path)) and Path(file).suffix.lower() in _heic_suffixes and 'HEIF' not in Image.OPEN:
-        return ("HEIC needs a package: pip install pillow-heif; the commands and get_dls then register it by themselves, "
-            "as pillow_heif.register_heif_opener() does")
-    if isinstance(error, Image.DecompressionBombError):
-        return f"{error} Where it can be trusted, raise the limit with max_pixels=N (--max-pixels N)"
-    return str(error).rstrip('.') or type(error).__name__
-
 def check_images(
     files:list, # Image files
     root:str|Path, # Where to remember what was readable
@@ -241,7 +241,7 @@ def check_images(
     if memo and (images := {_name(f): found for f,found in good}) != known:
         content = dict(format=_checked_format, background=reader.background, images=images)
         with suppress(OSError): write_text(memo, json.dumps(content))
-    skipped = f"{n_passed} files are no images, as the function that reads them says." if n_passed else ''
+    skipped = f"Left out, as the function that reads them says: {n_passed} of {len(files)} files." if n_passed else ''
     if bad:
         names = '; '.join(f'{f} ({_reason(f, e)})' for f,e in bad[:3])
         what = f"{len(bad)} of {len(files)} files cannot be read as images: {names}{'; ...' if bad[3:] else ''}."
@@ -267,8 +267,7 @@ def find_value_range(
         if unclear := [(f,o) for f,o in deep if o.kind == 'float' or o.low < 0]:
             what,low,high = _which(unclear)
             raise ValueError(f"{what} that are floats or negative, from {low:g} to {high:g}: "
-                f"say which become black and white with value_range=(low, high) (--value-range LOW HIGH), "
-                f"such as value_range=({low:g}, {high:g}).")
+                "say which become black and white, with value_range=(low, high) (--value-range LOW HIGH).")
         return 0,2**max(8, int(max(o.high for _,o in deep)).bit_length()) - 1
     black,white = value_range
     if outside := [(f,o) for f,o in deep if not black <= o.low <= o.high <= white]:
@@ -283,24 +282,15 @@ def describe_images(
     reader:ImageReader # How they are read
 ) -> list: # Sentences
     "What is done to the images of a folder, and what is odd about them"
-    def _some(test):
-        found = [str(f) for f,o in zip(files, infos) if test(o)]
-        return len(found),', '.join(found[:3]) + (', ...' if found[3:] else '')
-    tests = dict(
-        turned=lambda o: o.turned, transparent=lambda o: o.transparent, deep=lambda o: o.kind != 'uint8',
-        pages=lambda o: o.pages > 1, constant=lambda o: o.constant)
-    texts = dict(
-        turned="are turned upright, as their EXIF orientation says",
-        transparent=f"have transparent parts, which are laid on {reader.background} (another colour: background=, --background)",
-        deep="have more than 8 bits: their values from {:g} to {:g} become 0 to 255 (another range: value_range=, --value-range)",
-        pages="have several pages or frames, of which the first is read",
-        constant="are of one colour throughout")
-    if reader.value_range: texts['deep'] = texts['deep'].format(*reader.value_range)
-    notes = []
-    for name,text in texts.items():
-        n,names = _some(tests[name])
-        if n: notes.append(f"{n} of the {len(infos)} images {text}: {names}.")
-    return notes
+    tests = {
+        "Turned upright, as their EXIF orientation says": lambda o: o.turned,
+        f"Laid on {reader.background} where they are transparent (another colour: background=, --background)": lambda o: o.transparent,
+        "Scaled from {:g} to {:g}, the range of their values, to 8 bits (another range: value_range=, --value-range)".format(
+            *reader.value_range or (0,255)): lambda o: o.kind != 'uint8',
+        "Read without the pages or frames behind the first": lambda o: o.pages > 1,
+        "Of one colour throughout": lambda o: o.constant}
+    found = {text: [str(f) for f,o in zip(files, infos) if test(o)] for text,test in tests.items()}
+    return [f"{text}: {len(names)} of {len(infos)} images, such as {names[0]}." for text,names in found.items() if names]
 
 # %% ../../nbs/08_data.images.ipynb #e395e5a4
 def read_images(

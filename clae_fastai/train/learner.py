@@ -30,7 +30,8 @@ def _check_batch_tfms(dls):
                       (same, "change all images of a batch in the same way")):
         names = ', '.join(type(o).__name__ for o in tfms)
         if names:
-            raise ValueError(f"{names} of the DataLoaders {what}: take them out of batch_tfms; augmentations belong into views=.")
+            raise ValueError(f"The batch_tfms of the DataLoaders have transforms that {what}: {names}. "
+                "Take them out; augmentations belong into views=.")
 
 def _pixel_dls(dls):
     "A shallow copy of `dls` without `Normalize`, and the (mean, std) of that, or None"

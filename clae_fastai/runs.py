@@ -297,11 +297,11 @@ def evaluate_run(
     path:str=None, # Folder of the data set
     bs:int=64, # Images a batch
     workers:int=None, # Processes that load images
-    channels:int=None, # And further options of a folder, of `get_dls`
-    value_range:tuple=None,
-    background:str=None,
-    max_pixels:int=None,
-    skip_bad:bool=None,
+    channels:int=None, # This and what follows are options of a folder, as in `folder_dls`; by default the run's
+    value_range:tuple=None, # Or that of the encoder
+    background:str=None, # Colour beneath transparent parts
+    max_pixels:int=None, # Most pixels that an image may have
+    skip_bad:bool=None, # Leave out what cannot be read?
     **kwargs # For `evaluate`
 ):
     "Evaluate an encoder, print the table, and write it to eval-DATA-PROTOCOL.json beside the encoder"

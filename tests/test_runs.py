@@ -104,6 +104,14 @@ def test_finished_runs_stay_readable(cli, old, change):
     r = cli('clae_train', '--resume', 'finished')
     assert r.returncode == 0 and 'is finished' in r.stdout
 
+def test_images_that_0_1_held_out(command, cli, old, digits_dir):
+    "It chose them otherwise, so that this version would test on images that were trained on"
+    rewrite(old/'finished', data='folder', path=str(digits_dir/'grey'), size=16)
+    assert 'another way' in command(clae_eval, 'finished')
+    assert cli('clae_eval', 'finished', '--path', digits_dir/'grey', '--protocol', 'authors', '--knn-on', 'h').returncode == 0
+    rewrite(old/'finished', version='0.2.0')
+    assert cli('clae_eval', 'finished', '--protocol', 'authors', '--knn-on', 'h').returncode == 0
+
 def test_what_an_old_run_lacks(old):
     rewrite(old/'finished', drop=train_options)
     assert read_options(old/'finished') == {k: v for k,(_,v) in train_options.items()}

@@ -21,7 +21,7 @@ from ..core import *
 class ImageInfo:
     "What is known of an image before training"
     width:int # In pixels, once it is upright
-    height:int
+    height:int # As well
     channels:int # 1: grey, 3: colour; of arrays any number
     kind:str # Of its values: 'uint8', 'int' (more than 8 bits) or 'float'
     low:float # Smallest value
@@ -168,7 +168,7 @@ class ImageReader(DisplayedTransform):
         except Exception as e: # whatever it is, of whatever library; none names the file
             name = image if isinstance(image, (str,Path)) else f'An image ({type(image).__name__})'
             remedy = '' if isinstance(e, ValueError) else ' Restore or replace it.' # ours have their own
-            raise ValueError(f"{name} cannot be read ({_reason(image, e)}).{remedy}") from None
+            raise ValueError(f"{name} cannot be read as an image ({_reason(image, e)}).{remedy}") from None
 
 # %% ../../nbs/08_data.images.ipynb #476ad3a6
 Image.init()

@@ -153,7 +153,7 @@ class TwoViews:
         "Raises `ValueError` where they are not uint8 or in [0,1], but for what interpolation adds"
         low,high = float(x.min()),float(x.max())
         if x.dtype != torch.uint8 and not -.1 <= low <= high <= 1.1:
-            how = "leave out their normalisation, or make it fastai's Normalize in batch_tfms, which is moved behind the views" \
+            how = "normalise them behind the views, by the stats of TwoViews; clae_learner moves fastai's Normalize there" \
                 if low < 0 else "divide them by 255, or give uint8"
             raise ValueError(f"The images have values from {low:.4g} to {high:.4g}, and views are made of pixels in [0,1], "
                 f"clipping the rest: {how}.")

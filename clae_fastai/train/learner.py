@@ -135,7 +135,7 @@ def clae_learner(
     model = ContrastiveModel(encoder, head, normalize=isinstance(loss, TwoViewLoss)).to(device)
 
     views = ifnone(views, settings['views'])
-    if isinstance(views, str):
+    if not callable(views) and item_tfms(views) is None:
         stats = ifnone(stats, _weights_stats(encoder, pretrained, weights, info, n_in))
         views = TwoViews.from_preset(views, size, n_in, stats)
     else: views = _own_views(views, stats, images)

@@ -275,7 +275,7 @@ def user_dls(*tfms, side=16, scale=1.):
 
 @pytest.mark.parametrize('dls,words', [
     (lambda: user_dls(scale=255.), ['divide them by 255', 'to 25']),
-    (lambda: user_dls(T.Normalize([.5]*3, [.25]*3)), ['normalisation', 'from -'])])
+    (lambda: user_dls(T.Normalize([.5]*3, [.25]*3)), ['behind the views', 'from -'])])
 def test_values_that_views_would_clip(dls, words):
     with pytest.raises(ValueError) as e: clae_learner(dls(), resnet8)
     assert all(w in str(e.value) for w in words)

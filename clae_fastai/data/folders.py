@@ -116,8 +116,8 @@ def _read_folder(path, reader, seed, skip_bad, unlabelled, valid_pct):
         return _Folder(*parts, files, infos, notes, False)
     train,test,share = _hold_out(parts[0], valid_pct, seed)
     if test:
-        what = 'to test on, of each class' if _classes(train) else 'to measure valid_loss on,'
-        notes.append(f"Held out {what} {100*share:g} % (another share: valid_pct=, --valid-pct): {len(test)} of {len(files)} images.")
+        what = f'{100*share:g} % of each class, to test on' if _classes(train) else f'{100*share:g} %, to measure valid_loss on'
+        notes.append(f"Held out {what} (valid_pct=, --valid-pct): {len(test)} of {len(files)} images.")
     return _Folder(train, test, files, infos, notes, bool(test))
 
 # %% ../../nbs/09_data.folders.ipynb #9191db08

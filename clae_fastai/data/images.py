@@ -284,8 +284,8 @@ def describe_images(
     "What is done to the images of a folder, and what is odd about them"
     tests = {
         "Turned upright, as their EXIF orientation says": lambda o: o.turned,
-        f"Laid on {reader.background} where they are transparent (another colour: background=, --background)": lambda o: o.transparent,
-        "Scaled from {:g} to {:g}, the range of their values, to 8 bits (another range: value_range=, --value-range)".format(
+        f"Laid on {reader.background} where they are transparent (background=, --background)": lambda o: o.transparent,
+        "Scaled from the range {:g} to {:g} to 8 bits (value_range=, --value-range)".format(
             *reader.value_range or (0,255)): lambda o: o.kind != 'uint8',
         "Read without the pages or frames behind the first": lambda o: o.pages > 1,
         "Of one colour throughout": lambda o: o.constant}

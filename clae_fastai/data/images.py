@@ -133,11 +133,14 @@ class ImageReader(DisplayedTransform):
         if isinstance(values, Image.Image):
             transparent = _is_transparent(values)
             mode = 'L' if values.mode in ('1','L','LA','La') else 'RGB'
-            values = np.asarray(_without_alpha(values, self.background).convert(mode))
-        kind = 'uint8' if values.dtype == np.uint8 else 'float' if values.dtype.kind == 'f' else 'int'
-        low,high = (np.atleast_1d(f(values, axis=(0,1))) for f in (np.min, np.max)) # of each channel
-        return ImageInfo(values.shape[1], values.shape[0], len(low), kind, float(low.min()), float(high.max()),
-            bool((low == high).all()), transparent, turned, pages)
+            values = _without_alpha(values, self.background).convert(mode)
+            kind,bands = 'uint8',np.reshape(values.getextrema(), (-1,2))
+        else:
+            kind = 'uint8' if values.dtype == np.uint8 else 'float' if values.dtype.kind == 'f' else 'int'
+            bands = np.array([(o.min(),o.max()) for o in np.moveaxis(np.atleast_3d(values), 2, 0)])
+        (h,w),(low,high) = values.shape[:2],bands.T # of each channel
+        return ImageInfo(w, h, len(bands), kind, float(low.min()), float(high.max()), bool((low == high).all()),
+            transparent, turned, pages)
 
     def _scale(self, values):
         low,high = float(values.min()),float(values.max())

@@ -285,15 +285,19 @@ def describe_images(
     reader:ImageReader # How they are read
 ) -> list: # Sentences
     "What is done to the images of a folder, and what is odd about them"
-    tests = {
-        "Turned upright, as their EXIF orientation says": lambda o: o.turned,
-        f"Laid on {reader.background} where they are transparent (background=, --background)": lambda o: o.transparent,
-        "Scaled from the range {:g} to {:g} to 8 bits (value_range=, --value-range)".format(
-            *reader.value_range or (0,255)): lambda o: o.kind != 'uint8',
-        "Read without the pages or frames behind the first": lambda o: o.pages > 1,
-        "Of one colour throughout": lambda o: o.constant}
-    found = {text: [str(f) for f,o in zip(files, infos) if test(o)] for text,test in tests.items()}
-    return [f"{text}: {len(names)} of {len(infos)} images, such as {names[0]}." for text,names in found.items() if names]
+    tests = [ # text, test, and how many names are given
+        ("Turned upright, as their EXIF orientation says", lambda o: o.turned, 1),
+        (f"Laid on {reader.background} where they are transparent (background=, --background)", lambda o: o.transparent, 1),
+        ("Scaled from the range {:g} to {:g} to 8 bits (value_range=, --value-range)".format(*reader.value_range or (0,255)),
+            lambda o: o.kind != 'uint8', 1),
+        ("Read without the pages or frames behind the first", lambda o: o.pages > 1, 3),
+        ("Of one colour throughout", lambda o: o.constant, 10)]
+    notes = []
+    for text,test,n in tests:
+        names = [str(f) for f,o in zip(files, infos) if test(o)]
+        such_as = ', '.join(names[:n]) + (', ...' if len(names) > n else '')
+        if names: notes.append(f"{text}: {len(names)} of {len(infos)} images, {such_as}.")
+    return notes
 
 # %% ../../nbs/08_data.images.ipynb #e395e5a4
 def read_images(

@@ -114,11 +114,11 @@ def clae_train(
     bs:int=None, # Images a batch, 64 by default
     lr:float=None, # Largest learning rate of the one-cycle schedule, or first of a recipe's own; 3e-3 by default
     recipe:Literal[_recipes]=None, # The paper's settings; other options given here go before them
-    size:int=None, # Side of the images in pixels, the data set's by default; a folder's own up to 64, else 224
+    size:int=None, # Side of the images in pixels, the data set's by default; a folder's own where that is one and small, else 224
     channels:Literal[1,3]=None, # Read all images of a folder as grey (1) or in colour (3)
     value_range:list=None, # Values of images of more than 8 bits that become black and white; found by default
     background:str='white', # Colour beneath transparent parts
-    max_pixels:int=None, # Most pixels that an image may have, about 90 million by default
+    max_pixels:int=None, # Most pixels that an image may have, 179 million by default
     valid_pct:float=None, # Share of a folder's images that is held out, .2 by default, without labels .05
     unlabelled:bool=False, # The folders in the folder are no classes
     limit:int=None, # Use this many training images

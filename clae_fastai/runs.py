@@ -305,7 +305,7 @@ def evaluate_run(
     **kwargs # For `evaluate`
 ):
     "Evaluate an encoder, print the table, and write it to eval-DATA-PROTOCOL.json beside the encoder"
-    _check_limits(dict(workers=workers))
+    _check_limits(dict(workers=workers, max_pixels=max_pixels))
     file = _encoder_file(run)
     if data is None and path is None: data,own = _own_data(file)
     else: data,own = ifnone(data, 'folder'),dict(path=path)

@@ -7,7 +7,7 @@ __all__ = ['catalogue', 'DataSet', 'datasets', 'get_dls']
 
 # %% ../../nbs/10_data.catalogue.ipynb #69acc60d
 from fastai.vision.all import *
-import contextlib, inspect, scipy.io, torchvision
+import contextlib, inspect, numbers, scipy.io, torchvision
 from dataclasses import dataclass
 from importlib import resources
 from sklearn.datasets import load_digits
@@ -240,8 +240,9 @@ def get_dls(
         name,path = 'folder',Path(name).expanduser()
     entry = look_up(name, catalogue, 'data set', 'or pass a folder of images that exists')
     check_batches(bs)
-    if size is not None and min(tuplify(size)) < 4:
-        raise ValueError(f"size must be 4 pixels or more, and it is {size}.")
+    sides = tuple(size) if isinstance(size, (tuple,list)) else (size,)
+    if size is not None and not (len(sides) in (1,2) and all(isinstance(o, numbers.Integral) and o >= 4 for o in sides)):
+        raise ValueError(f"size must be 4 pixels or more, or (height, width), and it is {size!r}.")
     check_choice('channels', kwargs.get('channels'), (None,1,3))
     if name == 'folder':
         if path is None: raise ValueError("get_dls('folder') needs the folder's path.")

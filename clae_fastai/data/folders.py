@@ -9,55 +9,60 @@ __all__ = ['folder_dls']
 from fastai.vision.all import *
 from collections import Counter
 from dataclasses import dataclass
+import hashlib, unicodedata
 from .images import *
 
 # %% ../../nbs/09_data.folders.ipynb #9dd68d34
 _train_names = 'train','training'
 _test_names = 'test','testing','valid','validation','val','dev','eval' # the first that is there is for testing
 
-def _some(files): return ', '.join(map(str, files[:3])) + (', ...' if files[3:] else '')
+def _folders(files, root):
+    "`{folder in root: files in it}`; those beside the folders are under None. Folders without images are none"
+    return groupby(files, lambda f: first(f.relative_to(root).parts[:-1]))
 
-def _subfolders(folder): return [o for o in sorted(folder.iterdir()) if o.is_dir() and not is_clutter(o.name)]
-def _named(folders, names): return [o for name in names for o in folders if o.name.lower() == name]
-def _images_in(folder, read): return [o for o in sorted(folder.iterdir()) if o.is_file() and is_image(o.name, read)]
+def _named(folders, names): return [o for name in names for o in folders if o and o.lower() == name]
 
-def _enter(folder, read, classes=()):
-    "`folder`, or the folder that is all its content, if that is none of the `classes`"
-    while len(inner := _subfolders(folder)) == 1 and inner[0].name not in classes and not _images_in(folder, read): folder, = inner
-    return folder
+def _enter(root, files, classes=()):
+    "`root`, or the folder in it that holds all files, if that is none of the `classes`"
+    while len(inner := _folders(files, root)) == 1 and first(inner) not in (None, *classes): root = root/first(inner)
+    return root
 
-def _find_parts(path, read, notes):
-    "Folders of the training and of the test images, the latter None where there is none"
-    path = _enter(path, read)
-    folders = _subfolders(path)
-    trains,tests = (_named(folders, names) for names in (_train_names,_test_names))
-    if len(trains) > 1: raise ValueError(f"{path} has two folders to train on, {_some(trains)}: join them.")
-    if len(tests) > 1 and len(tests) == len(folders):
-        raise ValueError(f"{path} has {_some(tests)}, and no folder to train on: call one of them train.")
-    if not trains or not tests and len(folders) > 1: return path,None # `train` is also something that runs on rails
+def _find_parts(path, files, notes):
+    "`[(folder, files)]` to train on and, if there is such a part, to test on"
+    root = _enter(path, files)
+    folders = _folders(files, root)
+    names = sorted(folders.keys() - {None})
+    trains,tests = (_named(names, o) for o in (_train_names,_test_names))
+    if len(trains) > 1: raise ValueError(f"{root} has two folders to train on, {', '.join(trains)}: join them.")
+    if len(tests) > 1 and len(tests) == len(names):
+        raise ValueError(f"{root} has {', '.join(tests)}, and no folder to train on: call one of them train.")
+    if not trains or not tests and len(names) > 1: return [(root,files)] # `train` is also something that runs on rails
     parts = trains + tests[:1]
-    beside = [o for o in folders if o not in parts] + _images_in(path, read)
-    if beside: notes.append(f"Left out: {_some(beside)}, as {' and '.join(map(str, parts))} hold the images.")
-    train = _enter(parts[0], read)
-    return train,_enter(tests[0], read, {o.name for o in _subfolders(train)}) if tests else None
+    beside = [root/o for o in names if o not in parts] + folders.get(None, [])
+    if beside: notes.append(f"Left out: {name_files(beside)}, as {' and '.join(parts)} of {root} hold the images.")
+    train_root = _enter(root/parts[0], folders[parts[0]])
+    classes = _folders(folders[parts[0]], train_root)
+    return [(train_root,folders[parts[0]])] + [(_enter(root/o, folders[o], classes),folders[o]) for o in parts[1:]]
 
-def _check_split_first(root):
-    "Raises `ValueError` for <class>/train"
-    classes = _subfolders(root)
-    if len(classes) > 1 and all(_named(_subfolders(o), _train_names) for o in classes):
-        raise ValueError(f"The classes of {root} have training folders of their own, such as {classes[0]}/train: "
-            "put that first, as in train/<class>, or give the folder of one class.")
+def _check_split_first(root, files):
+    "Raises `ValueError` for <class>/train and <class>/test"
+    for name,own in _folders(files, root).items():
+        inner = _folders(own, root/name) if name else {}
+        if _named(inner, _train_names) and _named(inner, _test_names):
+            raise ValueError(f"{root/name} has a training and a test folder of its own: "
+                "put these first, as in train/<class>, or give the folder of one class.")
 
 def _labels(files, root, classes=None):
     "The class folder of each file, None where there are no `classes`; by default those of `root` are all that it has"
-    parts = [f.relative_to(root).parts for f in files]
-    found = {o[0] for o in parts if len(o) > 1}
-    if classes is None: classes = found if len(found) > 1 else ()
-    stray = [f for f,o in zip(files, parts) if len(o) == 1]
+    labels = [name and unicodedata.normalize('NFC', name) for name in (first(f.relative_to(root).parts[:-1]) for f in files)]
+    found,stray = {*labels} - {None},[f for f,label in zip(files, labels) if label is None]
+    if classes is None: # or those of the only folder, where images lie beside that
+        inner = {f.relative_to(root).parts[1:-1] for f,label in zip(files, labels) if label}
+        classes = found if len(found) > 1 or stray and len(inner) > 1 else ()
     if classes and stray:
-        raise ValueError(f"{len(stray)} of the {len(files)} images in {root} lie in none of its class folders: {_some(stray)}. "
+        raise ValueError(f"{len(stray)} of the {len(files)} images in {root} lie in none of its class folders: {name_files(stray)}. "
             "Move them into a class or out of the folder, or train without labels: unlabelled=True (--unlabelled).")
-    return [o[0] if classes else None for o in parts]
+    return labels if classes else [None]*len(files)
 
 def _classes(items): return sorted({o.label for o in items} - {None})
 
@@ -66,16 +71,17 @@ def _check_classes(train, test, root, test_root):
         raise ValueError(f"{test_root} has classes that {root} has not: {', '.join(sorted(unknown))}. Sort the images of both "
             "by the same classes, or train without labels: unlabelled=True (--unlabelled).")
 
-def _hold_out(items, share, seed):
+def _hold_out(items, root, share, seed):
     "Items to train on, and `share` of each class, of one that has two at least one, to test on"
-    labelled,rng,train,test = items[0].label is not None,random.Random(seed),[],[]
+    def _draw(item): return hashlib.blake2b(f'{seed} {item.image.relative_to(root).as_posix()}'.encode(errors='replace')).digest()
+    labelled,train,test = items[0].label is not None,[],[]
     if share is None: share = .2 if labelled else .05
     if not 0 <= share < 1: raise ValueError(f"valid_pct must be 0 or more and less than 1, and it is {share}.")
     for label,own in sorted(groupby(items, 'label').items(), key=lambda o: str(o[0])):
         least = 1 if labelled else 2 # that a contrastive loss can be measured on
-        n = max(least, round(share*len(own))) if share and len(own) >= 2*least else 0
-        chosen = set(rng.sample(range(len(own)), n))
-        for i,o in enumerate(own): (test if i in chosen else train).append(o)
+        n = min(max(least, round(share*len(own))), len(own)-least) if share and len(own) >= 2*least else 0
+        chosen = {o.image for o in sorted(own, key=_draw)[:n]} # another file more or less changes one of them at most
+        for o in own: (test if o.image in chosen else train).append(o)
     return train,test,share
 
 @dataclass
@@ -89,36 +95,44 @@ class _Folder:
     held_out:bool # Are the test images chosen by us?
 
 def _read_folder(path, reader, seed, skip_bad, unlabelled, valid_pct):
-    notes,parts,files,infos = [],[],[],[]
-    roots = [o for o in _find_parts(path, reader.read, notes) if o]
-    if not unlabelled: _check_split_first(roots[0])
-    for root in roots:
-        found,others = find_images(root, reader.read)
-        if not found:
-            if parts:
-                notes.append(f"There is no image in {root}.")
-                break
-            raise FileNotFoundError(f"There is no image in {root}: "
-                f"expected files such as {root}/<class>/1.png, or {root}/1.png for images without classes.")
-        labels = _labels(found, root, () if unlabelled else _classes(parts[0]) if parts else None)
-        parts.append([ImageItem(*o) for o in zip(found, labels)])
-        names = ', '.join(f'{suffix} {n}' for suffix,n in sorted(others.items(), key=lambda o: (-o[1],o[0])))
-        if others: notes.append(f"Left out, as no images by their names: {names} in {root}.")
+    files,others = find_images(path, reader.read)
+    notes,all_files,all_infos,parts = [],[],[],[]
+    if reader.read: # only the function knows which are images
+        files,infos,skipped = check_images(files, path, reader, skip_bad)
+        info_of = dict(zip(files, infos))
+        if skipped: notes.append(skipped)
+    if not files:
+        raise FileNotFoundError(f"There is no image in {path}: "
+            f"expected files such as {path}/<class>/1.png, or {path}/1.png for images without classes.")
+    names = ', '.join(f'{suffix} {n}' for suffix,n in sorted(others.items(), key=lambda o: (-o[1],o[0])))
+    if others: notes.append(f"Left out, as no images by their names: {names} in {path}.")
+    found = _find_parts(path, files, notes)
+    if not unlabelled: _check_split_first(*found[0])
+    for root,own in found:
+        labels = _labels(own, root, () if unlabelled else _classes(parts[0]) if parts else None)
+        parts.append([ImageItem(*o) for o in zip(own, labels)])
+    roots = [root for root,_ in found]
     if len(parts) == 2: _check_classes(*parts, *roots)
     for root,items in zip(roots, parts):
-        good,its_infos,skipped = check_images(L(items).itemgot(0), root, reader, skip_bad)
+        good,infos,skipped = L(items).itemgot(0),None,''
+        if reader.read: infos = [info_of[o] for o in good]
+        else: good,infos,skipped = check_images(good, root, reader, skip_bad)
         kept = set(good)
         items[:] = [o for o in items if o.image in kept]
-        files,infos = files + good,infos + its_infos
+        all_files,all_infos = all_files + [*good],all_infos + [*infos]
         if skipped: notes.append(skipped)
+    classes = _classes(parts[0])
+    what = f"of {len(classes)} classes, {', '.join(classes[:10])}{', ...' if classes[10:] else ''}" if classes else "without classes"
+    notes.insert(0, f"{roots[0]}: {len(parts[0])} images {what}.")
     if len(parts) == 2:
         _check_classes(*parts, *roots) # without what was skipped
-        return _Folder(*parts, files, infos, notes, False)
-    train,test,share = _hold_out(parts[0], valid_pct, seed)
+        if valid_pct is not None: notes.append(f"valid_pct is not used, as {roots[1]} is there to test on.")
+        return _Folder(*parts, all_files, all_infos, notes, False)
+    train,test,share = _hold_out(parts[0], roots[0], valid_pct, seed)
     if test:
-        what = f'{100*share:g} % of each class, to test on' if _classes(train) else f'{100*share:g} %, to measure valid_loss on'
-        notes.append(f"Held out {what} (valid_pct=, --valid-pct): {len(test)} of {len(files)} images.")
-    return _Folder(train, test, files, infos, notes, bool(test))
+        what = f'{100*share:g} % of each class, to test on' if classes else f'{100*share:g} %, to measure valid_loss on'
+        notes.append(f"Held out {what} (valid_pct=, --valid-pct): {len(test)} of {len(all_files)} images.")
+    return _Folder(train, test, all_files, all_infos, notes, bool(test))
 
 # %% ../../nbs/09_data.folders.ipynb #9191db08
 def _n_channels(infos, channels):
@@ -139,7 +153,7 @@ def _default_size(folder):
     if all((o.height,o.width) == (h,w) for o in folder.infos) and (min(h,w) < 224 or h == w == 224): return h,w
     if min(h,w) < 224:
         raise ValueError(f"{file} is {w}x{h} pixels, smaller than the 224 that images of several sizes are cropped to: "
-            f"choose one, such as size={min(h,w)}.")
+            f"choose one, such as size={max(4, min(h,w))}.")
     return 224,224
 
 def folder_dls(
@@ -163,10 +177,12 @@ def folder_dls(
     options = dict(background=background, read=read, max_pixels=max_pixels)
     folder = _read_folder(path, ImageReader(value_range=value_range, **options), seed, skip_bad, unlabelled, valid_pct)
     found = find_value_range(folder.files, folder.infos, value_range)
-    reader = ImageReader(_n_channels(folder.infos, channels), ifnone(found, value_range), **options)
+    reader = ImageReader(_n_channels(folder.infos, channels), found, **options)
     sizes = {(o.height,o.width) for o in folder.infos}
-    size = tuplify(size or _default_size(folder), match=(0,0))
     notes = folder.notes + describe_images(folder.files, folder.infos, reader)
+    if value_range is not None and found is None: notes.append("value_range is not used, as no image has more than 8 bits.")
+    if size is None and len(sizes) > 1: notes.append(f"Of {len(sizes)} sizes, and cropped to 224 pixels (size=, --size).")
+    size = tuplify(size or _default_size(folder), match=(0,0))
     train,test,classes = sample_items(folder.train, limit, seed),folder.test,_classes(folder.train)
     if len(sizes) == 1 and max(first(sizes)) <= 64:
         train = MemoryImages.from_items(train, classes, reader)

@@ -70,7 +70,7 @@ def _dataset_dls(dataset, info, kwargs):
         if kwargs: raise ValueError(f"{', '.join(kwargs)} would go to get_dls, but the data are DataLoaders.")
         return 'DataLoaders','top1',dataset
     own = dict(size=info.get('size') and tuple(info['size']), drop_last=False)
-    if dataset == 'folder': own['value_range'] = info.get('value_range')
+    if dataset == 'folder': own |= {k: info[k] for k in ('value_range','background') if k in info} # how its images were read
     with no_random(reproducible=False): dls = get_dls(dataset, **own | kwargs)
     return dataset,catalogue[dataset].metric,dls
 

@@ -11,7 +11,7 @@ from fastai.vision.all import *
 from contextlib import nullcontext
 from sklearn.base import BaseEstimator, ClassifierMixin
 from ..core import *
-from ..method.views import split_normalize, TwoViews
+from ..method.views import check_pixels, split_normalize, TwoViews
 from ..method.models import *
 from ..train.encoder import *
 
@@ -56,6 +56,7 @@ def extract_features(
         with getattr(getattr(dl, 'dataset', None), 'set_split_idx', nullcontext)(1): # no augmentation
             for x,*y in _with_progress(dl, model):
                 check_channels(x.shape[1], info)
+                if normalize is not noop and not ys + hs + zs: check_pixels(x) # the first batch
                 h = net.features(normalize(to_device(x, model_device).as_subclass(Tensor)))
                 if which != 'z': hs.append(h.to(device, dtype))
                 if which != 'h': zs.append(net.project(h).to(device, dtype))

@@ -49,7 +49,7 @@ class KNNCallback(_Columns):
     def after_train(self):
         if (self.epoch+1) % self.every or hasattr(self.learn, 'lr_finder'): return
         train,test = (extract_features(self.learn, dl, self.which, device=None) for dl in self.loaders)
-        self.row = [knn_accuracy(train, test, self.neighbours, self.temperature)]
+        self.row = [knn_accuracy(train, test, min(self.neighbours, len(train[0])), self.temperature)]
 
 class CollapseMonitor(_Columns):
     "Adds the standard deviation of `z`, alignment and uniformity to the training table"

@@ -14,7 +14,7 @@ from ..method.dualbn import *
 from ..method.models import *
 
 # %% ../../nbs/15_train.encoder.ipynb #3ddb534a
-_format,_texts = 'clae-encoder-1',('version','arch','stem','method')
+_format,_texts = 'clae-encoder-1',('version','arch','stem','method','background')
 
 def _header(info):
     "`info` as strings, all that safetensors and ONNX hold besides tensors"
@@ -46,7 +46,7 @@ def _check_header(info):
 
 def read_encoder(
     file:str|Path # Written by `export_encoder`
-) -> tuple: # State dict and header: arch, stem, channels, size, method, version, and what is known of mean, std, value_range
+) -> tuple: # State dict and header: arch, stem, channels, size, method, version, and what is known of mean, std, value_range, background
     "What is in an encoder file. Raises `FileNotFoundError` or `ValueError` where there is none"
     try: state,header = read_safetensors(file, _format)
     except FileNotFoundError: raise FileNotFoundError(f"There is no encoder file {file}.") from None

@@ -9,6 +9,7 @@ __all__ = ['methods', 'clae_learner', 'seeded_clae', 'full_batches', 'views_tabl
 from fastai.vision.all import *
 from fastai.vision.learner import create_head as fastai_head, default_split
 import warnings
+from contextlib import suppress
 from ..core import *
 from ..method.losses import *
 from ..method.dualbn import *
@@ -21,10 +22,10 @@ from .finite import *
 from .encoder import *
 
 # %% ../../nbs/16_train.learner.ipynb #eeb3a6eb
-def _check_batch_tfms(dls):
+def _check_batch_tfms(dls, images):
     fs = L(getattr(getattr(dls.train, 'after_batch', None), 'fs', None))
     behind = fs[len(split_normalize(dls.train.after_batch)[0]):][1:] if fs else []
-    def _same(tfm): return same_for_all(Pipeline([tfm], split_idx=0), (32,32), device=getattr(dls, 'device', None))
+    def _same(tfm): return same_for_all(Pipeline([tfm], split_idx=0), images)
     same = [o for o in fs if isinstance(o, RandomErasing) or _same(o)] # which fills one hole with noise of each image
     for tfms,what in ((behind, "stand behind Normalize, which is moved behind the views"),
                       (same, "change all images of a batch in the same way")):
@@ -37,7 +38,6 @@ def _pixel_dls(dls):
     "A shallow copy of `dls` without `Normalize`, and the (mean, std) of that, or None"
     def _pixels(dl):
         return dl.new(after_batch=Pipeline(split_normalize(dl.after_batch)[0])) if isinstance(dl, TfmdDL) else dl
-    _check_batch_tfms(dls)
     res = copy(dls)
     res.loaders = [_pixels(dl) for dl in dls.loaders]
     if len(res.loaders) == 1 and isinstance(res.train, TfmdDL): # fastai's fit wants a validation set, which may be empty
@@ -77,22 +77,36 @@ def _weights_stats(encoder, pretrained, weights, info, n_in):
     return (cfg['mean'],cfg['std']) if cfg else imagenet_stats
 
 def _own_views(views, stats, images):
-    "Views of the user's, those without statistics with the `DataLoaders`'"
+    "Views of the user's; those without statistics get the `DataLoaders`'"
     if item_tfms(views) is not None: views = TwoViews(views)
-    if isinstance(views, TwoViews) and views.stats is None and stats is not None:
-        views = copy(views)
-        views.stats = stats
-    _,n_in,*size = images.shape
-    def _pair(views, x): return torch.cat(views(x), 1)
-    if same_for_all(partial(_pair, views), size, n_in, images.device):
+    n_in,own = images.shape[1],getattr(views, 'stats', None)
+    if stats is not None and own is not None and not all(torch.allclose(s, o) for s,o in zip(stats, own)):
+        raise ValueError("The DataLoaders have a Normalize, and the views normalise otherwise: take one of the two out.")
+    if isinstance(views, TwoViews):
+        stats,views = ifnone(own, stats),copy(views)
+        if stats is not None and any(o.numel() not in (1,n_in) for o in stats):
+            raise ValueError(f"The views normalise {max(o.numel() for o in stats)} channels, and the images have {n_in}.")
+        views.stats = stats and tuple(o.flatten().expand(n_in).clone() for o in stats)
+    elif stats is not None and own is None:
+        raise ValueError("The DataLoaders have a Normalize, which would not act on your views: take it out, and normalise in the views, "
+            "as TwoViews(..., stats) does.")
+    elif _gives_one(views, images):
+        raise ValueError("views must return two views, (x_q, x_p): TwoViews(...) makes them of one augmentation.")
+    if same_for_all(views, images):
         warnings.warn("The views change all images of a batch in the same way, so that the loss can be small without learning: "
             "draw random numbers for each image, or give a list of item transforms, which are applied to one image at a time.")
     return views
 
-def _encoder_info(arch, encoder, n_in, size, method, stats, value_range):
+def _gives_one(views, images):
+    "Does it return a batch, instead of two?"
+    with no_random(reproducible=False), suppress(Exception): return isinstance(deepcopy(views)(images[:8].clone()), Tensor)
+    return False
+
+def _encoder_info(arch, encoder, n_in, size, method, stats, reader):
     if callable(method): method = getattr(method, '__name__', type(method).__name__)
     info = dict(arch=arch_name(arch), stem=stem_of(encoder), channels=n_in, size=size, method=method)
-    if value_range is not None: info['value_range'] = [*value_range]
+    if reader and reader.value_range: info['value_range'] = [*reader.value_range]
+    if reader and reader.background != 'white': info['background'] = reader.background
     return info if stats is None else dict(info, mean=stats[0].tolist(), std=stats[1].tolist())
 
 @delegates(Learner.__init__, but='model,loss_func')
@@ -123,6 +137,7 @@ def clae_learner(
     attack = _attack(attack, eps)
     pixels,stats = _pixel_dls(dls)
     images = _first_images(pixels)
+    _check_batch_tfms(dls, images)
     _,n_in,*size = images.shape
 
     info = None
@@ -139,14 +154,14 @@ def clae_learner(
         stats = ifnone(stats, _weights_stats(encoder, pretrained, weights, info, n_in))
         views = TwoViews.from_preset(views, size, n_in, stats)
     else: views = _own_views(views, stats, images)
-    if isinstance(views, TwoViews): views.check(images)
+    if isinstance(views, TwoViews): check_pixels(images)
     precision,fast = precision_cbs(precision, device)
     if channels_last: fast.append(ChannelsLast())
     cbs = [CLAECallback(views, attack, adv_momentum, attack_bn), CheckFinite(on_nonfinite), DevicePrecision(), *fast, *L(cbs)]
     learn = Learner(pixels, model, CLAELoss(loss, alpha), cbs=cbs, **kwargs)
     learn.precision = precision
     learn.encoder_info = _encoder_info(arch, encoder, n_in, size, method, getattr(views, 'stats', None),
-        getattr(getattr(dls, 'reader', None), 'value_range', None))
+        getattr(dls, 'reader', None))
     return learn
 
 # %% ../../nbs/16_train.learner.ipynb #660d4823

@@ -1,6 +1,7 @@
 """Images and folders as people have them: each case is built from small files, and comes out right, or ends in a message.
 Sets in memory and in files, without and with processes that load them."""
 import json
+import pickle
 import re
 import struct
 import subprocess
@@ -8,19 +9,20 @@ import sys
 import warnings
 import zlib
 
+import kornia.augmentation as K
 import numpy as np
 import pytest
 import tifffile
 import torch
 import torchvision.transforms as T
 from fastai.vision.all import (
-    DataLoader, DataLoaders, Normalize, RandomErasing, RandomResizedCropGPU, RandTransform, TensorImage, aug_transforms)
+    DataLoader, DataLoaders, FlipItem, Normalize, PILImage, RandomErasing, RandomResizedCropGPU, RandTransform, TensorImage, aug_transforms)
 from PIL import Image
 from torchvision.transforms import v2
 
 from clae_fastai.all import (
     ImageReader, KNNCallback, TwoViews, clae_learner, evaluate, extract_features, find_images, get_dls, knn_predict, load_learner,
-    read_encoder, resnet8)
+    read_encoder, resnet8, same_for_all)
 
 def save(file, image, **kwargs):
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -79,16 +81,24 @@ def test_trains_are_a_class(tmp_path):
 @pytest.mark.parametrize('folders,words', [
     (['train/a','train/b','Training/a','Training/b','test/a','test/b'], 'two folders to train on'),
     (['test/a','test/b','valid/a','valid/b'], 'no folder to train on'),
-    (['a/train','a/test','b/train','b/test'], 'put that first')])
+    (['a/train','a/test','b/train','b/test'], 'put these first')])
 def test_unclear_splits(tmp_path, folders, words):
     for o in folders: classes(tmp_path, o)
     assert words in message(tmp_path)
 
-def test_an_empty_test_folder(tmp_path, capsys):
-    classes(tmp_path/'train', 'a', 'b')
-    (tmp_path/'test').mkdir()
-    assert len(get_dls(tmp_path, bs=2).valid_ds) == 2
-    assert 'no image in' in said(capsys)
+@pytest.mark.parametrize('beside', ['test','models','annotations/a.xml','labels/1.txt'])
+def test_folders_without_images(tmp_path, beside):
+    "They are none: neither parts, nor classes, nor what a learner has saved"
+    classes(tmp_path/'photos'/'train', 'a', 'b')
+    other = tmp_path/'photos'/beside
+    if other.suffix:
+        other.parent.mkdir()
+        other.write_text('x')
+    else: other.mkdir()
+    dls = get_dls(tmp_path, bs=2)
+    assert list(dls.vocab) == ['a','b'] and len(dls.valid_ds) == 2
+    clae_learner(dls, resnet8).save('x')
+    assert list(get_dls(tmp_path, bs=2).vocab) == ['a','b']
 
 # 2. Stray files
 
@@ -99,6 +109,11 @@ def test_stray_images(tmp_path):
     assert 'cover.png' in text and '1 of the 21' in text and '--unlabelled' in text and 'out of the folder' in text
     dls = get_dls(tmp_path, bs=2, unlabelled=True)
     assert len(dls.train_ds) + len(dls.valid_ds) == 21 and len(dls.one_batch()) == 1
+
+def test_a_stray_image_beside_the_only_folder(tmp_path):
+    classes(tmp_path/'photos', 'cat', 'dog')
+    save(tmp_path/'cover.png', noise(0))
+    assert 'cover.png' in message(tmp_path)
 
 def test_stray_images_in_the_test_part(tmp_path):
     for part in ('train','test'): classes(tmp_path/part, 'cat', 'dog')
@@ -112,6 +127,19 @@ def test_folders_of_other_programs(tmp_path):
     (tmp_path/'cat'/'._0.png').write_bytes(b'of a Mac')
     dls = get_dls(tmp_path, bs=2)
     assert list(dls.vocab) == ['cat','dog'] and len(dls.train_ds) + len(dls.valid_ds) == 10
+
+def test_names_that_only_look_odd(tmp_path):
+    "Names with @, and the two ways to write an accent"
+    for part,name in (('train','caf\u00e9'), ('test','cafe\u0301')): classes(tmp_path/part, '@nasa', name)
+    dls = get_dls(tmp_path, bs=2)
+    assert list(dls.vocab) == ['@nasa','caf\u00e9'] and len(dls.valid_ds) == 10
+
+def test_links_that_lead_back(tmp_path):
+    classes(tmp_path, 'cat', 'dog')
+    for name,to in (('self','.'), ('up','..')): (tmp_path/'cat'/name).symlink_to(to)
+    (tmp_path/'cow').symlink_to(tmp_path/'dog') # another name for a folder is none
+    dls = get_dls(tmp_path, bs=2)
+    assert list(dls.vocab) == ['cat','cow','dog'] and len(dls.train_ds) + len(dls.valid_ds) == 15
 
 def test_a_third_folder(tmp_path, capsys):
     for part in ('train','test','extra'): classes(tmp_path/part, 'cat', 'dog')
@@ -202,6 +230,45 @@ def write_png(file, x):
     file.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 16, 2, 0, 0, 0)) +
         chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b''))
 
+lost = { # what Pillow would drop, and how such a file is written
+    'planar': lambda f,x: tifffile.imwrite(f, x.transpose(2,0,1), planarconfig='separate', photometric='rgb'),
+    'compressed': lambda f,x: tifffile.imwrite(f, x, photometric='rgb', compression='zlib'),
+    'bands': lambda f,x: tifffile.imwrite(f, x[:,:,[0,1,2,0]].astype(np.uint8), photometric='rgb', extrasamples=['unspecified']),
+    'white is zero': lambda f,x: tifffile.imwrite(f, x[:,:,0], photometric='miniswhite'),
+    'signed bytes': lambda f,x: tifffile.imwrite(f, x[:,:,0].astype(np.int8)),
+    'SGI': lambda f,x: f.with_suffix('.sgi').write_bytes(sgi(x[:,:,0])),
+    'transparent': lambda f,x: save(f.with_suffix('.png'), x[:,:,0], transparency=5)}
+
+def sgi(x): return struct.pack('>HBBHHHHIIi80si404x', 474, 0, 2, 2, *x.shape[::-1], 1, 0, 65535, 0, b'', 0) + x.astype('>u2').tobytes()
+
+@pytest.mark.parametrize('kind', lost)
+def test_what_pillow_would_drop(tmp_path, kind):
+    for i in range(3): lost[kind](tmp_path/f'{i}.tif', np.random.default_rng(i).integers(0, 65536, (32,32,3), dtype=np.uint16))
+    text = message(tmp_path)
+    assert 'read=' in text and '/0.' in text and 'it has' in text
+
+@pytest.mark.parametrize('dtype,low,high', [(np.int16,-20000,30000), (np.float16,-60000,60000), (np.uint32,0,2**32-1)])
+def test_wide_values_of_narrow_numbers(tmp_path, dtype, low, high):
+    x = np.linspace(low, high, 32*32).reshape(32,32).astype(dtype)
+    if dtype is np.float16: np.save(tmp_path/'0.npy', x)
+    else: tifffile.imwrite(tmp_path/'0.tif', x)
+    kept = ImageReader(1, (x.min(),x.max()), read=np.load if dtype is np.float16 else None)(next(tmp_path.iterdir()))
+    assert np.abs(np.array(kept) - np.linspace(0, 255, 32*32).reshape(32,32)).max() < .6
+    assert pickle.loads(pickle.dumps(kept)).size == (32,32) and json.dumps(ImageReader(1, (x.min(),x.max())).value_range)
+
+@pytest.mark.parametrize('wrong', [5, (0,1,2), '0 4095', (None,1), (3,1), (0,float('nan'))], ids=str)
+def test_ranges_that_are_none(wrong):
+    with pytest.raises(ValueError, match='value_range must be'): ImageReader(1, wrong)
+
+def test_a_range_that_is_not_used(tmp_path, capsys):
+    for i in range(4): save(tmp_path/f'{i}.png', noise(i))
+    assert get_dls(tmp_path, bs=2, value_range=(50,100)).reader.value_range is None
+    assert 'value_range is not used' in said(capsys)
+
+def test_values_that_are_no_numbers(tmp_path):
+    for i in range(3): save(tmp_path/f'{i}.tif', np.full((32,32), np.nan if i == 1 else 0, np.float32))
+    assert 'no numbers' in message(tmp_path, value_range=(0,1)) and '1.tif' in message(tmp_path)
+
 def test_constant_images(tmp_path, capsys):
     for i in range(3): save(tmp_path/f'{i}.png', noise(i))
     save(tmp_path/'red.png', Image.new('RGB', (32,32), 'red'))
@@ -266,6 +333,12 @@ def test_orientation_of_deep_images(tmp_path):
     x = pixels(get_dls(tmp_path, bs=2, valid_pct=0))
     assert x.shape == (8,1,24,32) and np.abs(x - x[:1]).max() < 1e-3
 
+def test_images_that_are_opened_already(tmp_path):
+    im,exif = turned(noise(3).crop((0,0,24,32)), 6)
+    save(tmp_path/'x.png', im, exif=exif)
+    for o in (Image.open(tmp_path/'x.png'), PILImage.create(tmp_path/'x.png')):
+        assert np.array_equal(np.array(ImageReader()(o)), np.array(noise(3).crop((0,0,24,32))))
+
 # 6. Values outside [0,1]
 
 def user_dls(*tfms, side=16, scale=1.):
@@ -299,6 +372,34 @@ def test_normalize_at_the_end_of_views(compose, normalize, quiet):
     x = dls.valid.one_batch()[0]
     torch.testing.assert_close(learn.clae.normalize(x), (x - .4)/.2)
     learn.fit(1)
+
+@pytest.mark.parametrize('n_in', [1,3])
+def test_normalize_by_one_number(tmp_path, n_in, quiet):
+    x = torch.rand(16, n_in, 16, 16)
+    dls = DataLoaders(*(DataLoader(list(zip(x)), bs=8) for _ in range(2)))
+    learn = quiet(clae_learner(dls, resnet8, views=T.Compose([T.ToTensor(), T.Normalize(.5, .25)])))
+    learn.fit(1)
+    assert read_encoder(learn.export_encoder(tmp_path/'e.safetensors'))[1]['mean'] == [.5]*n_in
+    with pytest.raises(ValueError, match='normalise 2 channels'): clae_learner(dls, resnet8, views=TwoViews(lambda x: x, ([.5]*2,[.5]*2)))
+
+def test_two_normalisations(tmp_path):
+    classes(tmp_path, 'a', 'b')
+    dls = get_dls(tmp_path, bs=4, batch_tfms=[Normalize.from_stats([.4]*3, [.2]*3, cuda=False)])
+    for views in (TwoViews([T.RandomCrop(32)], ([.5]*3,[.5]*3)), lambda x: (x, x)):
+        with pytest.raises(ValueError, match='The DataLoaders have a Normalize'): clae_learner(dls, resnet8, views=views)
+    clae_learner(dls, resnet8, views=TwoViews([T.RandomCrop(32)], ([.4]*3,[.2]*3)))
+    with pytest.raises(ValueError, match='stats='): TwoViews(torch.nn.Sequential(K.RandomHorizontalFlip(), K.Normalize(.5, .5)))
+
+def test_evaluation_looks_at_the_range_too(quiet):
+    learn = quiet(clae_learner(user_dls(), resnet8))
+    with pytest.raises(ValueError, match='to 25'): extract_features(learn, user_dls(scale=255.).valid)
+    with pytest.raises(ValueError, match='behind the views'): extract_features(learn, user_dls(T.Normalize([.5]*3, [.25]*3)).valid)
+    assert extract_features(learn, user_dls().valid)[0].shape == (32,64)
+
+def test_what_interpolation_adds_is_cut():
+    x = torch.tensor([-.03,1.05,.5]).view(1,1,1,3).expand(2,3,8,3)
+    assert [round(float(o), 2) for o in TwoViews([T.RandomHorizontalFlip(0)])(x)[0][0,0,0]] == [0,1,.5]
+    clae_learner(user_dls(lambda x: x*1.4 - .2), resnet8)
 
 def test_normalize_elsewhere_in_views():
     with pytest.raises(ValueError, match='Normalize must be the last .* RandomErasing'):
@@ -343,6 +444,25 @@ def test_the_trial_draws_nothing():
     dls = user_dls()
     preset = TwoViews.from_preset('simclr', 16)
     assert torch.equal(weights('simclr'), weights(preset))
+
+@pytest.mark.parametrize('views', [
+    [RandomErasing(p=1.)], [RandomResizedCropGPU(16)], aug_transforms(batch=True, max_lighting=0), [K.RandomResizedCrop((16,16))],
+    [FlipItem(p=.5), RandomErasing(p=1.)]], ids=['erasing','crop','batch','kornia','both'])
+def test_transforms_of_batches_as_views(views, quiet):
+    "Where they are refused in the DataLoaders, views are the place for them: then they draw for each image"
+    x = torch.rand(1, 3, 24, 24).expand(8,-1,-1,-1)
+    x_q,x_p = TwoViews(views)(x)
+    assert len({o.numpy().tobytes() for o in x_q}) > 4 and not torch.equal(x_q, x_p)
+    quiet(clae_learner(user_dls(side=24), resnet8, views=views)).fit(1)
+
+def test_views_that_are_none():
+    with pytest.raises(ValueError, match='TwoViews'): clae_learner(user_dls(), resnet8, views=lambda x: x)
+    with pytest.raises(ValueError, match='one list of transforms'): TwoViews([[T.RandomCrop(8)], [T.RandomCrop(8)]])
+
+def test_other_sizes_and_types_are_tried_too():
+    with pytest.warns(UserWarning, match='same way'):
+        clae_learner(user_dls(), resnet8, views=lambda x: (T.RandomCrop(16, 4)(x), T.RandomResizedCrop(12)(x)))
+    assert same_for_all(T.RandomEqualize(), torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
 
 # 8. Transforms of batches
 
@@ -452,6 +572,12 @@ def test_large_images(tmp_path, monkeypatch):
         assert '--max-pixels' in text and '0.png' in text and '1024 pixels' in text and 'skip' not in text
         assert len(get_dls(tmp_path, bs=2, valid_pct=0, max_pixels=1024).train_ds) == 3
 
+def test_a_limit_is_one_also_for_what_is_remembered(tmp_path):
+    for i in range(3): save(tmp_path/f'{i}.png', noise(i))
+    get_dls(tmp_path, bs=2, valid_pct=0)
+    assert '1024 pixels' in message(tmp_path, max_pixels=1023)
+    with pytest.raises(ValueError, match='max_pixels must be'): ImageReader(max_pixels=0)
+
 # 11. Any reader
 
 def read_array(file):
@@ -486,6 +612,18 @@ def test_readers_that_fail(tmp_path):
     assert 'different numbers of channels' in message(tmp_path, read=read_array)
     assert 'its shape is (2, 3, 4, 5)' in message(tmp_path, read=lambda f: np.zeros((2,3,4,5)))
     assert 'not numbers' in message(tmp_path, read=lambda f: np.full((4,4), 'x'))
+    assert 'looks like (C,H,W)' in message(tmp_path, read=lambda f: np.zeros((3,32,40), np.uint8))
+    assert 'no image in' in message(tmp_path, read=lambda f: None)
+
+def test_readers_of_other_kinds(tmp_path):
+    "Tensors, and images of Pillow, which pass the same door; files that are none beside class folders"
+    classes(tmp_path/'photos', 'a', 'b')
+    (tmp_path/'README.md').write_text('x')
+    def tensor(file): return None if file.suffix == '.md' else torch.from_numpy(np.array(Image.open(file)))
+    def opened(file): return None if file.suffix == '.md' else Image.open(file)
+    for read in (tensor,opened):
+        dls = get_dls(tmp_path, bs=2, read=read)
+        assert list(dls.vocab) == ['a','b'] and dls.one_batch()[0].shape == (2,3,32,32)
 
 # 12. Held-out images
 
@@ -499,6 +637,22 @@ def test_each_class_is_held_out(tmp_path, capsys):
     assert get_dls(tmp_path, bs=2, valid_pct=.5).valid_ds.labels.bincount().tolist() == [25,5,2]
     assert len(get_dls(tmp_path, bs=2, valid_pct=0).valid_ds) == 0
     assert 'valid_pct' in message(tmp_path, valid_pct=1.)
+    assert get_dls(tmp_path, bs=2, valid_pct=.99).train_ds.labels.bincount().tolist() == [1,1,1,1] # never all
+
+def test_who_is_held_out_stays(tmp_path):
+    "Where an image is added, and where the folder is moved"
+    classes(tmp_path/'x', 'a', 'b', n=20)
+    def held_out(root): return {o.numpy().tobytes() for o in get_dls(root, bs=2).valid_ds.images}
+    before = held_out(tmp_path/'x')
+    save(tmp_path/'x'/'a'/'new.png', noise(999))
+    assert len(before - held_out(tmp_path/'x')) <= 1
+    (tmp_path/'x'/'a'/'new.png').unlink()
+    assert held_out((tmp_path/'x').rename(tmp_path/'y')) == before
+
+def test_a_share_that_is_not_used(tmp_path, capsys):
+    for part in ('train','test'): classes(tmp_path/part, 'a', 'b')
+    get_dls(tmp_path, bs=2, valid_pct=.3)
+    assert 'valid_pct is not used' in said(capsys)
 
 @sets
 def test_without_labels_too(tmp_path, side, workers, quiet):
@@ -591,7 +745,7 @@ def test_all_good_cases_at_once(cli):
     save(root/'Train'/'dog'/'white.png', Image.new('L', (32,32), 255))
     save(root/'Train'/'@eaDir'/'x.png', noise(0))
     (root/'Train'/'cat'/'notes.txt').write_text('x')
-    (root/'extra').mkdir()
+    save(root/'extra'/'x.png', noise(0))
     r = cli('clae_train', '--path', 'all', '--arch', 'resnet8', '--epochs', 1, '--bs', 8)
     assert r.returncode == 0, r.stderr
     head = r.stdout[:r.stdout.index('28 training images')]

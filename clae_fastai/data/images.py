@@ -247,6 +247,11 @@ def find_images(
 
 _checked_format = 'clae-checked-2'
 _in_threads = partial(parallel, threadpool=True, progress=False)
+
+def _for_each(func, items, read):
+    "Results of `func`, in threads; where a user's function `read` is called, one by one, as it may not know of threads"
+    return [func(o) for o in items] if read else _in_threads(func, items)
+
 _row_types = int,int,*(o.type for o in fields(ImageInfo))
 
 def _load_checked(file, background):
@@ -279,7 +284,7 @@ def check_images(
             return info and [*stamp, *astuple(info)]
         except Exception as e: return e
     good,bad,n_passed = [],[],0
-    for file,found in zip(files, _in_threads(_check, files)):
+    for file,found in zip(files, _for_each(_check, files, reader.read)):
         if found is None: n_passed += 1
         else: (bad if isinstance(found, Exception) else good).append((file,found))
     if memo and (images := {_name(f): found for f,found in good}) != known:
@@ -360,7 +365,7 @@ def read_images(
             raise ValueError(f"{files[i]} is {x.shape[2]}x{x.shape[1]} pixels, unlike {files[0]}: "
                 "all must have one size.")
         out[i] = x
-    _in_threads(_read, range(len(files)))
+    _for_each(_read, range(len(files)), reader.read)
     return out
 
 class MemoryImages:

@@ -140,7 +140,7 @@ class ImageReader(DisplayedTransform):
         except (ValueError, AttributeError): opaque = False
         if not opaque: raise ValueError(f"background must be a colour such as 'white' or '#808080', and it is {background!r}.")
         if value_range is not None:
-            try: low,high = value_range = tuple(map(float, value_range))
+            try: low,high = value_range = tuple(int(o) if float(o).is_integer() else float(o) for o in value_range)
             except (TypeError, ValueError): low = high = math.nan
             if not -math.inf < low < high < math.inf:
                 raise ValueError(f"value_range must be (low, high), two numbers of which the first is smaller, and it is {value_range!r}.")

@@ -253,9 +253,7 @@ def get_dls(
         size = ifnone(size, entry.size)
         train,*rest = _read_or_download(entry, path, download, size=size, seed=seed)
         train = sample_items(train, limit, seed)
-        if isinstance(train, MemoryImages): dls = memory_dls(train, *rest, size, bs=bs, **kwargs)
-        else:
-            resize = Resize if name == 'imagenet100' else ResizeCenterCrop
-            dls = file_dls(train, *rest, resize(size), bs=bs, **kwargs)
+        make = memory_dls if isinstance(train, MemoryImages) else file_dls
+        dls = make(train, *rest, size, bs=bs, **kwargs)
     if not len(dls.train): check_batches(bs, dls.train.n)
     return dls

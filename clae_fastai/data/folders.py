@@ -188,9 +188,7 @@ def folder_dls(
         train = MemoryImages.from_items(train, classes, reader)
         test = MemoryImages.from_items(test, classes, reader) if test else train.new_empty()
         dls = memory_dls(train, test, size, path=path, **kwargs)
-    else:
-        resize = Resize if reader.channels in (1,3) else ResizeCenterCrop
-        dls = file_dls(train, test, classes, None if sizes == {size} else resize(size), reader, path=path, **kwargs)
+    else: dls = file_dls(train, test, classes, size, reader, path=path, **kwargs)
     dls.reader,dls.notes,dls.held_out = reader,notes,folder.held_out
     if notes: print('\n'.join(notes))
     return dls

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['ImageItem', 'ImageInfo', 'TensorChannels', 'name_files', 'ImageReader', 'is_clutter', 'is_image', 'find_images',
-           'check_images', 'find_value_range', 'describe_images', 'read_images', 'MemoryImages', 'MemoryDL',
-           'ResizeImages', 'memory_dls', 'cached_images', 'sample_items', 'file_dls', 'ResizeCenterCrop']
+           'check_images', 'find_value_range', 'describe_images', 'read_images', 'label_indices', 'ImageSet',
+           'MemoryImages', 'ImageDL', 'MemoryDL', 'ResizeImages', 'image_dls', 'memory_dls', 'cached_images',
+           'random_box', 'largest_box', 'cut_crops', 'two_crops', 'FileImages', 'FileDL', 'sample_items', 'file_dls',
+           'TwoCrops']
 
 # %% ../../nbs/08_data.images.ipynb #8dc7fb5e
 from fastai.vision.all import *
 from collections import Counter
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import astuple, dataclass, fields
 from PIL import ExifTags, ImageColor, ImageOps, UnidentifiedImageError
 import stat, torchvision.transforms.functional as TF
@@ -72,7 +74,7 @@ def _upright(im):
         raise ValueError(f"it has {lost}: read it by a function of yours, read=, or convert it")
     unsigned = im.format == 'TIFF' and im.mode == 'I' and (im.tag_v2.get(258),im.tag_v2.get(339,(1,))) == ((32,),(1,))
     im.load()
-    im = ImageOps.exif_transpose(im)
+    if im.getexif().get(ExifTags.Base.Orientation, 1) != 1: im = ImageOps.exif_transpose(im)
     if im.mode[0] not in 'IF': return im
     return np.asarray(im).view(np.uint32) if unsigned else np.asarray(im)
 
@@ -174,7 +176,8 @@ class ImageReader(DisplayedTransform):
         return ImageInfo(w, h, len(bands), kind, float(low.min()), float(high.max()), bool((low == high).all()),
             transparent, turned, pages)
 
-    def fits(self, info): return info.width*info.height <= (self.max_pixels or 2*(Image.MAX_IMAGE_PIXELS or math.inf))
+    @property
+    def limit(self): "Most pixels that an image may have"; return self.max_pixels or 2*(Image.MAX_IMAGE_PIXELS or math.inf)
 
     def _scale(self, values):
         low,high = float(values.min()),float(values.max())
@@ -197,20 +200,26 @@ class ImageReader(DisplayedTransform):
             values = Image.fromarray(values)
         if self.channels not in (1,3):
             raise ValueError(f"it has {len(values.getbands())} channels, and {self.channels} were expected")
-        cls = PILImageBW if self.channels == 1 else PILImage
-        values = _without_alpha(values, self.background)
+        values,mode = _without_alpha(values, self.background),'L' if self.channels == 1 else 'RGB'
         if values.mode in ('LAB','HSV','YCbCr','CMYK'): values = values.convert('RGB') # not all can become grey at once
-        return cls(values.convert(cls._open_args['mode']))
+        return values if values.mode == mode else values.convert(mode)
 
     def encodes(self, image):
-        "A file, PIL image, array (H,W) or (H,W,C), or tensor (C,H,W) as a `PILImageBW`, `PILImage`, or `TensorChannels`"
+        "`pixels`, as a `PILImageBW`, `PILImage`, or `TensorChannels`"
+        im = self.pixels(image)
+        return im if isinstance(im, Tensor) else (PILImageBW if self.channels == 1 else PILImage)(im.copy())
+
+    def pixels(self, image):
+        "A file, PIL image, array (H,W) or (H,W,C), or tensor (C,H,W) as a PIL image, grey or RGB, or as a `TensorChannels`"
         try: return self._convert(self.values(image))
         except Exception as e: # whatever it is, of whatever library; none names the file
-            name = name_files([image]) if isinstance(image, (str,Path)) else f'An image ({type(image).__name__})'
+            file = getattr(image, 'filename', image)
+            name = name_files([file]) if file and isinstance(file, (str,Path)) else f'An image ({type(image).__name__})'
             remedy = '' if isinstance(e, (ValueError,Image.DecompressionBombError)) else ' Restore or replace it.' # they have their own
             raise ValueError(f"{name} cannot be read as an image ({_reason(image, e)}).{remedy}") from None
 
 # %% ../../nbs/08_data.images.ipynb #476ad3a6
+Image.preinit() # the usual formats first, as Pillow tries them in this order
 Image.init()
 _image_suffixes = {s for s,name in Image.EXTENSION.items() if name in Image.OPEN}.union(_heic_suffixes)
 _image_suffixes -= {'.eps','.ps','.mpg','.mpeg','.bufr','.grib','.h5','.hdf','.wmf','.emf'} # no pictures, or only with other programs
@@ -279,7 +288,7 @@ def check_images(
             if not stat.S_ISREG(status.st_mode): raise OSError('it is no regular file')
             stamp = [status.st_size,status.st_mtime_ns]
             old = known.get(_name(file))
-            if old and old[:2] == stamp and reader.fits(ImageInfo(*old[2:])): return old
+            if old and old[:2] == stamp and old[2]*old[3] <= reader.limit: return old
             info = reader.look(file)
             return info and [*stamp, *astuple(info)]
         except Exception as e: return e
@@ -368,20 +377,54 @@ def read_images(
     _for_each(_read, range(len(files)), reader.read)
     return out
 
-class MemoryImages:
-    "A data set in one tensor, with or without labels"
+ImageItem = namedtuple('ImageItem', 'image label')
+
+def label_indices(
+    items:list, # `ImageItem`s
+    classes:list # Names of the classes; None: there are none
+) -> Tensor: # (N,), or None
+    "The items' labels as indices into `classes`"
+    if not classes: return None
+    index = {c: i for i,c in enumerate(classes)}
+    return tensor([index[o.label] for o in items])
+
+class ImageSet:
+    "A data set of images, with or without labels, of which a `DataLoader` asks for whole batches"
     n_inp = 1
     split_idx = None # whose transforms a `DataLoader` applies: 0 training's, 1 validation's, None both's
+    def __init__(self, images, labels, vocab, reader):
+        if labels is not None and len(labels) != len(images):
+            raise ValueError(f"There are {len(images)} images, {len(labels)} labels.")
+        self.images,self.labels,self.vocab,self.reader = images,labels,L(vocab),reader
+
+    @property
+    def c(self): return len(self.vocab)
+    @property
+    def loss_func(self): return None if self.labels is None else CrossEntropyLossFlat()
+    @contextmanager
+    def set_split_idx(self, i): yield from replacing_yield(self, 'split_idx', i)
+    def __len__(self): return len(self.images)
+
+    def with_labels(self, x, i):
+        "Images `x` as what they are, and the labels of the images `i`"
+        x = {1: TensorImageBW, 3: TensorImage}.get(self.reader.channels, TensorChannels)(x)
+        return (x,) if self.labels is None else (x,TensorCategory(self.labels[i]))
+
+    def decode(self, o, full=True):
+        "The image, or its crops side by side, and its class's name; embeddings, which a learner may give, stay as they are"
+        x = o[0] if o[0].ndim < 4 else torch.cat([*o[0]], -1)
+        return (x, *(y if getattr(y, 'ndim', 0) else Category(self.vocab[int(y)]) for y in o[1:]))
+
+    def new_empty(self): return self.take([]) # a copy, unlike a slice, whose pickle would carry all images
+
+class MemoryImages(ImageSet):
+    "Images in one tensor"
     def __init__(self,
         images:Tensor, # (N,C,H,W), uint8
         labels:Tensor=None, # (N,), indices into `vocab`
         vocab:list=(), # Names of the classes
         reader:ImageReader=None # How further images are read, by default as 8 bits
-    ):
-        if labels is not None and len(labels) != len(images):
-            raise ValueError(f"There are {len(images)} images, {len(labels)} labels.")
-        self.images,self.labels,self.vocab = images,labels,L(vocab)
-        self.reader = ifnone(reader, ImageReader(images.shape[1]))
+    ): super().__init__(images, labels, vocab, ifnone(reader, ImageReader(images.shape[1])))
 
     @classmethod
     def from_items(cls,
@@ -391,30 +434,14 @@ class MemoryImages:
     ):
         "Decode images of one size"
         reader = ifnone(reader, ImageReader())
-        images = read_images([o.image for o in items], reader)
-        if not classes: return cls(images, reader=reader)
-        index = {c: i for i,c in enumerate(classes)}
-        return cls(images, tensor([index[o.label] for o in items]), classes, reader)
+        return cls(read_images([o.image for o in items], reader), label_indices(items, classes), classes or (), reader)
 
-    @property
-    def c(self): return len(self.vocab)
-    @property
-    def loss_func(self): return None if self.labels is None else CrossEntropyLossFlat()
-    @contextmanager
-    def set_split_idx(self, i): yield from replacing_yield(self, 'split_idx', i)
-    def __len__(self): return len(self.images)
-    def __getitem__(self, i):
-        x = {1: TensorImageBW, 3: TensorImage}.get(self.images.shape[1], TensorChannels)(self.images[i])
-        return (x,) if self.labels is None else (x,TensorCategory(self.labels[i]))
-
-    def decode(self, o, full=True):
-        "The image and its class's name; embeddings, which a learner may give, stay as they are"
-        return (o[0], *(y if getattr(y, 'ndim', 0) else Category(self.vocab[int(y)]) for y in o[1:]))
+    def __getitem__(self, i): return self.with_labels(self.images[i], i)
+    def batch(self, idxs, seed=None): return self[torch.tensor(idxs)]
 
     def take(self, idxs):
         labels = None if self.labels is None else self.labels[idxs]
         return type(self)(self.images[idxs], labels, self.vocab, self.reader)
-    def new_empty(self): return self.take([]) # a copy, unlike a slice, whose pickle would carry all images
 
     def like(self,
         items:list # Files, PIL images, arrays, or tensors
@@ -426,21 +453,27 @@ class MemoryImages:
         return other
 
 # %% ../../nbs/08_data.images.ipynb #7ca2be20
-class MemoryDL(TfmdDL):
+class ImageDL(TfmdDL):
+    "`DataLoader` of an `ImageSet`"
+    def get_idxs(self):
+        self.seed = self.rng.getrandbits(64) # of the epoch's crops, drawn before the processes are started
+        return super().get_idxs()
+
+    def create_batches(self, samps):
+        if self.after_item.fs or self.before_batch.fs: yield from super().create_batches(samps) # a user's transforms
+        else: yield from (self.dataset.batch(idxs, self.seed if self.shuffle else None) for idxs in self.chunkify(samps))
+
+    def new(self, dataset=None, cls=None, **kwargs):
+        if dataset is not None and not isinstance(dataset, ImageSet): dataset = self.dataset.like(dataset)
+        return super().new(dataset, cls, **kwargs)
+
+class MemoryDL(ImageDL):
     "`DataLoader` of a `MemoryImages`"
     def __init__(self,
         dataset:MemoryImages, # What to load
         num_workers:int=0, # Processes; indexing needs none
         **kwargs
     ): super().__init__(dataset, num_workers=num_workers, **kwargs)
-
-    def create_batches(self, samps):
-        if self.after_item.fs or self.before_batch.fs: yield from super().create_batches(samps) # a user's transforms
-        else: yield from (self.dataset[torch.tensor(idxs)] for idxs in self.chunkify(samps))
-
-    def new(self, dataset=None, cls=None, **kwargs):
-        if dataset is not None and not isinstance(dataset, MemoryImages): dataset = self.dataset.like(dataset)
-        return super().new(dataset, cls, **kwargs)
 
 class ResizeImages(DisplayedTransform):
     "Resize a batch of images on its device"
@@ -450,24 +483,33 @@ class ResizeImages(DisplayedTransform):
     ): self.size = size
     def encodes(self, x:TensorImageBase): return F.interpolate(x, self.size, mode='bilinear', antialias=True)
 
+def image_dls(
+    train:ImageSet, # Images to train on
+    valid:ImageSet, # Test images, or an empty set
+    loader:type, # `MemoryDL` or `FileDL`
+    batch_tfms:list=None, # Transforms of float batches
+    bs:int=64, # Images a batch
+    path:str|Path='.', # Where learners write
+    device:torch.device=None, # By default fastai's
+    **kwargs # For the training loader
+) -> DataLoaders:
+    "`DataLoaders` of two sets; training drops a smaller last batch"
+    device = ifnone(device, default_device())
+    train.split_idx,valid.split_idx = 0,1
+    options = dict(bs=bs, shuffle=True, drop_last=True, after_batch=[IntToFloatTensor(), *L(batch_tfms)], device=device)
+    dl = loader(train, **merge(options, kwargs))
+    return DataLoaders(dl, dl.new(valid, shuffle=False, drop_last=False), path=path, device=device)
+
 def memory_dls(
     train:MemoryImages, # Images to train on
     valid:MemoryImages, # Test images, or an empty set
     size:int|tuple=None, # Batches' side in pixels, or (height, width); None: the images'
     batch_tfms:list=None, # Transforms of those float batches
-    bs:int=64, # Images a batch
-    path:str|Path='.', # Where learners write
-    device:torch.device=None, # By default fastai's
-    **kwargs # Passed to the training `MemoryDL`
+    **kwargs # For `image_dls`
 ) -> DataLoaders:
     "`DataLoaders` of images in memory; training drops a smaller last batch"
     resize = [] if size is None or tuplify(size, match=(0,0)) == train.images.shape[2:] else [ResizeImages(size)]
-    device = ifnone(device, default_device())
-    train.split_idx,valid.split_idx = 0,1
-    tfms = [IntToFloatTensor(), *resize, *L(batch_tfms)]
-    options = dict(bs=bs, shuffle=True, drop_last=True, after_batch=tfms, device=device)
-    dl = MemoryDL(train, **merge(options, kwargs))
-    return DataLoaders(dl, dl.new(valid, shuffle=False, drop_last=False), path=path, device=device)
+    return image_dls(train, valid, MemoryDL, [*resize, *L(batch_tfms)], **kwargs)
 
 # %% ../../nbs/08_data.images.ipynb #670e1cf0
 def _fingerprint(files, root):
@@ -494,7 +536,134 @@ def cached_images(
     return train,valid
 
 # %% ../../nbs/08_data.images.ipynb #3a500cc4
-ImageItem = namedtuple('ImageItem', 'image label')
+def random_box(
+    h:int, # Height of the image
+    w:int, # Its width
+    rng:np.random.Generator, # Where random numbers come from
+    area:tuple=(.08,1.) # Least and greatest share of the image
+) -> tuple: # (left, top, width, height), whole numbers
+    "A box as torchvision's `RandomResizedCrop` draws it"
+    low,high = 3/4,4/3
+    for _ in range(10):
+        pixels,aspect = h*w*rng.uniform(*area),math.exp(rng.uniform(math.log(low), math.log(high)))
+        width,height = round(math.sqrt(pixels*aspect)),round(math.sqrt(pixels/aspect))
+        if 0 < width <= w and 0 < height <= h: return int(rng.integers(w-width+1)),int(rng.integers(h-height+1)),width,height
+    return largest_box(h, w, min(max(w/h, low), high))
+
+def largest_box(
+    h:int, # Height of the image
+    w:int, # Its width
+    aspect:float, # Width/height of the box
+    rng:np.random.Generator=None # Where it lies; by default in the middle
+) -> tuple: # (left, top, width, height)
+    "The largest box of a shape"
+    width,height = (w,max(1, round(w/aspect))) if w <= h*aspect else (max(1, round(h*aspect)),h)
+    if rng is None: return (w-width)//2,(h-height)//2,width,height
+    return int(rng.integers(w-width+1)),int(rng.integers(h-height+1)),width,height
+
+def cut_crops(
+    image, # A file, PIL image, array or tensor
+    reader:ImageReader, # How it is read
+    size:tuple, # (height, width) of the crops
+    draw:Callable, # `draw(h, w) -> [(left, top, width, height, flipped)]` for an upright image of that size
+    out:np.ndarray=None # (n,height,width,C), uint8, to be written to
+) -> np.ndarray: # `out`
+    "Crops of one image, which is decoded once"
+    (height,width),boxes = size,None
+    with ExitStack() as stack:
+        if isinstance(image, (str,Path)) and reader.read is None and Path(image).suffix.lower() in ('.jpg','.jpeg'):
+            with suppress(OSError, Image.DecompressionBombError): # whatever is wrong is said below
+                im = stack.enter_context(Image.open(image, formats=['JPEG']))
+                if im.format in ('JPEG','MPO') and im.mode in ('L','RGB') and im.width*im.height <= reader.limit:
+                    sides = im.size[::-1] if im.getexif().get(ExifTags.Base.Orientation) in (5,6,7,8) else im.size
+                    boxes = draw(*sides[::-1])
+                    share = max(max(height/h, width/w) for _,_,w,h,_ in boxes) # of the file's size that is needed
+                    im.draft('L' if reader.channels == 1 else im.mode, [math.ceil(o*share) for o in im.size])
+                    image = im
+        im = reader.pixels(image)
+    h,w = im.shape[-2:]
+    if boxes is None: boxes,sides = draw(h, w),(w,h)
+    sx,sy = w/sides[0],h/sides[1] # of what was decoded to the whole
+    if out is None: out = np.empty((len(boxes), height, width, reader.channels), np.uint8)
+    for crop,(left,top,w,h,flipped) in zip(out, boxes):
+        if isinstance(im, Tensor):
+            x = TF.resized_crop(im.as_subclass(Tensor), top, left, h, w, size, antialias=True).permute(1,2,0).numpy()
+        else:
+            box = left*sx,top*sy,(left+w)*sx,(top+h)*sy
+            x = im.resize((width,height), Image.BICUBIC, box, reducing_gap=2)
+            if flipped: x,flipped = x.transpose(Image.FLIP_LEFT_RIGHT),False # much faster than an array backwards
+            x = np.asarray(x).reshape(crop.shape)
+        crop[:] = x[:,::-1] if flipped else x
+    return out
+
+def two_crops(
+    aspect:float, # Width/height of the views
+    rng:np.random.Generator, # Where random numbers come from; None: one crop in the middle
+    area:tuple # Least and greatest share of the image; None: one crop, as large as possible
+) -> Callable: # For `cut_crops`
+    "Two random crops to train on, each flipped with probability 1/2, or one crop"
+    if rng is None or area is None: return lambda h,w: [(*largest_box(h, w, aspect, rng), False)]
+    return lambda h,w: [(*random_box(h, w, rng, area), rng.random() < .5) for _ in range(2)]
+
+# %% ../../nbs/08_data.images.ipynb #b35b3387
+class FileImages(ImageSet):
+    "Images in files, of which crops are read"
+    def __init__(self,
+        images:list, # Files; also PIL images, arrays, tensors
+        size:tuple, # (height, width) of the crops
+        labels:Tensor=None, # (N,), indices into `vocab`
+        vocab:list=(), # Names of the classes
+        reader:ImageReader=None, # How they are read, by default as RGB
+        area:tuple=None # Least and greatest share of two random crops to train on; None: one crop, as large as possible
+    ):
+        super().__init__(images, labels, vocab, ifnone(reader, ImageReader()))
+        self.size,self.area = tuplify(size, match=(0,0)),area
+
+    def crops(self,
+        idxs:list, # Indices of images
+        seed:int=None # Of the epoch; None: no random numbers
+    ) -> Tensor: # (B,2,C,H,W), uint8, where there are two crops, else (B,C,H,W)
+        "What is seen of images"
+        training,(h,w) = seed is not None and self.split_idx == 0,self.size
+        out = np.empty((len(idxs), 2 if training and self.area else 1, h, w, self.reader.channels), np.uint8)
+        for i,crops in zip(idxs, out):
+            draw = two_crops(w/h, np.random.default_rng([seed,i]) if training else None, self.area)
+            cut_crops(self.images[i], self.reader, self.size, draw, crops)
+        x = torch.from_numpy(out).permute(0,1,4,2,3)
+        return x if x.shape[1] > 1 else x[:,0]
+
+    def __getitem__(self, i): return self.with_labels(self.crops([i])[0], i)
+    def batch(self, idxs, seed=None): return self.with_labels(self.crops(idxs, seed), torch.tensor(idxs))
+
+    def _copy(self, images, labels, area=None): return type(self)(images, self.size, labels, self.vocab, self.reader, area)
+    def take(self, idxs):
+        images = self.images[idxs] if isinstance(idxs, slice) else [self.images[i] for i in idxs]
+        return self._copy(images, None if self.labels is None else self.labels[idxs], self.area)
+
+    def with_crops(self,
+        area:tuple, # Least and greatest share of the image
+        size:tuple=None # (height, width); by default as before
+    ):
+        "The same images, of which two random crops are seen in training"
+        res = copy(self)
+        res.area,res.size = area,ifnone(size, self.size)
+        return res
+
+    def like(self,
+        items:list # Files, PIL images, arrays, or tensors
+    ):
+        "Other images, unlabelled"
+        other = self._copy(L(items), None)
+        other.split_idx = 1
+        return other
+
+class FileDL(ImageDL):
+    "`DataLoader` of a `FileImages`; its batches come pinned where there is a GPU"
+    def __init__(self,
+        dataset:FileImages, # What to load
+        pin_memory:bool=None, # In memory that a GPU reads directly; by default where there is one
+        **kwargs
+    ): super().__init__(dataset, pin_memory=ifnone(pin_memory, torch.cuda.is_available()), **kwargs)
 
 def sample_items(
     items:list, # `ImageItem`s, or a `MemoryImages`
@@ -512,25 +681,26 @@ def file_dls(
     train:list, # `ImageItem`s
     valid:list, # `ImageItem`s, if any
     classes:list, # Names of the classes, if there are labels
-    item_tfms:list, # Transforms of an opened image
+    size:int|tuple, # Side of the crops in pixels, or (height, width)
     reader:ImageReader=None, # How they are read, by default as RGB
-    batch_tfms:list=None, # Transforms of float batches
-    **kwargs # Passed to `DataBlock.dataloaders`
+    **kwargs # For `image_dls`
 ) -> DataLoaders:
     "`DataLoaders` of images in files; training drops a smaller last batch"
-    images = TransformBlock(type_tfms=ifnone(reader, ImageReader()), batch_tfms=IntToFloatTensor)
-    labels = [CategoryBlock(vocab=classes, sort=False)] if classes else []
-    return DataBlock([images, *labels], get_x=ItemGetter(0), get_y=ItemGetter(1) if classes else None, n_inp=1,
-        splitter=IndexSplitter(range(len(train), len(train)+len(valid))), item_tfms=item_tfms, batch_tfms=batch_tfms
-    ).dataloaders([*train, *valid], **kwargs)
+    def _set(items): return FileImages([o.image for o in items], size, label_indices(items, classes), classes or (), reader)
+    return image_dls(_set(train), _set(valid), FileDL, **kwargs)
 
-class ResizeCenterCrop(DisplayedTransform):
-    "Resize an image (bicubic) until it covers the size, and crop the centre"
-    order = Resize.order
+class TwoCrops(RandTransform):
+    "Two random crops of an image to train on, (2,C,H,W), and for validation one in the middle, (C,H,W): for a `DataBlock` of one's own"
+    split_idx,order = None,ToTensor.order-1
     def __init__(self,
-        size:int|tuple # Side in pixels, or (height, width)
-    ): self.size = tuplify(size, match=(0,0))
+        size:int|tuple, # Side of the crops in pixels, or (height, width)
+        area:tuple=(.08,1.) # Least and greatest share of the image
+    ):
+        super().__init__()
+        self.size,self.area = tuplify(size, match=(0,0)),area
+    def before_call(self, b, split_idx): self.rng = None if split_idx else np.random.default_rng(random.getrandbits(64))
     def encodes(self, x:Image.Image|TensorChannels):
-        (h,w),(height,width) = x.shape[-2:],self.size
-        covering = [height, height*w//h] if height*w >= width*h else [width*h//w, width]
-        return TF.center_crop(TF.resize(x, covering, TF.InterpolationMode.BICUBIC), self.size)
+        channels = len(x) if isinstance(x, Tensor) else 1 if x.mode == 'L' else 3
+        res = cut_crops(x, ImageReader(channels), self.size, two_crops(self.size[1]/self.size[0], self.rng, self.area))
+        res = torch.from_numpy(res).permute(0,3,1,2)
+        return (TensorImageBW if channels == 1 else TensorImage)(res if len(res) > 1 else res[0])

@@ -60,12 +60,12 @@ class Clamp(nn.Module):
 
 _cifar = (.4914,.4822,.4465),(.2023,.1994,.2010)
 _half = (.5,.5,.5),(.5,.5,.5)
-view_presets = dict(
-    plain=(_plain, _cifar),
-    uel=(_plain, _cifar),
-    simclr=(_simclr, _half),
-    imagenet=(_imagenet, imagenet_stats),
-    digits=(_digits, _half))
+view_presets = dict( # augmentations, statistics, and the crops' area where a crop and a flip are all geometry, and come first
+    plain=(_plain, _cifar, (.2,1.)),
+    uel=(_plain, _cifar, (.2,1.)),
+    simclr=(_simclr, _half, (.08,1.)),
+    imagenet=(_imagenet, imagenet_stats, (.08,1.)),
+    digits=(_digits, _half, None))
 
 # %% ../../nbs/05_method.views.ipynb #2eeebf90
 def _name(tfm): return type(tfm).__name__
@@ -165,7 +165,7 @@ class TwoViews:
         elif isinstance(aug, nn.Module) and any(_name(o) == 'Normalize' for o in aug.modules()):
             raise ValueError("The transformation has a Normalize of its own: take it out and give stats=(mean, std), "
                 "as evaluation normalises, too.")
-        self.aug,self.checked = aug,False
+        self.aug,self.area,self.size,self.checked = aug,None,None,False
         self.stats = None if stats is None else tuple(torch.as_tensor(o, dtype=torch.float32) for o in stats)
 
     @classmethod
@@ -177,21 +177,25 @@ class TwoViews:
         **kwargs # The preset's own options: 'imagenet' has `blur=True`
     ):
         "The views called `name`"
-        aug,preset_stats = look_up(name, view_presets, 'view preset', 'a callable on batches can be passed as well')
+        aug,preset_stats,area = look_up(name, view_presets, 'view preset', 'a callable on batches can be passed as well')
         if stats is None: stats = preset_stats if n_in == 3 else [[tensor(o).mean()]*n_in for o in preset_stats]
-        return cls(nn.Sequential(*aug(tuplify(size, match=(0,0)), n_in, **kwargs)), stats)
+        views = cls(nn.Sequential(*aug(tuplify(size, match=(0,0)), n_in, **kwargs)), stats)
+        views.area = area
+        return views
 
     def to_pixels(self, x):
         "A plain tensor in [0,1], float32 or wider, from `x` (B,C,H,W), uint8 or in [0,1]"
         x = x.as_subclass(Tensor)
-        if x.ndim != 4: raise ValueError(f"Images come in batches (B,C,H,W), and this has shape {tuple(x.shape)}.")
+        if x.ndim not in (4,5): raise ValueError(f"Images come in batches (B,C,H,W), and this has shape {tuple(x.shape)}.")
         return x.float()/255 if x.dtype == torch.uint8 else at_least_float32(x)
 
     def normalize(self,
         x:Tensor # Images (B,C,H,W), uint8 or in [0,1]
     ) -> Tensor: # (B,C,H,W), float32
-        "The images as they are, normalised as the views are"
-        return self._normalize(self.to_pixels(x))
+        "The images as they are, or the first of their crops, normalised as the views are"
+        x = self.to_pixels(x if x.ndim < 5 else x[:,0])
+        if self.size: x = F.interpolate(x, self.size, mode='bilinear', antialias=True) # where views are smaller than images
+        return self._normalize(x)
 
     def _mean_std(self, x):
         "Each (C,1,1), on the device of `x`, to which they move once"
@@ -210,12 +214,14 @@ class TwoViews:
         return x*std + mean
 
     def __call__(self,
-        x:Tensor # Images (B,C,H,W), uint8 or in [0,1]
+        x:Tensor # Images (B,C,H,W), uint8 or in [0,1]; or two crops of each, (B,2,C,H,W), as sets of files give them
     ) -> tuple: # `(x_q, x_p)`, each (B,C,h,w), normalised, float32
         "Two views of each image. Raises `ValueError` where the first batch is not in [0,1]"
         if not self.checked: check_pixels(x)
         self.checked,x = True,self.to_pixels(x)
-        return self._normalize(self.aug(x)),self._normalize(self.aug(x))
+        if x.ndim == 4: return self._normalize(self.aug(x)),self._normalize(self.aug(x))
+        aug = self.aug if self.area is None else self.aug[2:] # the crop and the flip are done
+        return tuple(self._normalize(aug(x[:,k])) for k in (0,1))
 
     def __repr__(self): return f"TwoViews({self.aug}, stats={self.stats})"
 

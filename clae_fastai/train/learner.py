@@ -17,6 +17,7 @@ from ..method.attacks import *
 from ..method.views import *
 from ..method.models import *
 from ..method.callback import *
+from ..data.images import FileImages
 from .precision import *
 from .finite import *
 from .encoder import *
@@ -44,11 +45,21 @@ def _pixel_dls(dls):
         res.loaders.append(res.train.new(getattr(dls.train_ds, 'new_empty', list)(), shuffle=False, drop_last=False))
     return res,image_stats(noop, dls)
 
+def _cropping_dls(dls, views, size):
+    "A shallow copy of `dls` whose training images, where they are files, are seen as the two random crops that `views` begin with"
+    res = copy(dls)
+    def _crops(dl):
+        if not isinstance(getattr(dl, 'dataset', None), FileImages): return dl
+        return dl.new(dl.dataset.with_crops(getattr(views, 'area', None), size))
+    res.loaders = [_crops(dl) for dl in dls.loaders]
+    return res
+
 def _first_images(dls):
     check_loader(dls.train)
     x = dls.one_batch()[0] if hasattr(dls.train, 'one_batch') else first(dls.train)[0]
-    if getattr(x, 'ndim', 0) == 4: return x
-    raise ValueError(f"Batches must begin with images (B,C,H,W), not with a {type(x).__name__} {tuple(getattr(x, 'shape', ()))}.")
+    if getattr(x, 'ndim', 0) in (4,5): return x
+    raise ValueError("Batches must begin with images (B,C,H,W), or two crops of each (B,2,C,H,W), "
+        f"not with a {type(x).__name__} {tuple(getattr(x, 'shape', ()))}.")
 
 # %% ../../nbs/16_train.learner.ipynb #8a324460
 methods = dict(
@@ -123,6 +134,7 @@ def clae_learner(
     head:str|nn.Module=None, # 'linear', 'mlp' or a module, the method's by default
     n_out:int=None, # Dimensions of the embedding, the method's by default
     views:str|Callable|list=None, # One of `view_presets`, the method's by default, `item_tfms`, or `views(x) -> (x_q, x_p)`, normalised
+    size:int|tuple=None, # Side of the views in pixels, or (height, width); the images' by default
     stem:str=None, # 'cifar', 'imagenet', or None: 'cifar' up to 64 pixels, where there is one
     pretrained:bool=False, # Start from the default weights?
     weights=None, # Start from a weight set, a state dict, or an encoder file
@@ -137,8 +149,10 @@ def clae_learner(
     attack = _attack(attack, eps)
     pixels,stats = _pixel_dls(dls)
     images = _first_images(pixels)
+    if images.ndim == 5: images = images[:,0] # of a user's `TwoCrops`
     _check_batch_tfms(dls, images)
-    _,n_in,*size = images.shape
+    n_in = images.shape[1]
+    size = [*(images.shape[2:] if size is None else tuplify(size, match=(0,0)))]
 
     info = None
     if isinstance(weights, (str,Path)) and Path(weights).suffix == '.safetensors': weights,info = read_encoder(weights)
@@ -154,7 +168,9 @@ def clae_learner(
         stats = ifnone(stats, _weights_stats(encoder, pretrained, weights, info, n_in))
         views = TwoViews.from_preset(views, size, n_in, stats)
     else: views = _own_views(views, stats, images)
+    if isinstance(views, TwoViews) and size != [*images.shape[2:]]: views.size = size
     if isinstance(views, TwoViews): check_pixels(images)
+    pixels = _cropping_dls(pixels, views, size)
     precision,fast = precision_cbs(precision, device)
     if channels_last: fast.append(ChannelsLast())
     cbs = [CLAECallback(views, attack, adv_momentum, attack_bn), CheckFinite(on_nonfinite), DevicePrecision(), *fast, *L(cbs)]
@@ -211,7 +227,8 @@ def views_table(
         pixels = TwoViews(noop, stats)
         return list(pixels.denormalize(pixels.to_pixels(x[:n])).permute(0,2,3,1).cpu().numpy())
     views = {name: _pixels(v, clae.stats) for name,v in views.items()}
-    table = pd.DataFrame(dict(original=_pixels(x, image_stats(noop, clae.dls)), **views))
+    original = dict(original=_pixels(x, image_stats(noop, clae.dls))) if x.ndim == 4 else {} # of photographs there are only the crops
+    table = pd.DataFrame({**original, **views})
     return table.assign(difference=table.x_adv - table.x_q) if 'x_adv' in views else table
 
 _titles = dict(original='original', x_q='view A', x_p='view B', x_adv='adversary', difference='change')

@@ -147,26 +147,38 @@ class RunLog(Callback):
 # %% ../nbs/25_runs.ipynb #2f0d7035
 def _value_range(learn): return learn.encoder_info.get('value_range')
 
-def _features(model, dls): return [extract_features(model, dl) for dl in dls.loaders]
-
-def _untrained_features(learn):
-    "Features of the encoder as it is drawn, its batch norm statistics estimated on the training images"
-    state,device = deepcopy(learn.model.state_dict()),next(learn.model.parameters()).device
-    x = (learn.clae.normalize(to_device(b[0], device)) for b in learn.dls.train.new(shuffle=False))
-    with no_random(reproducible=False): update_bn(x, learn.model)
-    res = _features(learn, learn.dls)
-    learn.model.load_state_dict(state)
-    return res
-
-def _baselines(learn):
-    "Features of raw pixels and of the untrained encoder, or {} where nothing can be evaluated"
-    if len(learn.dls.valid_ds) and len(learn.dls.train_ds[0]) > 1:
-        raw = _features(nn.Flatten(), learn.dls)
-        known,asked = (set(labels.tolist()) for _,labels in raw)
-        if asked <= known: return dict(raw=raw, untrained=_untrained_features(learn))
+def _can_evaluate(dls):
+    "Are there labelled test images of classes that are trained on? If not, says so"
+    if all(map(has_labels, dls.loaders)):
+        known,asked = ({*dl.dataset.labels.tolist()} for dl in dls.loaders)
+        if asked <= known: return True
     print("The encoder will be trained, and not evaluated: "
           "there are no classes, no test images, or classes without training images.")
-    return {}
+    return False
+
+class _Rows(nn.Module):
+    "What the final table compares, side by side: pixels of at most 32x32, features before training, and after it"
+    def __init__(self, normalize, untrained, trained):
+        super().__init__()
+        self.normalize,self.untrained,self.trained,self.sizes = normalize,untrained,trained,None
+
+    def forward(self, x):
+        small = F.interpolate(x, (32,32), mode='area') if min(x.shape[2:]) > 32 else x
+        x = self.normalize(x)
+        rows = [small.flatten(1), self.untrained.features(x), self.trained.features(x)]
+        self.sizes = [o.shape[1] for o in rows]
+        return torch.cat([o.float() for o in rows], 1)
+
+def _table_features(learn, untrained):
+    "Features of the table's rows: training images and labels, test images and labels; one pass over the images"
+    device = next(learn.model.parameters()).device
+    sample = itertools.islice(learn.dls.train.new(shuffle=False), max(1, 2048//learn.dls.train.bs))
+    rows = _Rows(learn.clae.normalize, untrained.to(device), get_model(learn.model))
+    with no_random(reproducible=False):
+        update_bn((rows.normalize(to_device(b[0], device)) for b in sample), untrained) # the statistics of batch norm
+    parts = [extract_features(rows, dl) for dl in learn.dls.loaders]
+    split = [(x.split(rows.sizes, 1),y) for x,y in parts]
+    return {name: [(xs[k],y) for xs,y in split] for k,name in enumerate(('raw','untrained','encoder'))}
 
 # %% ../nbs/25_runs.ipynb #87b25e1a
 class _Run:
@@ -236,16 +248,17 @@ class _Run:
         s,folder = self.settings,self.folder
         attack = f" with {learn.clae.attack}" if learn.clae.attacking else ''
         processes = f", in {num_distrib()} processes" if num_distrib() > 1 else ''
-        print(f"{folder}: {s['arch']} on {len(learn.dls.train_ds)} training images of {self.data}, "
-              f"{s['method']}{attack}, on {learn.dls.device}{processes}")
-        features = _baselines(learn)
+        classes = f" of {learn.dls.c} classes" if getattr(learn.dls, 'c', 0) else ''
+        print(f"{folder}: {s['arch']} on {len(learn.dls.train_ds)} training images{classes} of {self.data}, "
+              f"{s['method']}{attack}, on {learn.dls.device}{processes}; {len(learn.dls.train)} steps an epoch")
+        untrained = deepcopy(get_model(learn.model)) if _can_evaluate(learn.dls) else None
         metrics = dict(train_seconds=self.fit(learn))
         learn.export_encoder(folder/'encoder.safetensors')
         for name,fig in (('loss', plot_losses(folder/'history.csv')), ('views', learn.show_views())):
             fig.savefig(folder/f'{name}.png', dpi=120)
             plt.close(fig)
-        if features:
-            features['encoder'] = _features(learn, learn.dls)
+        if untrained:
+            features = _table_features(learn, untrained)
             metrics['knn'] = {k: few_label_knn(*train, *test, ns=(1,5)) for k,(train,test) in features.items()}
             print(f"\n{knn_table(metrics['knn'], features['encoder'][1][1])}\n")
         metrics.update(more(learn))

@@ -15,7 +15,7 @@ from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import astuple, dataclass, fields
 from PIL import ExifTags, ImageColor, ImageOps, UnidentifiedImageError
-import stat, torchvision.transforms.functional as TF
+import filelock, hashlib, stat, tempfile, torchvision.transforms.functional as TF
 from ..core import *
 
 # %% ../../nbs/08_data.images.ipynb #5b99d14c
@@ -257,9 +257,25 @@ def find_images(
 _checked_format = 'clae-checked-2'
 _in_threads = partial(parallel, threadpool=True, progress=False)
 
-def _for_each(func, items, read):
+def _for_each(func, items, read, progress=False):
     "Results of `func`, in threads; where a user's function `read` is called, one by one, as it may not know of threads"
-    return [func(o) for o in items] if read else _in_threads(func, items)
+    if not read: return _in_threads(func, items, progress=progress)
+    return [func(o) for o in (progress_bar(items, leave=False) if progress else items)]
+
+@contextmanager
+def _one_at_a_time(root):
+    "Of several processes on this machine the first works, and leaves its memory to the others"
+    if not os.access(root, os.W_OK): yield # nothing could be left
+    else:
+        name = hashlib.blake2b(str(Path(root).resolve()).encode(errors='replace'), digest_size=8).hexdigest()
+        with filelock.FileLock(Path(tempfile.gettempdir())/f'clae-{name}.lock', mode=0o666): yield
+
+def _list_all(files, root):
+    "A file that lists `files`: in `root`, or in the system's folder for such"
+    for folder in (root, tempfile.gettempdir()):
+        with suppress(OSError):
+            write_text(file := Path(folder)/'.clae-unreadable.txt', '\n'.join(map(str, files)))
+            return file
 
 _row_types = int,int,*(o.type for o in fields(ImageInfo))
 
@@ -280,9 +296,8 @@ def check_images(
     "Decode every file, but for those that were readable and have not changed"
     reader = ifnone(reader, ImageReader())
     memo = None if reader.read else Path(root)/'.clae-checked.json'
-    known = _load_checked(memo, reader.background) if memo else {}
     def _name(file): return os.path.relpath(file, root)
-    def _check(file):
+    def _check(known, file):
         try:
             status = os.stat(file)
             if not stat.S_ISREG(status.st_mode): raise OSError('it is no regular file')
@@ -293,16 +308,20 @@ def check_images(
             return info and [*stamp, *astuple(info)]
         except Exception as e: return e
     good,bad,n_passed = [],[],0
-    for file,found in zip(files, _for_each(_check, files, reader.read)):
-        if found is None: n_passed += 1
-        else: (bad if isinstance(found, Exception) else good).append((file,found))
-    if memo and (images := {_name(f): found for f,found in good}) != known:
-        content = dict(format=_checked_format, background=reader.background, images=images)
-        with suppress(OSError): write_text(memo, json.dumps(content))
+    with _one_at_a_time(root):
+        known = _load_checked(memo, reader.background) if memo else {}
+        progress = len(files) - len(known) > 500 and (sys.stdout.isatty() or IN_NOTEBOOK)
+        for file,found in zip(files, _for_each(partial(_check, known), files, reader.read, progress)):
+            if found is None: n_passed += 1
+            else: (bad if isinstance(found, Exception) else good).append((file,found))
+        if memo and (images := {_name(f): found for f,found in good}) != known:
+            content = dict(format=_checked_format, background=reader.background, images=images)
+            with suppress(OSError): write_text(memo, json.dumps(content))
     skipped = f"Left out, as the function that reads them says: {n_passed} of {len(files)} files." if n_passed else ''
     if bad:
         names = '; '.join(f'{name_files([f])} ({_reason(f, e)})' for f,e in bad[:3])
-        what = f"{len(bad)} of {len(files)} files cannot be read as images: {names}{'; ...' if bad[3:] else ''}."
+        more = f'; all of them are listed in {_list_all([f for f,_ in bad], root)}' if bad[3:] else ''
+        what = f"{len(bad)} of {len(files)} files cannot be read as images: {names}{more}."
         if not skip_bad or not good:
             skip = "; or leave them out with skip_bad=True (--skip-bad)" if good else ''
             raise ValueError(f"{what} Restore, convert or delete them, or read them by a function of yours, read={skip}.")
@@ -392,7 +411,12 @@ class ImageSet:
     "A data set of images, with or without labels, of which a `DataLoader` asks for whole batches"
     n_inp = 1
     split_idx = None # whose transforms a `DataLoader` applies: 0 training's, 1 validation's, None both's
-    def __init__(self, images, labels, vocab, reader):
+    def __init__(self,
+        images, # What they are read from
+        labels:Tensor, # (N,), indices into `vocab`, or None
+        vocab:list, # Names of the classes
+        reader:ImageReader # How further images are read
+    ):
         if labels is not None and len(labels) != len(images):
             raise ValueError(f"There are {len(images)} images, {len(labels)} labels.")
         self.images,self.labels,self.vocab,self.reader = images,labels,L(vocab),reader

@@ -24,7 +24,7 @@ def plot_losses(
     return ax.figure
 
 # %% ../../nbs/21_measure.report.ipynb #37393046
-_rows = dict(raw='raw pixels', untrained='untrained encoder', encoder='trained encoder')
+_rows = dict(raw='raw pixels, at most 32x32', untrained='untrained encoder', encoder='trained encoder')
 _columns = {'1': '1 label a class', 'all': 'all labels'}
 
 def knn_table(

@@ -41,7 +41,7 @@ _groups = { # titles in the help, and what stands under them
     'method': 'recipe arch method eps alpha attack attack_bn views n_out protocol k knn_on probe_on',
     'training': 'epochs bs lr on_nonfinite',
     'hardware': 'precision channels_last workers ray',
-    'run': 'name seed every_batches resume format out scale seeds'}
+    'run': 'name seed every_batches resume dry_run format out scale seeds'}
 
 def _add(group, param, about):
     kind,choices = param.annotation,get_args(param.annotation)
@@ -132,6 +132,7 @@ def clae_train(
     on_nonfinite:Literal['stop','skip']='stop', # Where a loss or gradient is not finite; skip: at most ten steps in a row
     every_batches:int=None, # Batches between checkpoints; by default only one after each epoch
     resume:str=None, # Go on with this interrupted run (name or folder); takes no other option
+    dry_run:bool=False, # Say what would be trained, and what a step takes, and stop
 ):
     """Train an encoder without labels by contrastive learning with adversarial examples, and evaluate it.
 

@@ -9,6 +9,7 @@ __all__ = ['train_options', 'read_options', 'RunLog', 'train', 'evaluate_run', '
 from fastai.vision.all import *
 from dataclasses import replace
 from torch.optim.swa_utils import update_bn
+from fastprogress.fastprogress import format_time
 import contextlib, fastai, filelock, json, kornia, platform, shutil, torchvision
 from . import __version__
 from .core import *
@@ -126,8 +127,16 @@ class RunLog(Callback):
     ): self.file,self.show = file,show
 
     def before_fit(self):
-        self.rows,self.seconds = [],0.
+        self.rows,self.seconds,self.steps = [],0.,[]
         self._write(self.recorder.metric_names)
+
+    def after_batch(self):
+        "Once, how long it will take, from ten batches after the first"
+        if not self.training or len(self.steps) > 10: return
+        self.steps.append(time.time())
+        if len(self.steps) == 11 and self.show and not rank_distrib():
+            left = self.n_iter*(self.n_epoch - self.epoch) - self.iter - 1
+            print(f"About {format_time(left*np.diff(self.steps).mean())} to go.", flush=True)
 
     def before_epoch(self): self.start = time.time()
 
@@ -181,6 +190,23 @@ def _table_features(learn, untrained):
     return {name: [(xs[k],y) for xs,y in split] for k,name in enumerate(('raw','untrained','encoder'))}
 
 # %% ../nbs/25_runs.ipynb #87b25e1a
+def _peak_memory(device):
+    "Of the device, or of this process"
+    if device.type == 'cuda': return f'{torch.cuda.max_memory_allocated()/2**30:.1f} GiB'
+    try: import resource
+    except ImportError: return 'an unknown amount' # Windows
+    return f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**(30 if sys.platform == "darwin" else 20):.1f} GiB'
+
+class _FewBatches(Callback):
+    "Ends a fit after five training batches; `seconds` is what one takes"
+    order = Recorder.order+10
+    def before_fit(self): self.times = []
+    def after_batch(self):
+        self.times.append(time.time())
+        if len(self.times) == min(5, self.n_iter): raise CancelFitException
+    @property
+    def seconds(self): return float(np.median(np.diff(self.times))) if len(self.times) > 1 else math.nan
+
 class _Run:
     "A training by `options`; in `folder`, if it was begun there"
     def __init__(self, options, folder=None):
@@ -219,6 +245,24 @@ class _Run:
                 self.finish(learn)
         except filelock.Timeout: raise ValueError(f"Another process is at work on {self.folder}.") from None
 
+    def describe(self, learn):
+        "One line about what is trained on what"
+        s = self.settings
+        attack = f" with {learn.clae.attack}" if learn.clae.attacking else ''
+        processes = f", in {num_distrib()} processes" if num_distrib() > 1 else ''
+        classes = f" of {learn.dls.c} classes" if getattr(learn.dls, 'c', 0) else ''
+        return (f"{s['arch']} on {len(learn.dls.train_ds)} training images{classes} of {self.data}, "
+            f"{s['method']}{attack}, on {learn.dls.device}{processes}; {len(learn.dls.train)} steps an epoch")
+
+    def dry_run(self):
+        "Say what would be trained, and what a step takes; nothing is left behind"
+        learn = self.learner()
+        print(self.describe(learn))
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=(few := _FewBatches()))
+        n,epochs = len(learn.dls.train),self.settings['epochs']
+        print(f"A step takes {few.seconds:.2g} seconds, and {_peak_memory(learn.dls.device)} of memory with all that is loaded; "
+            f"{epochs} epochs of {n} steps take about {format_time(few.seconds*n*epochs)}.")
+
     def write_options(self, **chosen):
         _write_json(self.folder/'settings.json', dict(options={**self.options, **chosen}, versions=_versions))
 
@@ -246,11 +290,7 @@ class _Run:
     def finish(self, learn, more=lambda learn: {}):
         "Train, evaluate, and write all that a run leaves behind; `more(learn)` are further metrics"
         s,folder = self.settings,self.folder
-        attack = f" with {learn.clae.attack}" if learn.clae.attacking else ''
-        processes = f", in {num_distrib()} processes" if num_distrib() > 1 else ''
-        classes = f" of {learn.dls.c} classes" if getattr(learn.dls, 'c', 0) else ''
-        print(f"{folder}: {s['arch']} on {len(learn.dls.train_ds)} training images{classes} of {self.data}, "
-              f"{s['method']}{attack}, on {learn.dls.device}{processes}; {len(learn.dls.train)} steps an epoch")
+        print(f"{folder}: {self.describe(learn)}")
         untrained = deepcopy(get_model(learn.model)) if _can_evaluate(learn.dls) else None
         metrics = dict(train_seconds=self.fit(learn))
         learn.export_encoder(folder/'encoder.safetensors')
@@ -271,13 +311,14 @@ class _Run:
 
 def train(
     resume:str=None, # Name or folder of an interrupted run to go on with, which takes no other option
+    dry_run:bool=False, # Say what would be trained and what it takes, and stop
     **kwargs # Options of `clae_train`, where they are not its defaults
 ):
     "Train and evaluate an encoder, in a run's folder"
     if unknown := kwargs.keys() - _not_given: raise TypeError(f"There is no option {', '.join(unknown)}.")
     options = _not_given | kwargs
     with redirect_stdout(io.StringIO() if rank_distrib() else sys.stdout): # of several processes the first one prints
-        if resume is None: return _Run(options).start()
+        if resume is None: return _Run(options).dry_run() if dry_run else _Run(options).start()
         if given := ['--' + k.replace('_','-') for k,v in options.items() if v != _not_given[k]]:
             raise ValueError(f"--resume goes on with the run's own settings: leave out {', '.join(given)}.")
         folder = _find('settings.json', resume, 'run').parent

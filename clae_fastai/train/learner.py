@@ -50,7 +50,9 @@ def _cropping_dls(dls, views, size):
     res = copy(dls)
     def _crops(dl):
         if not isinstance(getattr(dl, 'dataset', None), FileImages): return dl
-        return dl.new(dl.dataset.with_crops(getattr(views, 'area', None), size))
+        crops,fs = dl.dataset.with_crops(getattr(views, 'area', None), size),dl.after_batch.fs
+        only_floats = crops.area and len(fs) == 1 and isinstance(fs[0], IntToFloatTensor) # which `TwoViews` does as well
+        return dl.new(crops, after_batch=Pipeline([]) if only_floats else dl.after_batch)
     res.loaders = [_crops(dl) for dl in dls.loaders]
     return res
 

@@ -213,3 +213,13 @@ def test_all_that_is_broken_is_listed(tmp_path):
     photograph(0, 80, 72).save(tmp_path/'7.png')
     with pytest.raises(ValueError, match='6 of 7 .* listed in .*unreadable.txt'): get_dls(tmp_path, bs=2)
     assert len((tmp_path/'.clae-unreadable.txt').read_text().splitlines()) == 6
+
+def test_what_a_run_would_take(cli, photos):
+    r = cli('clae_train', '--path', photos, '--arch', 'resnet8', '--size', 32, '--bs', 4, '--epochs', 3, '--dry-run')
+    assert r.returncode == 0 and '20 training images of 2 classes' in r.stdout and '5 steps an epoch' in r.stdout, r.stderr
+    assert 'A step takes' in r.stdout and 'GiB' in r.stdout and '3 epochs of 5 steps take about' in r.stdout
+    assert not (cli.cwd/'runs').exists()
+
+def test_how_long_a_run_takes(cli, photos):
+    r = cli('clae_train', '--path', photos, '--arch', 'resnet8', '--size', 32, '--bs', 2, '--epochs', 2)
+    assert r.returncode == 0 and 'to go.' in r.stdout and 'raw pixels, at most 32x32' in r.stdout, r.stderr

@@ -75,7 +75,7 @@ def pillow(folder):
             im.load()
             s,t = im.width/w,im.height/h
             for l,u,bw,bh in boxes:
-                crop = im.resize((side,side), Image.BICUBIC, (l*s,u*t,(l+bw)*s,(u+bh)*t), reducing_gap=2)
+                crop = im.resize((side,side), Image.HAMMING, (l*s,u*t,(l+bw)*s,(u+bh)*t), reducing_gap=2)
                 yield crop.transpose(Image.FLIP_LEFT_RIGHT) if draw.random() < .5 else crop
     return lambda: sum(len([*crops(f)]) for f in files)//2
 

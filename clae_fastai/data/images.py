@@ -590,7 +590,8 @@ def cut_crops(
     reader:ImageReader, # How it is read
     size:tuple, # (height, width) of the crops
     draw:Callable, # `draw(h, w) -> [(left, top, width, height, flipped)]` for an upright image of that size
-    out:np.ndarray=None # (n,height,width,C), uint8, to be written to
+    out:np.ndarray=None, # (n,height,width,C), uint8, to be written to
+    resample:Image.Resampling=Image.BICUBIC # Pillow's filter
 ) -> np.ndarray: # `out`
     "Crops of one image, which is decoded once"
     (height,width),boxes = size,None
@@ -614,7 +615,7 @@ def cut_crops(
             x = TF.resized_crop(im.as_subclass(Tensor), top, left, h, w, size, antialias=True).permute(1,2,0).numpy()
         else:
             box = left*sx,top*sy,(left+w)*sx,(top+h)*sy
-            x = im.resize((width,height), Image.BICUBIC, box, reducing_gap=2)
+            x = im.resize((width,height), resample, box, reducing_gap=2)
             if flipped: x,flipped = x.transpose(Image.FLIP_LEFT_RIGHT),False # much faster than an array backwards
             x = np.asarray(x).reshape(crop.shape)
         crop[:] = x[:,::-1] if flipped else x
@@ -652,7 +653,7 @@ class FileImages(ImageSet):
         out = np.empty((len(idxs), 2 if training and self.area else 1, h, w, self.reader.channels), np.uint8)
         for i,crops in zip(idxs, out):
             draw = two_crops(w/h, np.random.default_rng([seed,i]) if training else None, self.area)
-            cut_crops(self.images[i], self.reader, self.size, draw, crops)
+            cut_crops(self.images[i], self.reader, self.size, draw, crops, Image.HAMMING if training else Image.BICUBIC)
         x = torch.from_numpy(out).permute(0,1,4,2,3)
         return x if x.shape[1] > 1 else x[:,0]
 
@@ -725,6 +726,7 @@ class TwoCrops(RandTransform):
     def before_call(self, b, split_idx): self.rng = None if split_idx else np.random.default_rng(random.getrandbits(64))
     def encodes(self, x:Image.Image|TensorChannels):
         channels = len(x) if isinstance(x, Tensor) else 1 if x.mode == 'L' else 3
-        res = cut_crops(x, ImageReader(channels), self.size, two_crops(self.size[1]/self.size[0], self.rng, self.area))
+        res = cut_crops(x, ImageReader(channels), self.size, two_crops(self.size[1]/self.size[0], self.rng, self.area),
+            resample=Image.BICUBIC if self.rng is None else Image.HAMMING)
         res = torch.from_numpy(res).permute(0,3,1,2)
         return (TensorImageBW if channels == 1 else TensorImage)(res if len(res) > 1 else res[0])

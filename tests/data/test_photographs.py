@@ -62,7 +62,7 @@ def test_crops_are_sharp(tmp_path):
     thumbnail,rng,ours,original,before = whole.resize((299,224)),np.random.default_rng(0),[],[],[]
     for _ in range(100):
         l,t,w,h = box = random_box(1200, 1600, rng, (.08,.08))
-        ours.append(gradient(cut_crops(tmp_path/'x.jpg', ImageReader(), (224,224), lambda *_: [(*box,False)])[0]))
+        ours.append(gradient(cut_crops(tmp_path/'x.jpg', ImageReader(), (224,224), lambda *_: [(*box,False)], resample=Image.HAMMING)[0]))
         original.append(gradient(np.asarray(whole.resize((224,224), Image.BICUBIC, (l,t,l+w,t+h)))))
         s = 299/1600
         before.append(gradient(np.asarray(thumbnail.resize((224,224), Image.BICUBIC, (l*s,t*s,(l+w)*s,(t+h)*s)))))

@@ -223,3 +223,18 @@ def test_what_a_run_would_take(cli, photos):
 def test_how_long_a_run_takes(cli, photos):
     r = cli('clae_train', '--path', photos, '--arch', 'resnet8', '--size', 32, '--bs', 2, '--epochs', 2)
     assert r.returncode == 0 and 'to go.' in r.stdout and 'raw pixels, at most 32x32' in r.stdout, r.stderr
+
+@pytest.mark.slow
+@pytest.mark.parametrize('recipe', ['simclr-imagenet100','simclr-tinyimagenet'])
+def test_recipes_of_photographs(cli, recipe):
+    "At the recipe's own size, on made-up images in the right layout"
+    import layouts
+    writer = getattr(layouts, recipe.removeprefix('simclr-'))
+    writer(cli.cwd/'data')
+    if recipe.endswith('100'): # enough for a few batches
+        for i,f in enumerate(sorted((cli.cwd/'data').glob('train/*/*.JPEG'))[:40]): photograph(i, 400, 300).save(f)
+    else:
+        for i in range(40): layouts.image(cli.cwd/'data'/'tiny-imagenet-200'/'train'/'n01443537'/'images'/f'x{i}.JPEG', i, (64,64))
+    r = cli('clae_train', '--recipe', recipe, '--path', 'data', '--limit', 32, '--bs', 8, '--epochs', 1, '--workers', 0)
+    assert r.returncode == 0, r.stderr
+    assert next((cli.cwd/'runs').glob('*/summary.json')) and ' 4 steps an epoch' in r.stdout

@@ -1,7 +1,7 @@
 "`encoder_learner`: a normal fastai Learner on labelled images, with an encoder as its body."
 import pytest
 import torch
-from fastai.vision.all import Normalize, PILImage, accuracy, get_image_files, load_learner
+from fastai.vision.all import Normalize, PILImage, accuracy, get_image_files, load_learner, set_seed
 
 from clae_fastai.all import clae_learner, encoder_learner, extract_features, get_dls, resnet8, resnet18
 
@@ -10,6 +10,7 @@ def dls(digits_dir): return get_dls('folder', digits_dir/'rgb', bs=32, size=16, 
 
 @pytest.fixture(scope='module')
 def pretrained(dls):
+    set_seed(0)
     learn = clae_learner(dls, resnet8)
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 3e-3)
     return learn
@@ -17,11 +18,12 @@ def pretrained(dls):
 def convs(learn): return [m.weight.detach().clone() for m in learn.model[0].modules() if isinstance(m, torch.nn.Conv2d)]
 
 def test_fine_tune_predict_and_lr_find(pretrained, dls, quiet, digits_dir, tmp_path):
+    set_seed(1)
     learn = quiet(encoder_learner(dls, pretrained, metrics=accuracy, path=tmp_path))
     before = convs(learn)
     learn.fit_one_cycle(1, 3e-3)
     assert all(torch.equal(a, b) for a,b in zip(before, convs(learn))) # frozen
-    learn.fine_tune(4, 3e-3)
+    learn.fine_tune(8, 3e-3)
     assert not any(torch.equal(a, b) for a,b in zip(before, convs(learn)))
     assert learn.recorder.values[-1][2] > .5
     file = get_image_files(digits_dir/'rgb'/'3')[0]

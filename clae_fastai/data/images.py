@@ -214,7 +214,7 @@ class ImageReader(DisplayedTransform):
         try: return self._convert(self.values(image))
         except Exception as e: # whatever it is, of whatever library; none names the file
             file = getattr(image, 'filename', image)
-            name = name_files([file]) if file and isinstance(file, (str,Path)) else f'An image ({type(image).__name__})'
+            name = name_files([file]) if isinstance(file, (str,Path)) else f'An image ({type(image).__name__})'
             remedy = '' if isinstance(e, (ValueError,Image.DecompressionBombError)) else ' Restore or replace it.' # they have their own
             raise ValueError(f"{name} cannot be read as an image ({_reason(image, e)}).{remedy}") from None
 

@@ -37,15 +37,16 @@ def command(
 # %% ../nbs/26_cli.ipynb #5b3f41e0
 _groups = { # titles in the help, and what stands under them
     'positional arguments': 'run which',
-    'data': 'data path size channels limit skip_bad',
+    'data': 'data path size channels value_range background max_pixels skip_bad valid_pct unlabelled limit',
     'method': 'recipe arch method eps alpha attack attack_bn views n_out protocol k knn_on probe_on',
     'training': 'epochs bs lr on_nonfinite',
     'hardware': 'precision channels_last workers ray',
-    'run': 'name seed every_batches resume format out scale seeds'}
+    'run': 'name seed every_batches resume dry_run format out scale seeds'}
 
 def _add(group, param, about):
     kind,choices = param.annotation,get_args(param.annotation)
     if kind is bool: takes = dict(action='store_true')
+    elif kind is list: takes = dict(type=float, nargs=2, metavar=('LOW','HIGH'))
     elif choices: takes = dict(type=type(choices[0]), choices=choices)
     else: takes = dict(type=kind, metavar={int: 'N', float: 'X'}.get(kind, param.name.upper()))
     if param.default is param.empty: group.add_argument(param.name, help=about, **takes)
@@ -113,8 +114,13 @@ def clae_train(
     bs:int=None, # Images a batch, 64 by default
     lr:float=None, # Largest learning rate of the one-cycle schedule, or first of a recipe's own; 3e-3 by default
     recipe:Literal[_recipes]=None, # The paper's settings; other options given here go before them
-    size:int=None, # Side of the images in pixels, the data set's by default; a folder's own up to 64, else 224
+    size:int=None, # Side of the images in pixels, the data set's by default; a folder's own where that is one and small, else 224
     channels:Literal[1,3]=None, # Read all images of a folder as grey (1) or in colour (3)
+    value_range:list=None, # Values of images of more than 8 bits that become black and white; found by default
+    background:str='white', # Colour beneath transparent parts
+    max_pixels:int=None, # Most pixels that an image may have, 179 million by default
+    valid_pct:float=None, # Share of a folder's images that is held out, .2 by default, without labels .05
+    unlabelled:bool=False, # The folders in the folder are no classes
     limit:int=None, # Use this many training images
     seed:int=42, # Seed of everything random
     name:str=None, # Name of the run, whose folder is runs/NAME; a free one by default
@@ -126,6 +132,7 @@ def clae_train(
     on_nonfinite:Literal['stop','skip']='stop', # Where a loss or gradient is not finite; skip: at most ten steps in a row
     every_batches:int=None, # Batches between checkpoints; by default only one after each epoch
     resume:str=None, # Go on with this interrupted run (name or folder); takes no other option
+    dry_run:bool=False, # Say what would be trained, and what a step takes, and stop
 ):
     """Train an encoder without labels by contrastive learning with adversarial examples, and evaluate it.
 
@@ -147,6 +154,11 @@ def clae_eval(
     path:str=None, # Folder of the data set's images; by default where fastai keeps its data
     bs:int=64, # Images a batch
     workers:int=None, # Processes that load images
+    channels:Literal[1,3]=None, # Read all images of a folder as grey (1) or in colour (3)
+    value_range:list=None, # Values of images of more than 8 bits that become black and white; the encoder's by default
+    background:str=None, # Colour beneath transparent parts, white by default
+    max_pixels:int=None, # Most pixels that an image may have
+    skip_bad:bool=False, # Leave out files that are no images, and count them
     k:int=None, # Neighbours of the kNN, 200 by default
     knn_on:Literal['h','z']=None, # kNN on h or z; an encoder file has only h
     probe_on:Literal['h','z']=None, # Linear probe on h or z

@@ -8,7 +8,7 @@ __all__ = ['at_least_float32', 'world_size', 'gather', 'rank_offset', 'new_file'
 
 # %% ../nbs/01_core.ipynb #398f7d85
 from fastai.basics import *
-import hashlib, safetensors, safetensors.torch
+import difflib, hashlib, safetensors, safetensors.torch
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
@@ -136,7 +136,9 @@ def look_up(
 ): # `table[name]`; `name` itself, where `table` is a list
     "A choice by name. Raises `ValueError` with all names"
     if isinstance(name, str) and name in table: return table[name] if isinstance(table, dict) else name
-    raise ValueError(f"There is no {what} {name!r}. The {what}s are {', '.join(table)}{more and '; '}{more}.")
+    near = difflib.get_close_matches(str(name).lower().replace('-','_'), map(str, table), 1, .8)
+    hint = f', perhaps {near[0]!r} was meant' if near else ''
+    raise ValueError(f"There is no {what} {name!r}{hint}. The {what}s are {', '.join(table)}{more and '; '}{more}.")
 
 def check_choice(
     name:str, # Name of the argument

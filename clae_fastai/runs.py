@@ -9,6 +9,7 @@ __all__ = ['train_options', 'read_options', 'RunLog', 'train', 'evaluate_run', '
 from fastai.vision.all import *
 from dataclasses import replace
 from torch.optim.swa_utils import update_bn
+from fastprogress.fastprogress import format_time
 import contextlib, fastai, filelock, json, kornia, platform, shutil, torchvision
 from . import __version__
 from .core import *
@@ -53,15 +54,17 @@ _versions = dict(clae_fastai=__version__, python=platform.python_version(),
 # %% ../nbs/25_runs.ipynb #2ca05aad
 train_options = { # type, and value where a run says nothing: what version 0.1.0 did
     **dict.fromkeys('path data arch method attack views recipe name'.split(), (str,None)),
-    **dict.fromkeys('n_out epochs bs size channels limit workers every_batches'.split(), (int,None)),
-    **dict.fromkeys('eps alpha lr'.split(), (float,None)),
+    **dict.fromkeys('n_out epochs bs size channels limit workers every_batches max_pixels'.split(), (int,None)),
+    **dict.fromkeys('eps alpha lr valid_pct'.split(), (float,None)), 'value_range': (list,None), 'background': (str,'white'),
     'seed': (int,42), 'precision': (str,'fp32'), 'attack_bn': (str,'adv'), 'on_nonfinite': (str,'stop'),
-    'channels_last': (bool,False), 'skip_bad': (bool,False)}
+    'channels_last': (bool,False), 'skip_bad': (bool,False), 'unlabelled': (bool,False)}
+_of_folders = 'channels value_range background max_pixels skip_bad valid_pct unlabelled'.split()
 _not_given = {name: default for name,(_,default) in train_options.items()}
 
 def _check_option(name, value):
     kind,default = train_options[name]
-    if type(value) in (kind, type(default), int if kind is float else kind): return value
+    right = type(value) in (kind, type(default), int if kind is float else kind)
+    if right and (type(value) is not list or {*map(type, value)} <= {int,float}): return value
     raise ValueError(f"{name} is {value!r}")
 
 def read_options(
@@ -91,7 +94,7 @@ _defaults = dict(arch='resnet18', method='simclr', eps=.03, alpha=1., attack='fg
 _digits = dict(arch='resnet8', views='digits')
 _limits = dict(
     epochs=(1,math.inf), n_out=(1,math.inf), every_batches=(1,math.inf), limit=(2,math.inf), size=(8,4096),
-    workers=(0,256), seed=(0,2**32-1), lr=(math.ulp(0.),sys.float_info.max))
+    max_pixels=(1,math.inf), workers=(0,256), seed=(0,2**32-1), lr=(math.ulp(0.),sys.float_info.max))
 
 def _check_limits(values):
     for name,(low,high) in _limits.items():
@@ -102,6 +105,7 @@ def _check_limits(values):
         raise ValueError(f"{name} must be {need}, and it is {value}.")
 
 def _given(**options): return {k: v for k,v in options.items() if v is not None}
+def _of_folder(options): return {k: options[k] for k in _of_folders if options[k] != _not_given[k]}
 
 def _fill_in(options):
     "All settings, and the recipe or None, with what is given in place of its own"
@@ -123,8 +127,16 @@ class RunLog(Callback):
     ): self.file,self.show = file,show
 
     def before_fit(self):
-        self.rows,self.seconds = [],0.
+        self.rows,self.seconds,self.steps = [],0.,[]
         self._write(self.recorder.metric_names)
+
+    def after_batch(self):
+        "Once, how long it will take, from ten batches after the first"
+        if not self.training or len(self.steps) > 10: return
+        self.steps.append(time.time())
+        if len(self.steps) == 11 and self.show and not rank_distrib():
+            left = self.n_iter*(self.n_epoch - self.epoch) - self.iter - 1
+            print(f"About {format_time(left*np.diff(self.steps).mean())} to go.", flush=True)
 
     def before_epoch(self): self.start = time.time()
 
@@ -142,28 +154,59 @@ class RunLog(Callback):
         if self.show and cells: print(*cells, flush=True)
 
 # %% ../nbs/25_runs.ipynb #2f0d7035
-def _features(model, dls): return [extract_features(model, dl) for dl in dls.loaders]
+def _value_range(learn): return learn.encoder_info.get('value_range')
 
-def _untrained_features(learn):
-    "Features of the encoder as it is drawn, its batch norm statistics estimated on the training images"
-    state,device = deepcopy(learn.model.state_dict()),next(learn.model.parameters()).device
-    x = (learn.clae.normalize(to_device(b[0], device)) for b in learn.dls.train.new(shuffle=False))
-    with no_random(reproducible=False): update_bn(x, learn.model)
-    res = _features(learn, learn.dls)
-    learn.model.load_state_dict(state)
-    return res
-
-def _baselines(learn):
-    "Features of raw pixels and of the untrained encoder, or {} where nothing can be evaluated"
-    if len(learn.dls.valid_ds) and len(learn.dls.train_ds[0]) > 1:
-        raw = _features(nn.Flatten(), learn.dls)
-        known,asked = (set(labels.tolist()) for _,labels in raw)
-        if asked <= known: return dict(raw=raw, untrained=_untrained_features(learn))
+def _can_evaluate(dls):
+    "Are there labelled test images of classes that are trained on? If not, says so"
+    if all(map(has_labels, dls.loaders)):
+        known,asked = ({*dl.dataset.labels.tolist()} for dl in dls.loaders)
+        if asked <= known: return True
     print("The encoder will be trained, and not evaluated: "
           "there are no classes, no test images, or classes without training images.")
-    return {}
+    return False
+
+class _Rows(nn.Module):
+    "What the final table compares, side by side: pixels of at most 32x32, features before training, and after it"
+    def __init__(self, normalize, untrained, trained):
+        super().__init__()
+        self.normalize,self.untrained,self.trained,self.sizes = normalize,untrained,trained,None
+
+    def forward(self, x):
+        small = F.interpolate(x, (32,32), mode='area') if min(x.shape[2:]) > 32 else x
+        x = self.normalize(x)
+        rows = [small.flatten(1), self.untrained.features(x), self.trained.features(x)]
+        self.sizes = [o.shape[1] for o in rows]
+        return torch.cat([o.float() for o in rows], 1)
+
+def _table_features(learn, untrained):
+    "Features of the table's rows: training images and labels, test images and labels; one pass over the images"
+    device = next(learn.model.parameters()).device
+    sample = itertools.islice(learn.dls.train.new(shuffle=False), max(1, 2048//learn.dls.train.bs))
+    rows = _Rows(learn.clae.normalize, untrained.to(device), get_model(learn.model))
+    with no_random(reproducible=False):
+        update_bn((rows.normalize(to_device(b[0], device)) for b in sample), untrained) # the statistics of batch norm
+    parts = [extract_features(rows, dl) for dl in learn.dls.loaders]
+    split = [(x.split(rows.sizes, 1),y) for x,y in parts]
+    return {name: [(xs[k],y) for xs,y in split] for k,name in enumerate(('raw','untrained','encoder'))}
 
 # %% ../nbs/25_runs.ipynb #87b25e1a
+def _peak_memory(device):
+    "Of the device, or of this process"
+    if device.type == 'cuda': return f'{torch.cuda.max_memory_allocated()/2**30:.1f} GiB'
+    try: import resource
+    except ImportError: return 'an unknown amount' # Windows
+    return f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**(30 if sys.platform == "darwin" else 20):.1f} GiB'
+
+class _FewBatches(Callback):
+    "Ends a fit after five training batches; `seconds` is what one takes"
+    order = Recorder.order+10
+    def before_fit(self): self.times = []
+    def after_batch(self):
+        self.times.append(time.time())
+        if len(self.times) == min(5, self.n_iter): raise CancelFitException
+    @property
+    def seconds(self): return float(np.median(np.diff(self.times))) if len(self.times) > 1 else math.nan
+
 class _Run:
     "A training by `options`; in `folder`, if it was begun there"
     def __init__(self, options, folder=None):
@@ -175,7 +218,7 @@ class _Run:
         s = self.settings
         def _some(names): return {k: s[k] for k in names.split()}
         set_seed(s['seed'])
-        dls = get_dls(s['data'], **_given(num_workers=s['workers'], **_some('path bs size limit seed skip_bad channels')))
+        dls = get_dls(s['data'], **_given(num_workers=s['workers'], **_some('path bs size limit seed')), **_of_folder(s))
         own = self.recipe.learner_kwargs() if self.recipe else _some('arch method eps alpha attack n_out views')
         return clae_learner(dls, **own, **_some('precision channels_last attack_bn on_nonfinite'))
 
@@ -198,9 +241,27 @@ class _Run:
             if self.folder is None: _check_name(name) # somebody was faster
         try:
             with filelock.FileLock(self.folder/'.lock', timeout=0):
-                if new: self.write_options(precision=learn.precision) # what 'auto' has chosen, for good
+                if new: self.write_options(precision=learn.precision, value_range=_value_range(learn)) # what was found, for good
                 self.finish(learn)
         except filelock.Timeout: raise ValueError(f"Another process is at work on {self.folder}.") from None
+
+    def describe(self, learn):
+        "One line about what is trained on what"
+        s = self.settings
+        attack = f" with {learn.clae.attack}" if learn.clae.attacking else ''
+        processes = f", in {num_distrib()} processes" if num_distrib() > 1 else ''
+        classes = f" of {learn.dls.c} classes" if getattr(learn.dls, 'c', 0) else ''
+        return (f"{s['arch']} on {len(learn.dls.train_ds)} training images{classes} of {self.data}, "
+            f"{s['method']}{attack}, on {learn.dls.device}{processes}; {len(learn.dls.train)} steps an epoch")
+
+    def dry_run(self):
+        "Say what would be trained, and what a step takes; nothing is left behind"
+        learn = self.learner()
+        print(self.describe(learn))
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=(few := _FewBatches()))
+        n,epochs = len(learn.dls.train),self.settings['epochs']
+        print(f"A step takes {few.seconds:.2g} seconds, and {_peak_memory(learn.dls.device)} of memory with all that is loaded; "
+            f"{epochs} epochs of {n} steps take about {format_time(few.seconds*n*epochs)}.")
 
     def write_options(self, **chosen):
         _write_json(self.folder/'settings.json', dict(options={**self.options, **chosen}, versions=_versions))
@@ -229,36 +290,35 @@ class _Run:
     def finish(self, learn, more=lambda learn: {}):
         "Train, evaluate, and write all that a run leaves behind; `more(learn)` are further metrics"
         s,folder = self.settings,self.folder
-        attack = f" with {learn.clae.attack}" if learn.clae.attacking else ''
-        processes = f", in {num_distrib()} processes" if num_distrib() > 1 else ''
-        print(f"{folder}: {s['arch']} on {len(learn.dls.train_ds)} training images of {self.data}, "
-              f"{s['method']}{attack}, on {learn.dls.device}{processes}")
-        features = _baselines(learn)
+        print(f"{folder}: {self.describe(learn)}")
+        untrained = deepcopy(get_model(learn.model)) if _can_evaluate(learn.dls) else None
         metrics = dict(train_seconds=self.fit(learn))
         learn.export_encoder(folder/'encoder.safetensors')
         for name,fig in (('loss', plot_losses(folder/'history.csv')), ('views', learn.show_views())):
             fig.savefig(folder/f'{name}.png', dpi=120)
             plt.close(fig)
-        if features:
-            features['encoder'] = _features(learn, learn.dls)
+        if untrained:
+            features = _table_features(learn, untrained)
             metrics['knn'] = {k: few_label_knn(*train, *test, ns=(1,5)) for k,(train,test) in features.items()}
-            print(f"\n{knn_table(metrics['knn'], len(learn.dls.valid_ds))}\n")
+            print(f"\n{knn_table(metrics['knn'], features['encoder'][1][1])}\n")
         metrics.update(more(learn))
         settings = dict(s, name=folder.name, size=learn.encoder_info['size'], device=str(learn.dls.device),
-            precision=learn.precision, processes=max(1, num_distrib()))
+            precision=learn.precision, processes=max(1, num_distrib()), value_range=_value_range(learn),
+            images=getattr(learn.dls, 'notes', []))
         # this says that the run is finished, so it comes last
         _write_json(folder/'summary.json', dict(settings=settings, seed=s['seed'], versions=_versions, metrics=metrics))
         print(f"The encoder is {folder/'encoder.safetensors'}; what the adversary does is in {folder/'views.png'}.")
 
 def train(
     resume:str=None, # Name or folder of an interrupted run to go on with, which takes no other option
+    dry_run:bool=False, # Say what would be trained and what it takes, and stop
     **kwargs # Options of `clae_train`, where they are not its defaults
 ):
     "Train and evaluate an encoder, in a run's folder"
     if unknown := kwargs.keys() - _not_given: raise TypeError(f"There is no option {', '.join(unknown)}.")
     options = _not_given | kwargs
     with redirect_stdout(io.StringIO() if rank_distrib() else sys.stdout): # of several processes the first one prints
-        if resume is None: return _Run(options).start()
+        if resume is None: return _Run(options).dry_run() if dry_run else _Run(options).start()
         if given := ['--' + k.replace('_','-') for k,v in options.items() if v != _not_given[k]]:
             raise ValueError(f"--resume goes on with the run's own settings: leave out {', '.join(given)}.")
         folder = _find('settings.json', resume, 'run').parent
@@ -277,7 +337,13 @@ def _own_data(file):
         raise ValueError(f"{file} is in no run's folder: say what to evaluate it on, with --data NAME or --path FOLDER.")
     settings,_ = _fill_in(read_options(file.parent))
     seed = ['seed'] if settings['data'] == 'folder' else [] # that held images out
-    return settings['data'],{k: settings[k] for k in ['path','channels','skip_bad','size',*seed]}
+    return settings['data'],{k: settings[k] for k in ['path','size',*seed]} | _of_folder(settings)
+
+def _check_held_out(dls, folder):
+    version = json.loads((folder/'settings.json').read_bytes())['versions']['clae_fastai']
+    if dls.held_out and version.startswith('0.1.'):
+        raise ValueError(f"{folder} is a run of clae_fastai {version}, which chose the images to hold out in another way, so that "
+            "this version would test on images that the run was trained on: say what to evaluate it on, with --path FOLDER.")
 
 def evaluate_run(
     run:str, # Name or folder of a run, or an encoder file
@@ -285,15 +351,23 @@ def evaluate_run(
     path:str=None, # Folder of the data set
     bs:int=64, # Images a batch
     workers:int=None, # Processes that load images
+    channels:int=None, # This and what follows are options of a folder, as in `folder_dls`; by default the run's
+    value_range:tuple=None, # Or that of the encoder
+    background:str=None, # Colour beneath transparent parts
+    max_pixels:int=None, # Most pixels that an image may have
+    skip_bad:bool=None, # Leave out what cannot be read?
     **kwargs # For `evaluate`
 ):
     "Evaluate an encoder, print the table, and write it to eval-DATA-PROTOCOL.json beside the encoder"
-    _check_limits(dict(workers=workers))
+    _check_limits(dict(workers=workers, max_pixels=max_pixels))
     file = _encoder_file(run)
     if data is None and path is None: data,own = _own_data(file)
     else: data,own = ifnone(data, 'folder'),dict(path=path)
-    own,dataset = _given(bs=bs, num_workers=workers, **own),data
-    if 'seed' in own: dataset,own = get_dls(data, drop_last=False, **own),{} # `evaluate` has a seed of its own
+    given = dict(channels=channels, value_range=value_range, background=background, max_pixels=max_pixels, skip_bad=skip_bad or None)
+    own,dataset = _given(bs=bs, num_workers=workers, **own) | _given(**given),data
+    if 'seed' in own: # `evaluate` has one of its own
+        dataset,own = get_dls(data, drop_last=False, **own),{}
+        _check_held_out(dataset, file.parent)
     res = replace(evaluate(file, dataset, **kwargs, **own), dataset=data)
     ends = itertools.chain([''], map('-{}'.format, itertools.count(2)))
     files = (file.parent/f'eval-{data}-{res.protocol}{end}.json' for end in ends)

@@ -197,11 +197,11 @@ def test_bad_images_are_named_or_skipped(cli, bad_images):
     assert r.returncode == 2 and all(w in r.stderr for w in ('001.png','notes.png','--skip-bad')), r.stderr
     assert not (cli.cwd/'runs').exists()
     r = cli('clae_train', *args, '--skip-bad')
-    assert r.returncode == 0 and 'Skipped 2 of 241 files' in r.stdout, r.stderr
+    assert r.returncode == 0 and 'Left out: 2 of 241 files' in r.stdout, r.stderr
 
 def test_empty_folder(command, tmp_path):
     (tmp_path/'none').mkdir()
-    assert 'no image that can be read in none' in command(clae_train, '--path', 'none')
+    assert 'no image in none' in command(clae_train, '--path', 'none')
 
 def test_existing_run_is_not_overwritten(command, tmp_path):
     run = tmp_path/'runs'/'mine'

@@ -153,13 +153,6 @@ def test_the_method_on_one_screen():
     n,widest = len(lines),max(map(len, lines))
     assert n <= 45 and widest <= 120
 
-def test_shorter_than_the_first_version():
-    "Characters of 0.1.0's modules, and lines"
-    text = ''.join(f.read_text() for n,f in modules(root).items() if n != '_modidx')
-    text += ''.join(f.read_text() for f in (root/'clae_fastai').rglob('__init__.py'))
-    size,lines = len(text.encode()),text.count('\n')
-    assert size < 247_518 and lines <= 4_900
-
 def test_commands_import_nothing_heavy():
     "The parsers need Python alone: neither torch nor fastai, nor anything else that was installed, nor another room"
     code = 'import sys; before = set(sys.modules); import clae_fastai.cli; print(*set(sys.modules) - before)'

@@ -63,7 +63,7 @@ def test_library_has_the_same_choices(func, name, options, tmp_path, monkeypatch
 
 def test_options_are_the_commands():
     "Names, types and defaults; what came later than 0.1.0 has what 0.1.0 did"
-    params = {k: p for k,p in inspect.signature(clae_train).parameters.items() if k != 'resume'}
+    params = {k: p for k,p in inspect.signature(clae_train).parameters.items() if k not in ('resume','dry_run')}
     def kind(p): return type(get_args(p.annotation)[0]) if get_args(p.annotation) else p.annotation
     assert train_options == {k: (kind(p), p.default) for k,p in params.items()}
     saved = json.loads((old_runs/'finished'/'settings.json').read_text())['options']
@@ -103,6 +103,14 @@ def test_finished_runs_stay_readable(cli, old, change):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     r = cli('clae_train', '--resume', 'finished')
     assert r.returncode == 0 and 'is finished' in r.stdout
+
+def test_images_that_0_1_held_out(command, cli, old, digits_dir):
+    "It chose them otherwise, so that this version would test on images that were trained on"
+    rewrite(old/'finished', data='folder', path=str(digits_dir/'grey'), size=16)
+    assert 'another way' in command(clae_eval, 'finished')
+    assert cli('clae_eval', 'finished', '--path', digits_dir/'grey', '--protocol', 'authors', '--knn-on', 'h').returncode == 0
+    rewrite(old/'finished', version='0.2.0')
+    assert cli('clae_eval', 'finished', '--protocol', 'authors', '--knn-on', 'h').returncode == 0
 
 def test_what_an_old_run_lacks(old):
     rewrite(old/'finished', drop=train_options)

@@ -27,6 +27,7 @@ def mutant(room, name, what, tests, *changes):
 
 golden,matrix,learner = 'method/test_golden.py','method/test_method_matrix.py','train/test_learner.py'
 resume,figures,trials = 'train/test_checkpoint.py','paper/test_analysis.py','paper/test_experiments.py'
+people = 'data/test_images_of_people.py'
 
 # method
 
@@ -82,14 +83,33 @@ mutant('method.views', 'one-view', 'both views are the same one',
        f'{learner}::test_same_image_different_views',
        ('return self._normalize(self.aug(x)),self._normalize(self.aug(x))', 'return (self._normalize(self.aug(x)),)*2'))
 
+mutant('method.views', 'range', 'values outside [0,1] are clipped',
+       f'{people}::test_values_that_views_would_clip',
+       ('if x.dtype == torch.uint8 or -.5 <= low <= high <= 1.5: return', 'return'))
+mutant('method.views', 'batch-crop', 'a Compose crops all images of a batch alike',
+       f'{people}::test_torchvision_s_transforms_draw_for_each_image',
+       ("if _comes_from(aug, _torchvision): aug =", "if _comes_from(aug, _torchvision): return None; aug ="))
+mutant('train.learner', 'behind', 'transforms behind Normalize are dropped',
+       f'{people}::test_transforms_of_batches',
+       ('[1:] if fs else []', '[1:] if False else []'))
+
 # data
 
-mutant('data.images', 'sixteen-bits', 'the lower half of 16 bits instead of the upper',
-       'data/test_folders.py::test_sixteen_bit_images',
-       ('(np.asarray(im) >> 8)', '(np.asarray(im) & 255)'))
+mutant('data.images', 'sixteen-bits', 'images of 12 bits are scaled as if they had 16',
+       f'{people}::test_bit_depth',
+       ('2**max(8, int(max(o.high for _,o in deep)).bit_length()) - 1', '2**16 - 1'))
+mutant('data.images', 'sideways', 'the orientation in the EXIF data is not honoured',
+       f'{people}::test_orientation',
+       ('im = ImageOps.exif_transpose(im)', 'pass'))
+mutant('data.images', 'transparent', 'what is transparent shows the colour beneath',
+       f'{people}::test_transparent_images',
+       ("return Image.alpha_composite(Image.new('RGBA', im.size, background), im)", 'return im'))
+mutant('data.images', 'deep-colour', 'colours of 16 bits lose eight of them',
+       f'{people}::test_colours_of_sixteen_bits',
+       ('if lost := _lost_by_pillow(im):', 'if False:'))
 mutant('data.images', 'stale', 'an image that has changed counts as checked',
        'data/test_images.py::test_readable_images_are_remembered',
-       ('old[:2] == stamp: return old', 'old: return old'))
+       ('if old and old[:2] == stamp and', 'if old and'))
 mutant('data.catalogue', 'label-order', 'classes are numbered from the end',
        'data/test_catalogue.py::test_catalogue',
        ('index = {c:i for i,c in enumerate(vocab)}', 'index = {c:i for i,c in enumerate(vocab[::-1])}'),
@@ -98,9 +118,14 @@ mutant('data.catalogue', 'split-seed', "Caltech-101's split has no seed",
        'data/test_catalogue.py::test_caltech_split_by_seed',
        ('random.Random(seed)', 'random.Random(0)'))
 mutant('data.folders', 'lonely', 'a class of one image is tested on, and not trained',
-       'data/test_folders.py::test_a_lonely_image_is_for_training',
-       ('train + [o for o in valid if o.label not in known]', 'train'),
-       ('return train + [o for o in test if o.label not in known],', 'return train,'))
+       f'{people}::test_each_class_is_held_out',
+       ('len(own)-least) if share and len(own) >= 2*least else 0', 'len(own)) if share else 0'))
+mutant('data.folders', 'case', 'split folders are known by lower case alone',
+       f'{people}::test_split_folders',
+       ('if o and o.lower() == name]', 'if o and o == name]'))
+mutant('data.folders', 'stray', 'a stray image takes all labels away, unsaid',
+       f'{people}::test_stray_images',
+       ('if classes and stray:', 'if stray: classes = ()\n    if False:'))
 
 # train
 

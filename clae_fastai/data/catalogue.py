@@ -7,7 +7,7 @@ __all__ = ['catalogue', 'DataSet', 'datasets', 'get_dls']
 
 # %% ../../nbs/10_data.catalogue.ipynb #69acc60d
 from fastai.vision.all import *
-import contextlib, scipy.io, torchvision
+import contextlib, inspect, numbers, scipy.io, torchvision
 from dataclasses import dataclass
 from importlib import resources
 from sklearn.datasets import load_digits
@@ -52,14 +52,14 @@ def _read_fashion_mnist(root, **_):
 
 def _read_digits(root, size, **_):
     digits = load_digits()
-    images = read_images((digits.images*255/16).round().astype(np.uint8), 1, (size,size))
+    images = read_images((digits.images*255/16).round().astype(np.uint8), ImageReader(1), tuplify(size, match=(0,0)))
     data = MemoryImages(images, tensor(digits.target), list('0123456789'))
     parts = train_test_split(np.arange(len(data)), test_size=.25, stratify=digits.target, random_state=0)
     return [data.take(o) for o in parts]
 
 def _class_items(root, label=parent_label):
     "Images below `root` and their classes, by default their folders' names"
-    files = get_image_files(root).sorted()
+    files,_ = find_images(root)
     if not files: raise FileNotFoundError(2, 'no folder, or no image in it', str(root))
     return [ImageItem(f, label(f)) for f in files]
 
@@ -222,38 +222,38 @@ def _read_or_download(entry, path, download, **kwargs):
         raise FileNotFoundError(f"{entry.name}: expected {e.filename}, which is not there ({e.strerror})."
             f"{failed} The data set is offered at {entry.page}.") from None
 
+_of_folders = inspect.signature(folder_dls).parameters.keys() - {'path','size','limit','seed','kwargs'}
+
 def get_dls(
     name:str|Path, # One of `datasets()`, or a folder of images
     path:str|Path=None, # Where the images are or go to; by default fastai's data folder
     bs:int=64, # Images a batch, 2 or more
-    size:int=None, # Images' side in pixels; by default the catalogue's, in folders `folder_dls`'s
+    size:int|tuple=None, # Images' side in pixels, or (height, width); by default the catalogue's, in folders `folder_dls`'s
     limit:int=None, # Use this many training images, chosen by `seed`
-    seed:int=42, # Seed of that choice, a folder's held-out fifth, and Caltech-101's split
+    seed:int=42, # Seed of that choice, a folder's held-out images, and Caltech-101's split
     download:bool=True, # Fetch what is not there?
-    skip_bad:bool=False, # In folders, leave out files that cannot be read, instead of raising?
-    channels:int=None, # In folders, read all as 1: grey, 3: colour; by default what they are
-    **kwargs # For the `DataLoaders`, such as `batch_tfms`, `num_workers`, `device`
+    **kwargs # Of a folder for `folder_dls`, and for the `DataLoaders`, such as `batch_tfms`, `num_workers`, `device`
 ) -> DataLoaders: # `train`: the images to train on; `valid`: the test images
     "`DataLoaders` of a data set, by name. Raises `FileNotFoundError` or `ValueError` before any training"
-    if path is None and isinstance(name, (str,Path)) and name not in catalogue and Path(name).is_dir():
-        name,path = 'folder',name
+    if path is not None: path = Path(path).expanduser()
+    elif isinstance(name, (str,Path)) and name not in catalogue and Path(name).expanduser().is_dir():
+        name,path = 'folder',Path(name).expanduser()
     entry = look_up(name, catalogue, 'data set', 'or pass a folder of images that exists')
     check_batches(bs)
-    if size is not None and size < 4:
-        raise ValueError(f"size must be 4 pixels or more, and it is {size}.")
-    check_choice('channels', channels, (None,1,3))
+    sides = tuple(size) if isinstance(size, (tuple,list)) else (size,)
+    if size is not None and not (len(sides) in (1,2) and all(isinstance(o, numbers.Integral) and o >= 4 for o in sides)):
+        raise ValueError(f"size must be 4 pixels or more, or (height, width), and it is {size!r}.")
+    check_choice('channels', kwargs.get('channels'), (None,1,3))
     if name == 'folder':
         if path is None: raise ValueError("get_dls('folder') needs the folder's path.")
-        dls = folder_dls(path, size, limit, seed, skip_bad, channels, bs=bs, **kwargs)
+        dls = folder_dls(path, size, limit, seed, bs=bs, **kwargs)
     else:
-        if channels is not None:
-            raise ValueError(f"channels is for folders: leave it out for {name}.")
+        if given := sorted(_of_folders & kwargs.keys()):
+            raise ValueError(f"{', '.join(given)} is for folders: leave it out for {name}.")
         size = ifnone(size, entry.size)
         train,*rest = _read_or_download(entry, path, download, size=size, seed=seed)
         train = sample_items(train, limit, seed)
-        if isinstance(train, MemoryImages): dls = memory_dls(train, *rest, size, bs=bs, **kwargs)
-        else:
-            resize = Resize if name == 'imagenet100' else ResizeCenterCrop
-            dls = file_dls(train, *rest, resize(size), bs=bs, **kwargs)
+        make = memory_dls if isinstance(train, MemoryImages) else file_dls
+        dls = make(train, *rest, size, bs=bs, **kwargs)
     if not len(dls.train): check_batches(bs, dls.train.n)
     return dls

@@ -7,80 +7,188 @@ __all__ = ['folder_dls']
 
 # %% ../../nbs/09_data.folders.ipynb #1d69a403
 from fastai.vision.all import *
-from sklearn.model_selection import train_test_split
+from collections import Counter
+from dataclasses import dataclass
+import hashlib, unicodedata
 from .images import *
 
 # %% ../../nbs/09_data.folders.ipynb #9dd68d34
-def _read_part(folder, skip_bad):
-    "Items of a folder, labelled where all lie in folders of several classes; and (file, mode, size) of each image"
-    files,modes,sizes = check_images(get_image_files(folder).sorted(), folder, skip_bad)
-    parts = [f.relative_to(folder).parts for f in files]
-    labelled = all(len(o) > 1 for o in parts) and len({o[0] for o in parts}) > 1
-    return [ImageItem(f, o[0] if labelled else None) for f,o in zip(files, parts)],L(zip(files, modes, sizes))
+_train_names = 'train','training'
+_test_names = 'test','testing','valid','validation','val','dev','eval' # the first that is there is for testing
+
+def _folders(files, root):
+    "`{folder in root: files in it}`; those beside the folders are under None. Folders without images are none"
+    return groupby(files, lambda f: first(f.relative_to(root).parts[:-1]))
+
+def _named(folders, names): return [o for name in names for o in folders if o and o.lower() == name]
+
+def _enter(root, files, classes=()):
+    "`root`, or the folder in it that holds all files, if that is none of the `classes`"
+    while len(inner := _folders(files, root)) == 1 and first(inner) not in (None, *classes): root = root/first(inner)
+    return root
+
+def _find_parts(path, files, notes):
+    "`[(folder, files)]` to train on and, if there is such a part, to test on"
+    root = _enter(path, files)
+    folders = _folders(files, root)
+    names = sorted(folders.keys() - {None})
+    trains,tests = (_named(names, o) for o in (_train_names,_test_names))
+    if len(trains) > 1: raise ValueError(f"{root} has two folders to train on, {', '.join(trains)}: join them.")
+    if len(tests) > 1 and len(tests) == len(names):
+        raise ValueError(f"{root} has {', '.join(tests)}, and no folder to train on: call one of them train.")
+    if not trains or not tests and len(names) > 1: return [(root,files)] # `train` is also something that runs on rails
+    parts = trains + tests[:1]
+    beside = [root/o for o in names if o not in parts] + folders.get(None, [])
+    if beside: notes.append(f"Left out: {name_files(beside)}, as {' and '.join(parts)} of {root} hold the images.")
+    train_root = _enter(root/parts[0], folders[parts[0]])
+    classes = _folders(folders[parts[0]], train_root)
+    return [(train_root,folders[parts[0]])] + [(_enter(root/o, folders[o], classes),folders[o]) for o in parts[1:]]
+
+def _check_split_first(root, files):
+    "Raises `ValueError` for <class>/train and <class>/test"
+    for name,own in _folders(files, root).items():
+        inner = _folders(own, root/name) if name else {}
+        if _named(inner, _train_names) and _named(inner, _test_names):
+            raise ValueError(f"{root/name} has a training and a test folder of its own: "
+                "put these first, as in train/<class>, or give the folder of one class.")
+
+def _labels(files, root, classes=None):
+    "The class folder of each file, None where there are no `classes`; by default those of `root` are all that it has"
+    labels = [name and unicodedata.normalize('NFC', name) for name in (first(f.relative_to(root).parts[:-1]) for f in files)]
+    found,stray = {*labels} - {None},[f for f,label in zip(files, labels) if label is None]
+    if classes is None: # or those of the only folder, where images lie beside that
+        inner = {f.relative_to(root).parts[1:-1] for f,label in zip(files, labels) if label}
+        classes = found if len(found) > 1 or stray and len(inner) > 1 else ()
+    if classes and stray:
+        raise ValueError(f"{len(stray)} of the {len(files)} images in {root} lie in none of its class folders: {name_files(stray)}. "
+            "Move them into a class or out of the folder, or train without labels: unlabelled=True (--unlabelled).")
+    return labels if classes else [None]*len(files)
 
 def _classes(items): return sorted({o.label for o in items} - {None})
 
-def _hold_out(items, seed):
-    "Four fifths to train on and one to test on, where the class of a test image must be known"
-    train,test = train_test_split(items, test_size=.2, random_state=seed)
-    known = {o.label for o in train}
-    return train + [o for o in test if o.label not in known],[o for o in test if o.label in known]
+def _check_classes(train, test, root, test_root):
+    if unknown := set(_classes(test)) - set(_classes(train)):
+        raise ValueError(f"{test_root} has classes that {root} has not: {', '.join(sorted(unknown))}. Sort the images of both "
+            "by the same classes, or train without labels: unlabelled=True (--unlabelled).")
 
-def _read_folder(path, seed, skip_bad):
-    "Items to train and to test on; (file, mode, size) of each image"
-    tests = [path/o for o in ('test','valid','val') if (path/o).is_dir()]
-    root,test = (path/'train',tests[0]) if tests and (path/'train').is_dir() else (path,None)
-    train,images = _read_part(root, skip_bad)
-    if not train:
-        raise FileNotFoundError(f"There is no image that can be read in {root}: "
-            f"expected files such as {root}/<class>/1.png, or {root}/1.png for images without classes.")
-    classes = _classes(train)
-    if test is None: return *(_hold_out(train, seed) if classes else (train,[])),images
-    valid,test_images = _read_part(test, skip_bad)
-    remedy = "Sort the images of both by the same classes, or, to train without labels, give one folder of images."
-    if unknown := set(_classes(valid)) - set(classes):
-        raise ValueError(f"{test} has classes that {root} has not: {', '.join(sorted(unknown))}. {remedy}")
-    if classes and valid and not _classes(valid):
-        raise ValueError(f"{root} has class folders and {test} has not. {remedy}")
-    return train,valid if classes else [],images + test_images
+def _hold_out(items, root, share, seed):
+    "Items to train on, and `share` of each class, of one that has two at least one, to test on"
+    def _draw(item): return hashlib.blake2b(f'{seed} {item.image.relative_to(root).as_posix()}'.encode(errors='replace')).digest()
+    labelled,train,test = items[0].label is not None,[],[]
+    if share is None: share = .2 if labelled else .05
+    if not 0 <= share < 1: raise ValueError(f"valid_pct must be 0 or more and less than 1, and it is {share}.")
+    for label,own in sorted(groupby(items, 'label').items(), key=lambda o: str(o[0])):
+        least = 1 if labelled else 2 # that a contrastive loss can be measured on
+        n = min(max(least, round(share*len(own))), len(own)-least) if share and len(own) >= 2*least else 0
+        chosen = {o.image for o in sorted(own, key=_draw)[:n]} # another file more or less changes one of them at most
+        for o in own: (test if o.image in chosen else train).append(o)
+    return train,test,share
 
-def _n_channels(modes, channels):
+@dataclass
+class _Folder:
+    "What a folder holds"
+    train:list # `ImageItem`s
+    test:list # `ImageItem`s
+    files:list # Of both
+    infos:list # Their `ImageInfo`s
+    notes:list # Sentences for the user
+    held_out:bool # Are the test images chosen by us?
+
+def _read_folder(path, reader, seed, skip_bad, unlabelled, valid_pct):
+    files,others = find_images(path, reader.read)
+    notes,all_files,all_infos,parts = [],[],[],[]
+    if reader.read: # only the function knows which are images
+        files,infos,skipped = check_images(files, path, reader, skip_bad)
+        info_of = dict(zip(files, infos))
+        if skipped: notes.append(skipped)
+    if not files:
+        raise FileNotFoundError(f"There is no image in {path}: "
+            f"expected files such as {path}/<class>/1.png, or {path}/1.png for images without classes.")
+    names = ', '.join(f'{suffix} {n}' for suffix,n in sorted(others.items(), key=lambda o: (-o[1],o[0])))
+    if others: notes.append(f"Left out, as no images by their names: {names} in {path}.")
+    found = _find_parts(path, files, notes)
+    if not unlabelled: _check_split_first(*found[0])
+    for root,own in found:
+        labels = _labels(own, root, () if unlabelled else _classes(parts[0]) if parts else None)
+        parts.append([ImageItem(*o) for o in zip(own, labels)])
+    roots = [root for root,_ in found]
+    if len(parts) == 2: _check_classes(*parts, *roots)
+    for root,items in zip(roots, parts):
+        good,infos,skipped = L(items).itemgot(0),None,''
+        if reader.read: infos = [info_of[o] for o in good]
+        else: good,infos,skipped = check_images(good, root, reader, skip_bad)
+        kept = set(good)
+        items[:] = [o for o in items if o.image in kept]
+        all_files,all_infos = all_files + [*good],all_infos + [*infos]
+        if skipped: notes.append(skipped)
+    classes = _classes(parts[0])
+    what = f"of {len(classes)} classes, {', '.join(classes[:10])}{', ...' if classes[10:] else ''}" if classes else "without classes"
+    notes.insert(0, f"{roots[0]}: {len(parts[0])} images {what}.")
+    if len(parts) == 2:
+        _check_classes(*parts, *roots) # without what was skipped
+        if valid_pct is not None: notes.append(f"valid_pct is not used, as {roots[1]} is there to test on.")
+        return _Folder(*parts, all_files, all_infos, notes, False)
+    train,test,share = _hold_out(parts[0], roots[0], valid_pct, seed)
+    if test:
+        what = f'{100*share:g} % of each class, to test on' if classes else f'{100*share:g} %, to measure valid_loss on'
+        notes.append(f"Held out {what} (valid_pct=, --valid-pct): {len(test)} of {len(all_files)} images.")
+    return _Folder(train, test, all_files, all_infos, notes, bool(test))
+
+# %% ../../nbs/09_data.folders.ipynb #9191db08
+def _n_channels(infos, channels):
     "1 for grey images, 3 for images in colour, or what the user says"
-    grey = sum(m in ('1','L','LA','I','I;16','F') for m in modes)
-    if channels is None and 0 < grey < len(modes):
-        raise ValueError(f"{grey} of the {len(modes)} images are grey, the others in colour: "
+    found = Counter(o.channels for o in infos)
+    if channels is not None and found.keys() <= {1,3}: return channels
+    if len(found) == 1 and channels is None: return first(found)
+    if found.keys() == {1,3}:
+        raise ValueError(f"{found[1]} of the {len(infos)} images are grey, the others in colour: "
             "make all alike with channels=3 or 1 (--channels on the command line).")
-    return ifnone(channels, 1 if grey else 3)
+    of = ', '.join(f'{n} of {c}' for c,n in sorted(found.items()))
+    raise ValueError(f"The images have different numbers of channels, or cannot have {channels}: {of}.")
 
-def _cropped_size(images):
-    "224 pixels. Raises `ValueError` where an image would have to be enlarged to that"
-    file,_,(w,h) = min(images, key=lambda o: min(o[2]))
-    if min(w,h) < 224:
+def _default_size(folder):
+    "(height, width): the images' own where it is small and that of all, else 224 pixels"
+    file,info = min(zip(folder.files, folder.infos), key=lambda o: min(o[1].height, o[1].width))
+    h,w = info.height,info.width
+    if all((o.height,o.width) == (h,w) for o in folder.infos) and (min(h,w) < 224 or h == w == 224): return h,w
+    if min(h,w) < 224:
         raise ValueError(f"{file} is {w}x{h} pixels, smaller than the 224 that images of several sizes are cropped to: "
-            f"choose one, such as size={min(w,h)}.")
-    return 224
+            f"choose one, such as size={max(4, min(h,w))}.")
+    return 224,224
 
 def folder_dls(
     path:str|Path, # The folder
-    size:int=None, # Side of the images in pixels; for the default see above
+    size:int|tuple=None, # Side of the images in pixels, or (height, width); for the default see above
     limit:int=None, # Use this many training images, chosen by `seed`
-    seed:int=42, # Seed of that choice, and of the held-out fifth
+    seed:int=42, # Seed of that choice, and of the held-out images
     skip_bad:bool=False, # Leave out files that cannot be read, instead of raising?
     channels:int=None, # 1: read all as grey, 3: as colour; by default what they are
+    value_range:tuple=None, # (black, white) of images of more than 8 bits; by default the power of two that holds all
+    background:str='white', # Colour beneath transparent parts
+    read:Callable=None, # `read(file) -> array`, (H,W) or (H,W,C), in place of Pillow; None: the file is no image
+    max_pixels:int=None, # Most pixels that an image may have; by default Pillow's limit
+    valid_pct:float=None, # Share that is held out where there is no test part; .2 by default, without labels .05
+    unlabelled:bool=False, # Are the folders in it no classes?
     **kwargs # Passed to `memory_dls` or `file_dls`
-) -> DataLoaders:
+) -> DataLoaders: # Their `reader` reads more such images, their `notes` say what was done to these
     "`DataLoaders` of a folder of images. Raises `FileNotFoundError` or `ValueError` before any training"
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_dir(): raise FileNotFoundError(f"There is no folder {path}.")
-    train,valid,images = _read_folder(path, seed, skip_bad)
-    channels,classes = _n_channels(images.itemgot(1), channels),_classes(train)
-    sides = {side for *_,width_height in images for side in width_height}
-    side = sides.pop() if len(sides) == 1 else None # where all are squares of one size
-    small = side is not None and side <= 64
-    if size is None: size = side if small else _cropped_size(images)
-    train = sample_items(train, limit, seed)
-    if not small:
-        return file_dls(train, valid, classes, None if size == side else Resize(size), channels, path=path, **kwargs)
-    train = MemoryImages.from_items(train, classes, channels)
-    valid = MemoryImages.from_items(valid, classes, channels) if valid else train.new_empty()
-    return memory_dls(train, valid, size, path=path, **kwargs)
+    options = dict(background=background, read=read, max_pixels=max_pixels)
+    folder = _read_folder(path, ImageReader(value_range=value_range, **options), seed, skip_bad, unlabelled, valid_pct)
+    found = find_value_range(folder.files, folder.infos, value_range)
+    reader = ImageReader(_n_channels(folder.infos, channels), found, **options)
+    sizes = {(o.height,o.width) for o in folder.infos}
+    notes = folder.notes + describe_images(folder.files, folder.infos, reader)
+    if value_range is not None and found is None: notes.append("value_range is not used, as no image has more than 8 bits.")
+    if size is None and len(sizes) > 1: notes.append(f"Of {len(sizes)} sizes, and cropped to 224 pixels (size=, --size).")
+    size = tuplify(size or _default_size(folder), match=(0,0))
+    train,test,classes = sample_items(folder.train, limit, seed),folder.test,_classes(folder.train)
+    if len(sizes) == 1 and max(first(sizes)) <= 64:
+        train = MemoryImages.from_items(train, classes, reader)
+        test = MemoryImages.from_items(test, classes, reader) if test else train.new_empty()
+        dls = memory_dls(train, test, size, path=path, **kwargs)
+    else: dls = file_dls(train, test, classes, size, reader, path=path, **kwargs)
+    dls.reader,dls.notes,dls.held_out = reader,notes,folder.held_out
+    if notes: print('\n'.join(notes))
+    return dls

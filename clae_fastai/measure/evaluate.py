@@ -39,6 +39,7 @@ class Evaluation:
     n_test:int # Test images
     n_classes:int # Classes of the training images
     knn:float # kNN, top-1
+    knn_mean_per_class:float # kNN, mean of the classes' accuracies
     probe:Probe # Linear probe
     settings:dict # All that it takes to repeat this
 
@@ -53,7 +54,8 @@ class Evaluation:
     def __repr__(self):
         s,p = self.settings,self.probe
         fit = f"L-BFGS, penalty {p.settings['l2']:.2g}" if s['solver'] == 'lbfgs' else f"Adam, {s['epochs']} epochs"
-        rows = [(f"kNN on {s['knn_on']} (k {s['k']}, temperature {s['temperature']:g})", 'top-1', self.knn)]
+        knn = f"kNN on {s['knn_on']} (k {s['k']}, temperature {s['temperature']:g})"
+        rows = [(knn, 'top-1', self.knn), (knn, 'mean per class', self.knn_mean_per_class)]
         for metric,value in (('top-1', p.top1), ('top-5', p.top5), ('mean per class', p.mean_per_class)):
             if value is not None: rows.append((f"linear probe on {s['probe_on']} ({fit})", metric, value))
         metric = p.metric.replace('top1', 'top-1').replace('_', ' ')
@@ -67,9 +69,9 @@ def _dataset_dls(dataset, info, kwargs):
     if not isinstance(dataset, str):
         if kwargs: raise ValueError(f"{', '.join(kwargs)} would go to get_dls, but the data are DataLoaders.")
         return 'DataLoaders','top1',dataset
-    sides = set(info.get('size', ()))
-    options = dict(size=sides.pop() if len(sides) == 1 else None, drop_last=False) | kwargs
-    with no_random(reproducible=False): dls = get_dls(dataset, **options)
+    own = dict(size=info.get('size') and tuple(info['size']), drop_last=False)
+    if dataset == 'folder': own |= {k: info[k] for k in ('value_range','background') if k in info} # how its images were read
+    with no_random(reproducible=False): dls = get_dls(dataset, **own | kwargs)
     return dataset,catalogue[dataset].metric,dls
 
 def evaluate(
@@ -102,15 +104,23 @@ def evaluate(
         *features,y = extract_features(model, dl, which, device=None)
         return {name: (x,y) for name,x in zip('hz', features)}
     name,metric,dls = _dataset_dls(dataset, info, kwargs)
+    for dl,part in zip(dls.loaders, ('training','test')):
+        if not has_labels(dl):
+            raise ValueError(f"There are no labels to evaluate with, or no {part} images: give images in class folders, "
+                "such as train/<class> and test/<class>.")
+    check_value_range(dls, info)
     train,test = _features(dls.train),_features(dls.valid)
     x,y = train[knn_on]
     settings['k'] = ifnone(k, min(settings['k'], len(x)))
-    knn = knn_accuracy((x,y), test[knn_on], settings['k'], settings['temperature'])
+    test_x,test_y = test[knn_on]
+    check_data((x,y), test[knn_on])
+    predicted = knn_predict(x, y, test_x, settings['k'], settings['temperature'])
+    knn = [share_correct(predicted, test_y, o) for o in ('top1','mean_per_class')]
     held_out = None if valid is None else _features(valid)[probe_on]
     probe = linear_probe(train[probe_on], test[probe_on], settings['solver'], held_out, metric,
         settings['epochs'], settings['probe_bs'], seed=seed, device=x.device)
     settings.update(seed=seed, encoder=info, data={name: str(v) for name,v in kwargs.items()})
-    return Evaluation(name, protocol, len(x), len(test[knn_on][0]), len(y.unique()), knn, probe, settings)
+    return Evaluation(name, protocol, len(x), len(test_x), len(y.unique()), *knn, probe, settings)
 
 # %% ../../nbs/19_measure.evaluate.ipynb #73b2fcd1
 table2 = 'cifar10 cifar100 cars aircraft dtd pets caltech101 flowers'.split()

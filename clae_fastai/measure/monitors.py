@@ -29,7 +29,7 @@ class KNNCallback(_Columns):
         every:int=1, # Epochs between evaluations
         train_dl=None, # Labelled bank, `dls.train` by default
         valid_dl=None, # Labelled queries, `dls.valid` by default
-        k:int=200, # Neighbours
+        k:int=None, # Neighbours, 200 by default, or all training images where there are fewer
         temperature:float=.1, # Of their votes
         which:str='h' # Features 'h' or embeddings 'z'
     ): store_attr()
@@ -38,16 +38,18 @@ class KNNCallback(_Columns):
         super().before_fit()
         dls = ifnone(self.train_dl, self.dls.train),ifnone(self.valid_dl, self.dls.valid)
         self.loaders = [local_dl(dl) for dl in dls] # each process looks at all images
-        bank,queries = (dl.dataset for dl in self.loaders)
-        with no_random(reproducible=False): labelled = all(len(ds) and len(ds[0]) > 1 for ds in (bank,queries))
-        if not labelled: raise ValueError("KNNCallback needs labelled images: give it `train_dl` and `valid_dl`.")
-        if not 1 <= self.k <= len(bank):
-            raise ValueError(f"k must be 1 to {len(bank)}, the number of training images, not {self.k}.")
+        if not all(map(has_labels, self.loaders)):
+            raise ValueError("KNNCallback needs labelled images: give it `train_dl` and `valid_dl`.")
+        n,most = len(self.loaders[0].dataset),ifnone(self.k, 200)
+        if self.k is not None and not 1 <= self.k <= n:
+            raise ValueError(f"k must be 1 to {n}, the number of training images, not {self.k}.")
+        if most > n: print(f"KNNCallback takes the {n} training images as neighbours, as there are no {most}.")
+        self.neighbours = min(most, n)
 
     def after_train(self):
         if (self.epoch+1) % self.every or hasattr(self.learn, 'lr_finder'): return
         train,test = (extract_features(self.learn, dl, self.which, device=None) for dl in self.loaders)
-        self.row = [knn_accuracy(train, test, self.k, self.temperature)]
+        self.row = [knn_accuracy(train, test, min(self.neighbours, len(train[0])), self.temperature)]
 
 class CollapseMonitor(_Columns):
     "Adds the standard deviation of `z`, alignment and uniformity to the training table"

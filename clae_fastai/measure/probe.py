@@ -31,12 +31,6 @@ class Probe:
     def to_dict(self): return {k: v for k,v in vars(self).items() if k != 'linear'}
     def to_json(self): return json.dumps(self.to_dict())
 
-def _accuracy(pred, y, metric):
-    hit = (pred == y).float()
-    if metric == 'top1': return hit.mean()
-    n = y.bincount()
-    return (y.bincount(hit)/n)[n > 0].mean()
-
 def _adam_probe(x, y, test_x, test_y, n_classes, metric, epochs, bs, lr, seed):
     g,curve = torch.Generator().manual_seed(seed),[]
     with no_random(seed, reproducible=False): linear = nn.Linear(x.shape[1], n_classes).to(x.device)
@@ -47,8 +41,8 @@ def _adam_probe(x, y, test_x, test_y, n_classes, metric, epochs, bs, lr, seed):
             opt.zero_grad()
             F.cross_entropy(linear(x[idx]), y[idx]).backward()
             opt.step()
-        with torch.no_grad(): curve.append(_accuracy(linear(test_x).argmax(1), test_y, metric))
-    return linear,torch.stack(curve).tolist()
+        with torch.no_grad(): curve.append(share_correct(linear(test_x).argmax(1), test_y, metric))
+    return linear,curve
 
 def _blocks(parts, mean):
     "Centred features and labels, in blocks of 16 MiB; `parts` are features, labels and rows"
@@ -87,7 +81,7 @@ def _lbfgs_probe(x, y, valid, n_classes, metric, l2s, seed):
     for l2 in l2s:
         w = _softmax_regression([fit], mean, l2, w, 1e-6)
         pred = torch.cat([_logits(block, w).argmax(1) for block,_ in _blocks([held_out], mean)])
-        curve.append(float(_accuracy(pred, held_y, metric)))
+        curve.append(share_correct(pred, held_y, metric))
         if best is None or curve[-1] > max(curve[:-1]): best = l2,w # of equals the strongest penalty
     l2,w = best
     w = _softmax_regression([fit,held_out], mean, l2, w, 1e-9)
@@ -136,7 +130,7 @@ def linear_probe(
         settings = dict(l2=l2, l2s=l2s, valid='given' if valid else 'a fifth of the training images')
     with torch.no_grad():
         top = torch.cat([linear(rows.to(linear.weight)).topk(min(5, n_classes)).indices for rows in test_x.split(1024)])
-    accuracies = {name: float(_accuracy(top[:,0], test_y, name)) for name in ('top1','mean_per_class')}
+    accuracies = {name: share_correct(top[:,0], test_y, name) for name in ('top1','mean_per_class')}
     top5 = float((top == test_y[:,None]).any(1).float().mean()) if n_classes > 5 else None
     best = max(curve) if adam else None
     best_epoch = curve.index(best) + 1 if adam else None

@@ -24,16 +24,18 @@ def plot_losses(
     return ax.figure
 
 # %% ../../nbs/21_measure.report.ipynb #37393046
-_rows = dict(raw='raw pixels', untrained='untrained encoder', encoder='trained encoder')
+_rows = dict(raw='raw pixels, at most 32x32', untrained='untrained encoder', encoder='trained encoder')
 _columns = {'1': '1 label a class', 'all': 'all labels'}
 
 def knn_table(
     knn:dict, # {'raw', 'untrained', 'encoder'}: {labels a class, or 'all'}: {'mean', 'values'}, accuracies as fractions
-    n_test:int # Number of held-out images
+    test_labels:Tensor # Of the held-out images, integers
 ) -> str: # Percent; where labels were drawn several times, with the standard deviation
     "The table that a run ends with"
     def _cell(mean, values, **_): return f'{100*mean:.1f}' + (f' ± {100*np.std(values):.1f}' if len(values) > 1 else '')
     cells = {_rows[k]: {_columns.get(n, f'{n} labels a class'): _cell(**v) for n,v in row.items()} for k,row in knn.items()}
     draws = len(first(first(knn.values()).values())['values'])
-    title = f"kNN accuracy on {n_test} held-out images, percent (mean ± standard deviation over {draws} draws of the labels)"
+    least = test_labels.unique(return_counts=True)[1].min()
+    title = (f"kNN accuracy on {len(test_labels)} held-out images, {least} of the smallest class, percent "
+        f"(mean ± standard deviation over {draws} draws of the labels)")
     return f'{title}\n\n{pd.DataFrame(cells).T.to_string(col_space=18)}'

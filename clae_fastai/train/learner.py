@@ -8,6 +8,8 @@ __all__ = ['methods', 'clae_learner', 'seeded_clae', 'full_batches', 'views_tabl
 # %% ../../nbs/16_train.learner.ipynb #500cb2fb
 from fastai.vision.all import *
 from fastai.vision.learner import create_head as fastai_head, default_split
+import warnings
+from contextlib import suppress
 from ..core import *
 from ..method.losses import *
 from ..method.dualbn import *
@@ -15,11 +17,24 @@ from ..method.attacks import *
 from ..method.views import *
 from ..method.models import *
 from ..method.callback import *
+from ..data.images import FileImages
 from .precision import *
 from .finite import *
 from .encoder import *
 
 # %% ../../nbs/16_train.learner.ipynb #eeb3a6eb
+def _check_batch_tfms(dls, images):
+    fs = L(getattr(getattr(dls.train, 'after_batch', None), 'fs', None))
+    behind = fs[len(split_normalize(dls.train.after_batch)[0]):][1:] if fs else []
+    def _same(tfm): return same_for_all(Pipeline([tfm], split_idx=0), images)
+    same = [o for o in fs if isinstance(o, RandomErasing) or _same(o)] # which fills one hole with noise of each image
+    for tfms,what in ((behind, "stand behind Normalize, which is moved behind the views"),
+                      (same, "change all images of a batch in the same way")):
+        names = ', '.join(type(o).__name__ for o in tfms)
+        if names:
+            raise ValueError(f"The batch_tfms of the DataLoaders have transforms that {what}: {names}. "
+                "Take them out; augmentations belong into views=.")
+
 def _pixel_dls(dls):
     "A shallow copy of `dls` without `Normalize`, and the (mean, std) of that, or None"
     def _pixels(dl):
@@ -30,11 +45,23 @@ def _pixel_dls(dls):
         res.loaders.append(res.train.new(getattr(dls.train_ds, 'new_empty', list)(), shuffle=False, drop_last=False))
     return res,image_stats(noop, dls)
 
+def _cropping_dls(dls, views, size):
+    "A shallow copy of `dls` whose training images, where they are files, are seen as the two random crops that `views` begin with"
+    res = copy(dls)
+    def _crops(dl):
+        if not isinstance(getattr(dl, 'dataset', None), FileImages): return dl
+        crops,fs = dl.dataset.with_crops(getattr(views, 'area', None), size),dl.after_batch.fs
+        only_floats = crops.area and len(fs) == 1 and isinstance(fs[0], IntToFloatTensor) # which `TwoViews` does as well
+        return dl.new(crops, after_batch=Pipeline([]) if only_floats else dl.after_batch)
+    res.loaders = [_crops(dl) for dl in dls.loaders]
+    return res
+
 def _first_images(dls):
     check_loader(dls.train)
     x = dls.one_batch()[0] if hasattr(dls.train, 'one_batch') else first(dls.train)[0]
-    if getattr(x, 'ndim', 0) == 4: return x
-    raise ValueError(f"Batches must begin with images (B,C,H,W), not with a {type(x).__name__} {tuple(getattr(x, 'shape', ()))}.")
+    if getattr(x, 'ndim', 0) in (4,5): return x
+    raise ValueError("Batches must begin with images (B,C,H,W), or two crops of each (B,2,C,H,W), "
+        f"not with a {type(x).__name__} {tuple(getattr(x, 'shape', ()))}.")
 
 # %% ../../nbs/16_train.learner.ipynb #8a324460
 methods = dict(
@@ -62,9 +89,37 @@ def _weights_stats(encoder, pretrained, weights, info, n_in):
     cfg = getattr(encoder, 'pretrained_cfg', None) # timm's; torchvision's are all trained on ImageNet
     return (cfg['mean'],cfg['std']) if cfg else imagenet_stats
 
-def _encoder_info(arch, encoder, n_in, size, method, stats):
+def _own_views(views, stats, images):
+    "Views of the user's; those without statistics get the `DataLoaders`'"
+    if item_tfms(views) is not None: views = TwoViews(views)
+    n_in,own = images.shape[1],getattr(views, 'stats', None)
+    if stats is not None and own is not None and not all(torch.allclose(s, o) for s,o in zip(stats, own)):
+        raise ValueError("The DataLoaders have a Normalize, and the views normalise otherwise: take one of the two out.")
+    if isinstance(views, TwoViews):
+        stats,views = ifnone(own, stats),copy(views)
+        if stats is not None and any(o.numel() not in (1,n_in) for o in stats):
+            raise ValueError(f"The views normalise {max(o.numel() for o in stats)} channels, and the images have {n_in}.")
+        views.stats = stats and tuple(o.flatten().expand(n_in).clone() for o in stats)
+    elif stats is not None and own is None:
+        raise ValueError("The DataLoaders have a Normalize, which would not act on your views: take it out, and normalise in the views, "
+            "as TwoViews(..., stats) does.")
+    elif _gives_one(views, images):
+        raise ValueError("views must return two views, (x_q, x_p): TwoViews(...) makes them of one augmentation.")
+    if same_for_all(views, images):
+        warnings.warn("The views change all images of a batch in the same way, so that the loss can be small without learning: "
+            "draw random numbers for each image, or give a list of item transforms, which are applied to one image at a time.")
+    return views
+
+def _gives_one(views, images):
+    "Does it return a batch, instead of two?"
+    with no_random(reproducible=False), suppress(Exception): return isinstance(deepcopy(views)(images[:8].clone()), Tensor)
+    return False
+
+def _encoder_info(arch, encoder, n_in, size, method, stats, reader):
     if callable(method): method = getattr(method, '__name__', type(method).__name__)
     info = dict(arch=arch_name(arch), stem=stem_of(encoder), channels=n_in, size=size, method=method)
+    if reader and reader.value_range: info['value_range'] = [*reader.value_range]
+    if reader and reader.background != 'white': info['background'] = reader.background
     return info if stats is None else dict(info, mean=stats[0].tolist(), std=stats[1].tolist())
 
 @delegates(Learner.__init__, but='model,loss_func')
@@ -80,7 +135,8 @@ def clae_learner(
     temperature:float=None, # Softmax temperature, the method's by default
     head:str|nn.Module=None, # 'linear', 'mlp' or a module, the method's by default
     n_out:int=None, # Dimensions of the embedding, the method's by default
-    views:str|Callable=None, # One of `view_presets`, the method's by default, or `views(x) -> (x_q, x_p)`, normalised
+    views:str|Callable|list=None, # One of `view_presets`, the method's by default, `item_tfms`, or `views(x) -> (x_q, x_p)`, normalised
+    size:int|tuple=None, # Side of the views in pixels, or (height, width); the images' by default
     stem:str=None, # 'cifar', 'imagenet', or None: 'cifar' up to 64 pixels, where there is one
     pretrained:bool=False, # Start from the default weights?
     weights=None, # Start from a weight set, a state dict, or an encoder file
@@ -94,7 +150,11 @@ def clae_learner(
     loss,settings = _loss(method, temperature)
     attack = _attack(attack, eps)
     pixels,stats = _pixel_dls(dls)
-    _,n_in,*size = _first_images(pixels).shape
+    images = _first_images(pixels)
+    if images.ndim == 5: images = images[:,0] # of a user's `TwoCrops`
+    _check_batch_tfms(dls, images)
+    n_in = images.shape[1]
+    size = [*(images.shape[2:] if size is None else tuplify(size, match=(0,0)))]
 
     info = None
     if isinstance(weights, (str,Path)) and Path(weights).suffix == '.safetensors': weights,info = read_encoder(weights)
@@ -106,15 +166,20 @@ def clae_learner(
     model = ContrastiveModel(encoder, head, normalize=isinstance(loss, TwoViewLoss)).to(device)
 
     views = ifnone(views, settings['views'])
-    if not callable(views):
+    if not callable(views) and item_tfms(views) is None:
         stats = ifnone(stats, _weights_stats(encoder, pretrained, weights, info, n_in))
         views = TwoViews.from_preset(views, size, n_in, stats)
+    else: views = _own_views(views, stats, images)
+    if isinstance(views, TwoViews) and size != [*images.shape[2:]]: views.size = size
+    if isinstance(views, TwoViews): check_pixels(images)
+    pixels = _cropping_dls(pixels, views, size)
     precision,fast = precision_cbs(precision, device)
     if channels_last: fast.append(ChannelsLast())
     cbs = [CLAECallback(views, attack, adv_momentum, attack_bn), CheckFinite(on_nonfinite), DevicePrecision(), *fast, *L(cbs)]
     learn = Learner(pixels, model, CLAELoss(loss, alpha), cbs=cbs, **kwargs)
     learn.precision = precision
-    learn.encoder_info = _encoder_info(arch, encoder, n_in, size, method, getattr(views, 'stats', None))
+    learn.encoder_info = _encoder_info(arch, encoder, n_in, size, method, getattr(views, 'stats', None),
+        getattr(dls, 'reader', None))
     return learn
 
 # %% ../../nbs/16_train.learner.ipynb #660d4823
@@ -164,7 +229,8 @@ def views_table(
         pixels = TwoViews(noop, stats)
         return list(pixels.denormalize(pixels.to_pixels(x[:n])).permute(0,2,3,1).cpu().numpy())
     views = {name: _pixels(v, clae.stats) for name,v in views.items()}
-    table = pd.DataFrame(dict(original=_pixels(x, image_stats(noop, clae.dls)), **views))
+    original = dict(original=_pixels(x, image_stats(noop, clae.dls))) if x.ndim == 4 else {} # of photographs there are only the crops
+    table = pd.DataFrame({**original, **views})
     return table.assign(difference=table.x_adv - table.x_q) if 'x_adv' in views else table
 
 _titles = dict(original='original', x_q='view A', x_p='view B', x_adv='adversary', difference='change')
@@ -250,6 +316,7 @@ def encoder_learner(
     if not n_out: raise ValueError("The DataLoaders have no classes: give labelled images, or n_out.")
     _,n_in,*size = dls.one_batch()[0].shape
     check_channels(n_in, info)
+    check_value_range(dls, info)
     head = fastai_head(num_features(encoder, n_in, size), n_out, lin_ftrs, ps, pool=False)
     apply_init(head, nn.init.kaiming_normal_)
     model = nn.Sequential(ContrastiveModel(encoder, nn.Identity(), normalize=False), head)

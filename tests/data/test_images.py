@@ -109,10 +109,10 @@ def test_readable_images_are_remembered(tmp_path, opened):
     "Only what is new, has changed, or could not be read is decoded when a folder is used again"
     def decoded(**kwargs):
         opened.clear()
-        files,modes,sizes = check(tmp_path, **kwargs)
-        names = sorted(opened)
-        for f,m,s in zip(files, modes, sizes):
-            with Image.open(f) as im: assert (im.mode,im.size) == (m,s)
+        files,infos,_ = check(tmp_path, **kwargs)
+        names = sorted(set(opened))
+        for f,o in zip(files, infos):
+            with Image.open(f) as im: assert (im.size,len(im.getbands())) == ((o.width,o.height),o.channels)
         return names,len(files)
     for i in range(6): image(tmp_path/f'{i}.png', i)
     assert decoded() == ([f'{i}.png' for i in range(6)], 6)
@@ -130,25 +130,28 @@ def test_readable_images_are_remembered(tmp_path, opened):
     memo = json.loads((tmp_path/'.clae-checked.json').read_text())
     assert sorted(memo['images']) == [f'{i}.png' for i in (0,1,2,4,5,6)]
 
-@pytest.mark.parametrize('memo', [b'', b'\xff', b'[]', b'{}', b'[' * 100_000, b'{"format": "clae-checked-1"}',
-                                  b'{"format": "clae-checked-1", "images": [1]}'])
+@pytest.mark.parametrize('memo', [b'', b'\xff', b'[]', b'{}', b'[' * 100_000, b'{"format": "clae-checked-2"}',
+                                  b'{"format": "clae-checked-2", "background": "white", "images": [1]}',
+                                  b'{"format": "clae-checked-1", "images": {}}'])
 def test_a_damaged_memory_is_none(tmp_path, opened, memo):
     for i in range(3): image(tmp_path/f'{i}.png', i)
     (tmp_path/'.clae-checked.json').write_bytes(memo)
-    for _ in range(2): assert len(check(tmp_path)[0]) == len(opened) == 3
+    for _ in range(2): assert len(check(tmp_path)[0]) == len(set(opened)) == 3
 
 def test_damaged_entries_are_none(tmp_path, opened):
     "Entries with the right stamp, and nonsense behind it"
     file = tmp_path/'0.png'
     image(file, 0)
     stamp = [file.stat().st_size,file.stat().st_mtime_ns]
-    def found(entry):
-        "Sizes and number of the images that are opened, where `entry` is remembered"
+    right = [40,30,3,'uint8',0.,255.,False,False,False,1]
+    def found(entry, background='white'):
+        "Sizes and whether the image is opened, where `entry` is remembered"
         opened.clear()
-        memo = dict(format='clae-checked-1', images={'0.png': entry})
+        memo = dict(format='clae-checked-2', background=background, images={'0.png': entry})
         (tmp_path/'.clae-checked.json').write_text(json.dumps(memo))
-        return [list(check(tmp_path)[2]) for _ in range(2)],len(opened)
-    for rest in ([], ['RGB',4,True], [[],4,5], ['RGB',4.,5], ['RGB',4,5,6], ['RGB',4]):
-        assert found(stamp + rest) == ([[(40,30)]]*2, 1), rest
-    assert found(1) == ([[(40,30)]]*2, 1)
-    assert found([*stamp, 'RGB', 7, 8]) == ([[(7,8)]]*2, 0) # a whole one is believed
+        return [(o.width,o.height) for _ in range(2) for o in check(tmp_path)[1]],bool(opened)
+    for rest in ([], right[:-1], [*right, 1], [*right[:-1], True], [[], *right[1:]], [40., *right[1:]], [*right[:4], 0, *right[5:]]):
+        assert found(stamp + rest) == ([(40,30)]*2, True), rest
+    assert found(1) == ([(40,30)]*2, True)
+    assert found([*stamp, 7, 8, *right[2:]], 'black') == ([(40,30)]*2, True) # seen on another ground
+    assert found([*stamp, 7, 8, *right[2:]]) == ([(7,8)]*2, False) # a whole one is believed

@@ -119,7 +119,7 @@ def test_bad_data(trained, digits_dir):
     learn,dls,f = trained
     flat = get_dls('folder', digits_dir/'flat', bs=32, size=16, num_workers=0)
     with pytest.raises(ValueError, match='no labels'): evaluate(learn, DataLoaders(flat.train, flat.train), k=5)
-    with pytest.raises(ValueError, match='empty'): evaluate(learn, flat, k=5)
+    with pytest.raises(ValueError, match='no labels'): evaluate(learn, flat, k=5)
     for model in (learn, f):
         with pytest.raises(ValueError, match='3 channels, and these have 1'): evaluate(model, 'digits')
     with pytest.raises(ValueError, match='labelled'): clae_learner(flat, resnet8, cbs=KNNCallback(k=5)).fit(1)

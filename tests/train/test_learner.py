@@ -163,7 +163,7 @@ def test_validation_batch_of_one(digits_dir, quiet):
     assert np.isfinite(learn.recorder.final_record[0])
 
 def test_no_validation_set(digits_dir, quiet):
-    learn = quiet(clae_learner(get_dls('folder', digits_dir/'flat', bs=32), resnet8))
+    learn = quiet(clae_learner(get_dls('folder', digits_dir/'flat', bs=32, valid_pct=0), resnet8))
     learn.fit(1)
     assert learn.recorder.final_record[1] is None and np.isfinite(learn.recorder.final_record[2])
 
@@ -209,8 +209,7 @@ def test_mistakes_with_weights_and_sizes():
     for kw in (dict(pretrained=True), dict(weights='DEFAULT')):
         with pytest.raises(ValueError, match='resnet8 has no trained weights'): clae_learner(dls, resnet8, **kw)
     with pytest.raises(ValueError, match=r'16, 16\) .* another size or architecture'): clae_learner(dls, 'vit_b_16')
-    for views in ([nn.Identity()], 3):
-        with pytest.raises(ValueError, match='no view preset .*simclr'): clae_learner(dls, resnet8, views=views)
+    with pytest.raises(ValueError, match='no view preset .*simclr'): clae_learner(dls, resnet8, views=3)
     with pytest.raises(ValueError, match='attack=None has none'): clae_learner(dls, resnet8, attack=None, eps=.1)
 
 def test_weights_of_a_parallel_model():

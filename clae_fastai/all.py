@@ -7,6 +7,7 @@ from clae_fastai.method.attacks import *
 from clae_fastai.method.views import *
 from clae_fastai.method.models import *
 from clae_fastai.method.callback import *
+from clae_fastai.data.reading import *
 from clae_fastai.data.images import *
 from clae_fastai.data.folders import *
 from clae_fastai.data.catalogue import *

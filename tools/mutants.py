@@ -95,19 +95,19 @@ mutant('train.learner', 'behind', 'transforms behind Normalize are dropped',
 
 # data
 
-mutant('data.images', 'sixteen-bits', 'images of 12 bits are scaled as if they had 16',
+mutant('data.reading', 'sixteen-bits', 'images of 12 bits are scaled as if they had 16',
        f'{people}::test_bit_depth',
        ('2**max(8, int(max(o.high for _,o in deep)).bit_length()) - 1', '2**16 - 1'))
-mutant('data.images', 'sideways', 'the orientation in the EXIF data is not honoured',
+mutant('data.reading', 'sideways', 'the orientation in the EXIF data is not honoured',
        f'{people}::test_orientation',
        ('im = ImageOps.exif_transpose(im)', 'pass'))
-mutant('data.images', 'transparent', 'what is transparent shows the colour beneath',
+mutant('data.reading', 'transparent', 'what is transparent shows the colour beneath',
        f'{people}::test_transparent_images',
        ("return Image.alpha_composite(Image.new('RGBA', im.size, background), im)", 'return im'))
-mutant('data.images', 'deep-colour', 'colours of 16 bits lose eight of them',
+mutant('data.reading', 'deep-colour', 'colours of 16 bits lose eight of them',
        f'{people}::test_colours_of_sixteen_bits',
        ('if lost := _lost_by_pillow(im):', 'if False:'))
-mutant('data.images', 'stale', 'an image that has changed counts as checked',
+mutant('data.reading', 'stale', 'an image that has changed counts as checked',
        'data/test_images.py::test_readable_images_are_remembered',
        ('if old and old[:2] == stamp and', 'if old and'))
 mutant('data.catalogue', 'label-order', 'classes are numbered from the end',

@@ -1,6 +1,9 @@
 "Photographs in files: two sharp crops of each, the same whoever cuts them, and what fastai expects of their loader."
+import contextlib
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -221,7 +224,7 @@ def test_what_a_run_would_take(cli, photos):
     assert not (cli.cwd/'runs').exists()
 
 def test_how_long_a_run_takes(cli, photos):
-    r = cli('clae_train', '--path', photos, '--arch', 'resnet8', '--size', 32, '--bs', 2, '--epochs', 2)
+    r = cli('clae_train', '--path', photos, '--arch', 'resnet8', '--size', 48, '--bs', 2, '--epochs', 2)
     assert r.returncode == 0 and 'to go.' in r.stdout and 'raw pixels, at most 32x32' in r.stdout, r.stderr
 
 @pytest.mark.slow
@@ -238,3 +241,42 @@ def test_recipes_of_photographs(cli, recipe):
     r = cli('clae_train', '--recipe', recipe, '--path', 'data', '--limit', 32, '--bs', 8, '--epochs', 1, '--workers', 0)
     assert r.returncode == 0, r.stderr
     assert next((cli.cwd/'runs').glob('*/summary.json')) and ' 4 steps an epoch' in r.stdout
+
+# Memory
+
+def family(pid):
+    "A process and those that it started"
+    children = [int(o) for task in Path(f'/proc/{pid}/task').glob('*/children') for o in task.read_text().split()]
+    return [pid, *(o for child in children for o in family(child))]
+
+def peak_memory(*command, cwd):
+    "MiB of a command and its processes at the most; what they share is counted once (PSS)"
+    p,most = subprocess.Popen([*map(str, command)], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True),0
+    while p.poll() is None:
+        with contextlib.suppress(OSError, StopIteration): # one has ended meanwhile
+            maps = [open(f'/proc/{o}/smaps_rollup').read().splitlines() for o in family(p.pid)]
+            most = max(most, sum(int(next(l for l in o if l.startswith('Pss:')).split()[1]) for o in maps)/1024)
+        time.sleep(.1)
+    assert p.returncode == 0, p.stderr.read()
+    return most
+
+on_random_tensors = '''
+from clae_fastai.all import *
+images = MemoryImages(torch.randint(256, (64,3,128,128), dtype=torch.uint8))
+with (learn := clae_learner(memory_dls(images, images.take([])), resnet18)).no_bar(): learn.fit_one_cycle(5)
+'''
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path('/proc/self/smaps_rollup').exists(), reason='memory is read from /proc')
+def test_memory_of_three_thousand_photographs(tmp_path):
+    "Two processes that read, the final table and all: little more than the training itself"
+    for i in range(3000):
+        f = tmp_path/'photos'/f'{i%10}'/f'{i}.jpg'
+        f.parent.mkdir(parents=True, exist_ok=True)
+        if i < 20: photograph(i, 640, 480).save(f, quality=90)
+        else: f.hardlink_to(tmp_path/'photos'/f'{i%20%10}'/f'{i%20}.jpg')
+    base = peak_memory(sys.executable, '-c', on_random_tensors, cwd=tmp_path)
+    train = '--arch resnet18 --size 128 --epochs 1 --limit 320 --workers 2'.split() # of 600 images the table is made
+    ours = peak_memory(Path(sys.executable).with_name('clae_train'), '--path', 'photos', *train, cwd=tmp_path)
+    print(f'{ours:.0f} MiB, and {base:.0f} on random tensors')
+    assert ours < base + 300

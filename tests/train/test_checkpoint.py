@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import safetensors
@@ -96,6 +97,31 @@ def test_killed_ten_times(whole, tmp_path):
     assert code == 0, err
     assert_same(tmp_path/'runs'/'killed', whole())
     assert not [f for f in (tmp_path/'runs'/'killed').rglob('*.tmp')]
+
+@pytest.mark.slow
+def test_killed_while_reading_photographs(tmp_path):
+    "kill -9 inside epochs; the run is begun with two processes that read, and compared with one that reads by itself"
+    draw = np.random.default_rng(0)
+    for i in range(40):
+        coarse = PILImage.create(draw.integers(0, 256, (12,16,3), dtype=np.uint8)).resize((320,240))
+        (tmp_path/'photos'/f'{i%2}').mkdir(parents=True, exist_ok=True)
+        coarse.save(tmp_path/'photos'/f'{i%2}'/f'{i}.jpg')
+    args = ['--path', 'photos', '--arch', 'resnet8', '--size', 48, '--bs', 4, '--epochs', 4, '--every-batches', 1]
+    train_here(tmp_path, *args, '--workers', 0, '--name', 'whole')
+    folder,args,rng = tmp_path/'runs'/'killed'/'checkpoints',[*args, '--workers', 2, '--name', 'killed'],random.Random(0)
+    for _ in range(3):
+        before,p = newest(folder),start(tmp_path, *args)
+        while newest(folder) == before:
+            time.sleep(.01)
+            assert p.poll() is None
+        time.sleep(rng.uniform(0, .2))
+        p.kill()
+        p.communicate()
+        assert p.returncode == -signal.SIGKILL
+        args = ['--resume', 'killed']
+    code,_,err = finish(start(tmp_path, *args))
+    assert code == 0, err
+    assert_same(tmp_path/'runs'/'killed', tmp_path/'runs'/'whole')
 
 @pytest.mark.slow
 @pytest.mark.parametrize('precision', ['fp32','bf16'])

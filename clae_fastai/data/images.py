@@ -11,7 +11,7 @@ __all__ = ['ImageItem', 'read_images', 'label_indices', 'ImageSet', 'MemoryImage
 from fastai.vision.all import *
 from contextlib import ExitStack, suppress
 from PIL import ExifTags
-import hashlib, torchvision.transforms.functional as TF
+import ctypes, hashlib, torchvision.transforms.functional as TF
 from ..core import *
 from .reading import *
 
@@ -330,6 +330,11 @@ class FileDL(ImageDL):
         pin_memory:bool=None, # In memory that a GPU reads directly; by default where there is one
         **kwargs
     ): super().__init__(dataset, pin_memory=ifnone(pin_memory, torch.cuda.is_available()), **kwargs)
+
+    def before_iter(self):
+        super().before_iter()
+        if self.fake_l.num_workers: # a process that is forked now keeps a copy of all that a step has used and freed
+            with suppress(OSError, AttributeError): ctypes.CDLL('libc.so.6').malloc_trim(0) # glibc's
 
 def sample_items(
     items:list, # `ImageItem`s, or a `MemoryImages`

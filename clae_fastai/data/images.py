@@ -231,11 +231,10 @@ def cut_crops(
     reader:ImageReader, # How it is read
     size:tuple, # (height, width) of the crops
     draw:Callable, # `draw(h, w) -> [(left, top, width, height, flipped)]` for an upright image of that size
-    out:np.ndarray=None, # (n,height,width,C), uint8, to be written to
-    resample:Image.Resampling=Image.BICUBIC # Pillow's filter
-) -> np.ndarray: # `out`
+    out:Tensor=None # (n,C,height,width), uint8, to be written to
+) -> Tensor: # `out`
     "Crops of one image, which is decoded once"
-    (height,width),boxes = size,None
+    boxes = None
     with ExitStack() as stack:
         if isinstance(image, (str,Path)) and reader.read is None and Path(image).suffix.lower() in ('.jpg','.jpeg'):
             with suppress(OSError, Image.DecompressionBombError): # whatever is wrong is said below
@@ -243,23 +242,20 @@ def cut_crops(
                 if im.format in ('JPEG','MPO') and im.mode in ('L','RGB') and im.width*im.height <= reader.limit:
                     sides = im.size[::-1] if im.getexif().get(ExifTags.Base.Orientation) in (5,6,7,8) else im.size
                     boxes = draw(*sides[::-1])
-                    share = max(max(height/h, width/w) for _,_,w,h,_ in boxes) # of the file's size that is needed
+                    share = max(max(size[0]/h, size[1]/w) for _,_,w,h,_ in boxes) # of the file's size that is needed
                     im.draft('L' if reader.channels == 1 else im.mode, [math.ceil(o*share) for o in im.size])
                     image = im
-        im = reader.pixels(image)
-    h,w = im.shape[-2:]
+        x = reader.pixels(image)
+    if not isinstance(x, Tensor): x = torch.from_numpy(np.array(x)).view(*x.shape, reader.channels).permute(2,0,1)
+    h,w = x.shape[1:]
     if boxes is None: boxes,sides = draw(h, w),(w,h)
     sx,sy = w/sides[0],h/sides[1] # of what was decoded to the whole
-    if out is None: out = np.empty((len(boxes), height, width, reader.channels), np.uint8)
+    if out is None: out = torch.empty(len(boxes), reader.channels, *size, dtype=torch.uint8)
     for crop,(left,top,w,h,flipped) in zip(out, boxes):
-        if isinstance(im, Tensor):
-            x = TF.resized_crop(im.as_subclass(Tensor), top, left, h, w, size, antialias=True).permute(1,2,0).numpy()
-        else:
-            box = left*sx,top*sy,(left+w)*sx,(top+h)*sy
-            x = im.resize((width,height), resample, box, reducing_gap=2)
-            if flipped: x,flipped = x.transpose(Image.FLIP_LEFT_RIGHT),False # much faster than an array backwards
-            x = np.asarray(x).reshape(crop.shape)
-        crop[:] = x[:,::-1] if flipped else x
+        left,right,top,bottom = (round(o) for o in (left*sx, (left+w)*sx, top*sy, (top+h)*sy))
+        part = x[None,:,top:max(bottom, top+1),left:max(right, left+1)].as_subclass(Tensor)
+        part = F.interpolate(part, size, mode='bicubic', antialias=True)[0]
+        crop.copy_(part.flip(-1) if flipped else part)
     return out
 
 def two_crops(
@@ -291,12 +287,11 @@ class FileImages(ImageSet):
     ) -> Tensor: # (B,2,C,H,W), uint8, where there are two crops, else (B,C,H,W)
         "What is seen of images"
         training,(h,w) = seed is not None and self.split_idx == 0,self.size
-        out = np.empty((len(idxs), 2 if training and self.area else 1, h, w, self.reader.channels), np.uint8)
+        out = torch.empty(len(idxs), 2 if training and self.area else 1, self.reader.channels, h, w, dtype=torch.uint8)
         for i,crops in zip(idxs, out):
             draw = two_crops(w/h, np.random.default_rng([seed,i]) if training else None, self.area)
-            cut_crops(self.images[i], self.reader, self.size, draw, crops, Image.HAMMING if training else Image.BICUBIC)
-        x = torch.from_numpy(out).permute(0,1,4,2,3)
-        return x if x.shape[1] > 1 else x[:,0]
+            cut_crops(self.images[i], self.reader, self.size, draw, crops)
+        return out if out.shape[1] > 1 else out[:,0]
 
     def __getitem__(self, i): return self.with_labels(self.crops([i])[0], i)
     def batch(self, idxs, seed=None): return self.with_labels(self.crops(idxs, seed), torch.tensor(idxs))
@@ -372,7 +367,5 @@ class TwoCrops(RandTransform):
     def before_call(self, b, split_idx): self.rng = None if split_idx else np.random.default_rng(random.getrandbits(64))
     def encodes(self, x:Image.Image|TensorChannels):
         channels = len(x) if isinstance(x, Tensor) else 1 if x.mode == 'L' else 3
-        res = cut_crops(x, ImageReader(channels), self.size, two_crops(self.size[1]/self.size[0], self.rng, self.area),
-            resample=Image.BICUBIC if self.rng is None else Image.HAMMING)
-        res = torch.from_numpy(res).permute(0,3,1,2)
+        res = cut_crops(x, ImageReader(channels), self.size, two_crops(self.size[1]/self.size[0], self.rng, self.area))
         return (TensorImageBW if channels == 1 else TensorImage)(res if len(res) > 1 else res[0])

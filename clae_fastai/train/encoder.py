@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from .. import __version__
 from ..core import *
 from ..method.dualbn import *
+from ..method.weights import *
 from ..method.models import *
 
 # %% ../../nbs/16_train.encoder.ipynb #3ddb534a
@@ -26,7 +27,7 @@ def export_encoder(self:Learner,
 ) -> Path:
     "Write the encoder of a `clae_learner` as safetensors. Raises `OSError` where it cannot"
     encoder,info = stock_encoder(self)
-    write_safetensors(file, encoder.state_dict(), _format, **_header(info))
+    write_safetensors(file, plain_state(encoder), _format, **_header(info))
     return Path(file)
 
 def _check_header(info):
@@ -70,7 +71,7 @@ def load_encoder(
     except ValueError as e: raise ValueError(f"{file} cannot be loaded. {e}") from None
     if diff := key_difference(state, encoder):
         raise ValueError(f"{file}, of {info['arch'] or 'a module'}, does not fit {arch_name(arch) or 'the given one'}: it {diff}.")
-    encoder.load_state_dict(state)
+    load_state(encoder, state)
     encoder.info = info
     return encoder.eval()
 
@@ -83,7 +84,8 @@ def stock_encoder(
         return encoder,encoder.info
     if not hasattr(source, 'encoder_info'):
         raise ValueError("This Learner has no encoder to take: make it with clae_learner.")
-    return strip_dual_bn(deepcopy(get_model(source.model).encoder)).cpu().eval(),source.encoder_info
+    encoder = without_compile(deepcopy(plain_model(source.model).encoder))
+    return strip_dual_bn(encoder).cpu().eval(),source.encoder_info
 
 def check_channels(
     n_in:int, # Channels of the images

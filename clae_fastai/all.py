@@ -5,6 +5,7 @@ from clae_fastai.method.losses import *
 from clae_fastai.method.dualbn import *
 from clae_fastai.method.attacks import *
 from clae_fastai.method.views import *
+from clae_fastai.method.weights import *
 from clae_fastai.method.models import *
 from clae_fastai.method.callback import *
 from clae_fastai.data.reading import *

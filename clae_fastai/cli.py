@@ -38,7 +38,7 @@ def command(
 _groups = { # titles in the help, and what stands under them
     'positional arguments': 'run which',
     'data': 'data path size channels value_range background max_pixels skip_bad valid_pct unlabelled limit',
-    'method': 'recipe arch method eps alpha attack attack_bn views n_out protocol k knn_on probe_on',
+    'method': 'recipe arch pretrained weights method eps alpha attack attack_bn views n_out protocol k knn_on probe_on',
     'training': 'epochs bs lr on_nonfinite',
     'hardware': 'precision channels_last workers ray',
     'run': 'name seed every_batches resume dry_run format out scale seeds'}
@@ -104,6 +104,8 @@ def clae_train(
     path:str=None, # Folder of the data, by default fastai's; images in train/<class> and test/<class>, or <class>, or alone
     data:Literal[_data]=None, # Data set, digits by default (scikit-learn's), with --path folder
     arch:str=None, # Encoder, any of torchvision or timm; resnet18 by default, for digits resnet8
+    pretrained:bool=False, # Start from the encoder's usual weights, a download
+    weights:str=None, # Start from a weight set by its name, or from a file: an encoder, or another tool's state dict
     n_out:int=None, # Dimensions of the embedding, the method's by default
     method:Literal[_methods]=None, # Contrastive method, simclr by default
     eps:float=None, # Strength of the attack in normalised pixels, .03 by default; 0: no adversarial examples

@@ -13,6 +13,7 @@ from fastprogress.fastprogress import format_time
 import contextlib, fastai, filelock, json, kornia, platform, shutil, torchvision
 from . import __version__
 from .core import *
+from .method.weights import *
 from .data.catalogue import *
 from .train.checkpoint import *
 from .train.encoder import *
@@ -53,11 +54,11 @@ _versions = dict(clae_fastai=__version__, python=platform.python_version(),
 
 # %% ../nbs/26_runs.ipynb #2ca05aad
 train_options = { # type, and value where a run says nothing: what version 0.1.0 did
-    **dict.fromkeys('path data arch method attack views recipe name'.split(), (str,None)),
+    **dict.fromkeys('path data arch weights method attack views recipe name'.split(), (str,None)),
     **dict.fromkeys('n_out epochs bs size channels limit workers every_batches max_pixels'.split(), (int,None)),
     **dict.fromkeys('eps alpha lr valid_pct'.split(), (float,None)), 'value_range': (list,None), 'background': (str,'white'),
     'seed': (int,42), 'precision': (str,'fp32'), 'attack_bn': (str,'adv'), 'on_nonfinite': (str,'stop'),
-    'channels_last': (bool,False), 'skip_bad': (bool,False), 'unlabelled': (bool,False)}
+    'channels_last': (bool,False), 'pretrained': (bool,False), 'skip_bad': (bool,False), 'unlabelled': (bool,False)}
 _of_folders = 'channels value_range background max_pixels skip_bad valid_pct unlabelled'.split()
 _not_given = {name: default for name,(_,default) in train_options.items()}
 
@@ -183,7 +184,7 @@ def _table_features(learn, untrained):
     "Features of the table's rows: training images and labels, test images and labels; one pass over the images"
     device = next(learn.model.parameters()).device
     sample = itertools.islice(learn.dls.train.new(shuffle=False), max(1, 2048//learn.dls.train.bs))
-    rows = _Rows(learn.clae.views, untrained.to(device), get_model(learn.model))
+    rows = _Rows(learn.clae.views, untrained.to(device), plain_model(learn.model))
     with no_random(reproducible=False):
         update_bn((rows.views.normalize(to_device(b[0], device)) for b in sample), untrained) # the statistics of batch norm
     parts = [extract_features(rows, dl) for dl in learn.dls.loaders]
@@ -221,7 +222,7 @@ class _Run:
         set_seed(s['seed'])
         dls = get_dls(s['data'], **_given(num_workers=s['workers'], **_some('path bs size limit seed')), **_of_folder(s))
         own = self.recipe.learner_kwargs() if self.recipe else _some('arch method eps alpha attack n_out views')
-        return clae_learner(dls, **own, **_some('precision channels_last attack_bn on_nonfinite'))
+        return clae_learner(dls, **own, **_some('pretrained weights precision channels_last attack_bn on_nonfinite'))
 
     @property
     def data(self):
@@ -292,7 +293,7 @@ class _Run:
         "Train, evaluate, and write all that a run leaves behind; `more(learn)` are further metrics"
         s,folder = self.settings,self.folder
         print(f"{folder}: {self.describe(learn)}")
-        untrained = deepcopy(get_model(learn.model)) if _can_evaluate(learn.dls) else None
+        untrained = deepcopy(plain_model(learn.model)) if _can_evaluate(learn.dls) else None
         metrics = dict(train_seconds=self.fit(learn))
         learn.export_encoder(folder/'encoder.safetensors')
         for name,fig in (('loss', plot_losses(folder/'history.csv')), ('views', learn.show_views())):
@@ -318,6 +319,7 @@ def train(
     "Train and evaluate an encoder, in a run's folder"
     if unknown := kwargs.keys() - _not_given: raise TypeError(f"There is no option {', '.join(unknown)}.")
     options = _not_given | kwargs
+    if is_weight_file(options['weights']): options['weights'] = str(Path(options['weights']).expanduser().resolve())
     with redirect_stdout(io.StringIO() if rank_distrib() else sys.stdout): # of several processes the first one prints
         if resume is None: return _Run(options).dry_run() if dry_run else _Run(options).start()
         if given := ['--' + k.replace('_','-') for k,v in options.items() if v != _not_given[k]]:
@@ -419,7 +421,7 @@ def trained(
 ) -> Learner: # With the weights of its last checkpoint
     "The learner that a run trained"
     learn = _Run(read_options(folder, to_continue=True)).learner()
-    learn.model.load_state_dict(last_checkpoint(folder/'checkpoints')[1]['model'])
+    load_state(learn.model, last_checkpoint(folder/'checkpoints')[1]['model'])
     return learn
 
 def print_results(

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from sklearn.base import BaseEstimator, ClassifierMixin
 from ..core import *
 from ..method.views import check_pixels, split_normalize, TwoViews
+from ..method.weights import *
 from ..method.models import *
 from ..train.encoder import *
 
@@ -25,7 +26,8 @@ def _prepare(model, dl):
         if 'mean' in info: normalize = TwoViews(noop, (info['mean'],info['std'])).normalize
     elif isinstance(model, Learner):
         if hasattr(model, 'clae'): normalize = model.clae.normalize
-        model = get_model(model.model)
+        model = model.model
+    model = plain_model(model)
     if split_normalize(getattr(dl, 'after_batch', None))[1] is not None: normalize = noop
     return model if isinstance(model, ContrastiveModel) else ContrastiveModel(model, None),info,normalize
 

@@ -65,7 +65,7 @@ def load_state(
     state._metadata = versions
     model.load_state_dict(state)
 
-# %% ../../nbs/05b_method.weights.ipynb #2e298d52
+# %% ../../nbs/05b_method.weights.ipynb #fdca7c50
 def is_weight_file(
     weights # What the user has given
 ) -> bool:
@@ -82,9 +82,9 @@ def read_weights(
     try:
         if file.suffix.lower() == '.safetensors': return safetensors.torch.load_file(file)
         state = torch.load(file, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as e:
-        raise ValueError(f"{file} holds more than tensors ({' '.join(str(e).split())[:200]}), which could execute code, and is not read: "
-            "where you trust it, write its tensors alone, torch.save(torch.load(file, weights_only=False)['state_dict'], new_file).") from None
+    except pickle.UnpicklingError: # PyTorch's own message proposes to read it all the same
+        raise ValueError(f"{file} is damaged, or holds more than tensors, which could execute code. Where you trust it, write its tensors "
+            "alone: torch.save(torch.load(file, weights_only=False)['state_dict'], new_file).") from None
     except (safetensors.SafetensorError, RuntimeError, OSError, EOFError, LookupError, ValueError) as e:
         raise ValueError(f"{file} cannot be read as weights ({' '.join(str(e).split())[:200]}).") from None
     if isinstance(state, dict): return state

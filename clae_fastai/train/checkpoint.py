@@ -10,7 +10,7 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'random_state', 'set_random_sta
 from fastai.vision.all import *
 import json, signal, zlib
 from ..core import *
-from ..method.models import key_difference
+from ..method.weights import *
 from .distributed import *
 
 # %% ../../nbs/15_train.checkpoint.ipynb #4c48aaf8
@@ -124,7 +124,7 @@ def run_state(
     "All of a run but its random generators"
     smooth = learn.recorder.smooth_loss
     return dict(
-        model=get_model(learn.model).state_dict(), opt=learn.opt.state_dict(), settings=_run_identity(learn),
+        model=plain_state(learn.model), opt=learn.opt.state_dict(), settings=_run_identity(learn),
         **{k: part.state_dict() for k,part in _parts(learn).items()},
         epoch=learn.epoch, n_iter=len(learn.dls.train), train_iter=learn.train_iter, pct_train=learn.pct_train,
         smooth_loss=(smooth.count, smooth.val), callbacks=_memories(learn.cbs))
@@ -135,7 +135,7 @@ def set_run_state(
 ):
     "Put a run into the state that was saved"
     device = next(learn.model.parameters()).device
-    get_model(learn.model).load_state_dict(state['model'])
+    load_state(learn.model, state['model'])
     opt = state['opt'] # torch's optimisers put their state on the parameters' device themselves
     learn.opt.load_state_dict(opt if isinstance(learn.opt, OptimWrapper) else to_device(opt, device))
     for k,part in _parts(learn).items():
@@ -313,7 +313,7 @@ class Resume(Callback):
         own,saved = _run_identity(self.learn),state['settings']
         if len(state['random']) != world_size(): del saved['batches_an_epoch']
         differ = [f'{k}: {was}, now {own.get(k)}' for k,was in saved.items() if was != own.get(k)]
-        if model := key_difference(state['model'], get_model(self.model)): differ.append(f'the saved model {model}')
+        if model := key_difference(state['model'], self.model): differ.append(f'the saved model {model}')
         if differ:
             raise ValueError(f"{file} is of another run ({'; '.join(differ)}): give the learner and `fit` what they had then.")
         self.state,self.inside = state,state['batch'] is not None

@@ -52,7 +52,8 @@ def read_encoder(
     try: state,header = read_safetensors(file, _format)
     except FileNotFoundError: raise FileNotFoundError(f"There is no encoder file {file}.") from None
     except ValueError as e:
-        raise ValueError(f"{e} Give a file of `learn.export_encoder`; pickles can execute code, and are not read.") from None
+        e.args = (f"{e} Give a file of `learn.export_encoder`; pickles can execute code, and are not read.",)
+        raise
     try:
         info = {k: v if k in _texts else json.loads(v) for k,v in header.items()}
         _check_header(info)

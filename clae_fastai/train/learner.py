@@ -15,6 +15,7 @@ from ..method.losses import *
 from ..method.dualbn import *
 from ..method.attacks import *
 from ..method.views import *
+from ..method.weights import *
 from ..method.models import *
 from ..method.callback import *
 from ..data.images import FileImages
@@ -81,6 +82,12 @@ def _attack(attack, eps):
     if eps is None: return attack
     raise ValueError("eps goes with an attack's name: a ready-made one has its own, attack=None has none.")
 
+def _read_weights(weights):
+    "`weights`, read where they are a file, and the header of an encoder file"
+    if not is_weight_file(weights): return weights,None
+    try: return read_encoder(weights) if Path(weights).suffix == '.safetensors' else (read_weights(weights),None)
+    except OtherFormat: return read_weights(weights),None
+
 def _weights_stats(encoder, pretrained, weights, info, n_in):
     "(mean, std) that the weights were trained with, if known"
     if info: return (info['mean'],info['std']) if 'mean' in info and info['channels'] == n_in else None
@@ -139,7 +146,7 @@ def clae_learner(
     size:int|tuple=None, # Side of the views in pixels, or (height, width); the images' by default
     stem:str=None, # 'cifar', 'imagenet', or None: 'cifar' up to 64 pixels, where there is one
     pretrained:bool=False, # Start from the default weights?
-    weights=None, # Start from a weight set, a state dict, or an encoder file
+    weights=None, # Start from a weight set, a file (an encoder, or another tool's), or a state dict: see `create_encoder`
     precision:str='fp32', # 'fp32', 'bf16', 'fp16', or 'auto': 'bf16' where `has_bf16`
     channels_last:bool=False, # Channels-last memory? Faster, equal up to rounding
     on_nonfinite:str='stop', # 'stop' at a loss or gradient that is not finite, or 'skip' its step
@@ -156,9 +163,9 @@ def clae_learner(
     n_in = images.shape[1]
     size = [*(images.shape[2:] if size is None else tuplify(size, match=(0,0)))]
 
-    info = None
-    if isinstance(weights, (str,Path)) and Path(weights).suffix == '.safetensors': weights,info = read_encoder(weights)
+    weights,info = _read_weights(weights)
     encoder = create_encoder(arch, stem, n_in, pretrained=pretrained, weights=weights, size=size)
+    check_tensors(plain_state(encoder)) # or it could not be exported once it is trained
     head = ifnone(head, settings['head'])
     if isinstance(head, str):
         head = projection_head(num_features(encoder, n_in, size), head, ifnone(n_out, settings['n_out']))
@@ -192,7 +199,7 @@ def seeded_clae(
     "A copy of the `CLAECallback`, seeded, in float32; training goes on as if nobody had looked"
     if not hasattr(learn, 'clae'):
         raise ValueError("This Learner has no CLAECallback: make it with clae_learner.")
-    model = get_model(learn.model)
+    model = plain_model(learn.model)
     seen = [b for name,b in model.named_buffers() if name.endswith('num_batches_tracked')]
     if trained and seen and not any(seen):
         raise ValueError("This learner is not trained: call learn.fit first, or learn.load.")

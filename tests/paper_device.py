@@ -1,0 +1,249 @@
+"""A device made of paper: its tensors are CPU tensors in a wrapper, so that no hardware is needed to see what a GPU would object to.
+
+    with paper_device() as paper:
+        x = torch.rand(4, 3, 8, 8).to(DEVICE); ...
+        paper.waits   # Counter of (what, where): where the host waits for the device
+        paper.bytes   # Counter of where: what crosses to the device
+
+Mixing its tensors with the CPU's raises, as on a GPU. It is built on PyTorch's Python backend, and there is one such backend in
+a process, so all is registered when the first `paper_device()` is entered, and looks unavailable to others outside of it.
+
+What it cannot show: races (everything happens at once, in order), memory that runs out, kernels that a device lacks.
+Its random numbers come from the CPU's generator, so that runs can be compared."""
+import contextlib
+import functools
+import traceback
+from collections import Counter
+
+import fastai.torch_core # makes `torch.as_subclass` # noqa: F401
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+NAME = 'paper'
+DEVICE = NAME + ':0'
+current = None # the `PaperDevice` that is entered
+
+def missing():
+    "Why there is no such device here; '' where there is one"
+    try: from torch.utils.backend_registration import _setup_privateuseone_for_python_backend # noqa: F401
+    except ImportError: return f"PyTorch {torch.__version__} has no devices made in Python (2.11 and newer have)"
+    if torch.cuda.is_available(): return "there is a GPU, in whose place this process would have a paper device (see benchmarks)"
+    return ''
+
+# What is counted
+
+# operations whose result, or its size, the host must know
+_waiting = {'_local_scalar_dense', 'is_nonzero', 'equal', 'nonzero', 'masked_select', 'bincount', '_unique2', 'unique_dim',
+    'unique_consecutive', '_linalg_check_errors', 'repeat_interleave'}
+_indexing = {'index', 'index_put', 'index_put_', '_index_put_impl_'}
+_may_mix = {'_to_copy', 'copy_', *_indexing}
+# kornia 0.9 copies its parameters without blocking to CUDA alone
+_kornia_copy = 'kornia/core/utils.py', '_to_device_nonblocking'
+
+def _stack(): return [f for f in traceback.extract_stack() if '/torch/' not in f.filename and f.filename != __file__]
+
+def _where():
+    "The innermost line outside of PyTorch and this file, and the innermost of our library"
+    frames = _stack()
+    ours = [f for f in frames if 'clae_fastai/' in f.filename]
+    places = ['/'.join(f.filename.split('/')[-2:]) + f':{f.lineno} {f.name}' for f in (frames[-1], *ours[-1:])]
+    return ' <- '.join(dict.fromkeys(places))
+
+def _is_kornias_copy():
+    file,name = _kornia_copy
+    return any(f.filename.endswith(file) and f.name == name for f in _stack()[-1:])
+
+def _is_paper(device): return device is not None and torch.device(device).type == NAME
+
+def _count(name, args, kwargs, on_device, on_cpu):
+    "Count the waits and bytes of one operation; does its result lie on the CPU?"
+    def wait(what):
+        if current is not None: current.waits[what, _where()] += 1
+    def cross(*tensors):
+        if current is not None: current.bytes[_where()] += sum(t.numel()*t.element_size() for t in tensors)
+    if not on_device and not _is_paper(kwargs.get('device')): return True
+    if name in _waiting and on_device: wait(name)
+    if name in _indexing:
+        indices = [i for i in args[1] if isinstance(i, torch.Tensor)]
+        if from_cpu := [i for i in indices if not isinstance(i, PaperTensor)]:
+            wait('index from the CPU')
+            cross(*from_cpu)
+        if any(i.dtype in (torch.bool, torch.uint8) for i in indices): wait('mask as index')
+    if name == '_to_copy':
+        source,to = args[0],kwargs.get('device')
+        if isinstance(source, PaperTensor):
+            leaves = to is not None and not _is_paper(to)
+            if leaves: wait('copy to the CPU') # one that does not block is no better: the host would read half of it
+            return leaves
+        cross(source)
+        if not kwargs.get('non_blocking') and not _is_kornias_copy(): wait('blocking copy to the device')
+    if name == 'copy_' and on_cpu:
+        to,source = args[:2]
+        if not isinstance(to, PaperTensor):
+            wait('copy to the CPU')
+            return True
+        cross(source)
+        if not (kwargs.get('non_blocking') or args[2:] and args[2]): wait('blocking copy to the device')
+    return False
+
+# Its tensors
+
+class PaperTensor(torch.Tensor):
+    "Says that it is on the paper device; its numbers are in `raw`, on the CPU"
+    @staticmethod
+    def __new__(cls, raw):
+        res = torch.Tensor._make_wrapper_subclass(cls, raw.size(), strides=raw.stride(), storage_offset=raw.storage_offset(),
+            dtype=raw.dtype, layout=raw.layout, device=DEVICE)
+        res.raw = raw
+        return res
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None): return _run(func, args, kwargs or {})
+
+    # by these, `Module.to` exchanges a parameter as a whole, and does not keep its `raw`
+    def __tensor_flatten__(self): return ['raw'],None
+    @staticmethod
+    def __tensor_unflatten__(inner, *_): return PaperTensor(inner['raw'])
+
+    def tolist(self): return self.cpu().tolist()
+    def numpy(self, *_, **__):
+        raise TypeError(f"can't convert {DEVICE} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+    def __array__(self, *_, **__): return self.numpy()
+    def __format__(self, spec): return self.item().__format__(spec) if self.ndim == 0 else object.__format__(self, spec)
+    def __repr__(self, **_): return f"{self.cpu()!r}, on {DEVICE}"
+    def __deepcopy__(self, memo):
+        res = self.detach().clone().requires_grad_(self.requires_grad)
+        vars(res).update({k: v for k,v in vars(self).items() if k != 'raw'}) # that it is a parameter, for one
+        return memo.setdefault(id(self), _of_kind(res, type(self)))
+    def __reduce_ex__(self, proto):
+        return _rebuild,(self.raw, self.requires_grad, type(self)._plain, {k: v for k,v in vars(self).items() if k != 'raw'})
+    _plain = torch.Tensor # what it would be on another device
+
+def _rebuild(raw, requires_grad, kind, attributes):
+    res = PaperTensor(raw).requires_grad_(requires_grad)
+    vars(res).update(attributes)
+    return _of_kind(res, kind)
+
+class _Kind(PaperTensor):
+    "Base of the paper tensors that stay of a kind, as fastai's do"
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        return torch.Tensor.__torch_function__.__func__(cls, func, types, args, kwargs)
+
+@functools.cache
+def _paper_kind(kind):
+    "Class of the paper tensors that are fastai's `kind` as well"
+    if issubclass(kind, PaperTensor): return kind
+    if kind in (torch.Tensor, torch.nn.Parameter): return PaperTensor
+    own = {name: vars(PaperTensor)[name] for name in ('__repr__','__reduce_ex__')} # before fastai's
+    return type('Paper' + kind.__name__, (kind, _Kind), dict(own, _plain=kind))
+
+def _of_kind(t, kind):
+    "Make `t`, which nobody else has, a tensor of this kind"
+    t.__class__ = _paper_kind(kind)
+    return t
+
+def _run(func, args, kwargs):
+    name = func._schema.name.partition('::')[2]
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    on_device = [t for t in tensors if isinstance(t, PaperTensor)]
+    on_cpu = [t for t in tensors if not isinstance(t, PaperTensor)]
+    if name not in _may_mix and on_device and any(t.ndim for t in on_cpu) or name in _indexing and not isinstance(args[0], PaperTensor):
+        raise RuntimeError(f"{name}: expected all tensors to be on the same device, and there are "
+            f"{[tuple(t.shape) for t in on_device]} on {DEVICE}, {[tuple(t.shape) for t in on_cpu]} on the CPU, {_where()}")
+    stays = not _count(name, args, kwargs, on_device, on_cpu)
+    def _raw(o):
+        if isinstance(o, PaperTensor): return o.raw
+        return torch.device('cpu') if isinstance(o, torch.device) and o.type == NAME else o
+    plain = {k: False if k in ('pin_memory','non_blocking') else v for k,v in kwargs.items()}
+    with _disable_current_modes(): out = func(*tree_map(_raw, args), **tree_map(_raw, plain))
+    if not stays: return out
+    own = {id(t.raw): t for t in on_device} # an operation in place returns its own argument
+    def _wrap(o):
+        if not isinstance(o, torch.Tensor): return o
+        mine = own.get(id(o))
+        if mine is not None and (mine.shape, mine.stride()) == (o.shape, o.stride()): return mine
+        return PaperTensor(o)
+    return tree_map(_wrap, out)
+
+def _as_subclass(t, kind):
+    "`torch.as_subclass`, which fastai's is made of: PyTorch gives a wrapper no further class"
+    if not isinstance(t, PaperTensor): return _torch_as_subclass(t, getattr(kind, '_plain', kind))
+    with torch._C.DisableTorchFunctionSubclass(): return _of_kind(t.view_as(t), kind)
+
+_torch_as_subclass = torch.as_subclass
+
+# Its generators, autocast, and registration
+
+class PaperGenerator(torch.Generator):
+    "Takes the place of `torch.Generator`: the paper device has some, too"
+    def __new__(cls, device='cpu'):
+        if not _is_paper(device): return _Generator(device)
+        return super().__new__(cls)
+    device = property(lambda self: torch.device(DEVICE))
+
+_Generator = torch.Generator
+
+def _lower_precision(op, name):
+    "`op` as autocast has it, in the low precision"
+    def _cast(o, dtype):
+        if isinstance(o, torch.Tensor) and o.dtype == torch.float32: return o.to(dtype)
+        return o
+    def _autocast(*args, **kwargs):
+        dtype = torch.get_autocast_dtype(NAME)
+        with torch.autocast(NAME, enabled=False): return op(*tree_map(lambda o: _cast(o, dtype), args), **kwargs)
+    return _autocast
+
+_libraries = [] # PyTorch forgets what is in a library that nobody holds
+
+@functools.cache
+def _register():
+    from torch.utils import backend_registration as backends
+    class Module(backends._DummyBackendModule):
+        "`torch.paper`"
+        def is_available(self): return current is not None
+        def device_count(self): return int(current is not None)
+        def get_amp_supported_dtype(self): return [torch.bfloat16, torch.float16]
+        def is_bf16_supported(self): return True
+        def get_rng_state(self, *_): return torch.get_rng_state()
+        def set_rng_state(self, state, *_): torch.set_rng_state(state)
+        def synchronize(self, *_): pass
+    class Hook(backends._DummyPrivateUse1Hook):
+        def is_available(self): return current is not None
+        def has_primary_context(self, dev_id): return current is not None
+    backends._setup_privateuseone_for_python_backend(NAME, Module(), Hook())
+    rest,lower = torch.library.Library('_', 'IMPL', 'AutocastPrivateUse1'),torch.library.Library('aten', 'IMPL', 'AutocastPrivateUse1')
+    rest.fallback(torch.library.fallthrough_kernel)
+    for name in ('conv2d','linear','matmul'):
+        op = getattr(torch.ops.aten, name)
+        lower.impl('conv2d' if name == 'conv2d' else name, _lower_precision(op, name))
+    _libraries.extend((rest, lower))
+
+class PaperDevice(TorchDispatchMode):
+    "While it lasts, there is a device of this name"
+    def __init__(self):
+        super().__init__()
+        self.clear()
+
+    def clear(self): "Begin to count anew"; self.waits,self.bytes = Counter(),Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        ours = _is_paper(kwargs.get('device')) or any(isinstance(t, PaperTensor) for t in tree_leaves((args, kwargs)))
+        return _run(func, args, kwargs) if ours else func(*args, **kwargs)
+
+@contextlib.contextmanager
+def paper_device():
+    "The device, for as long as the context lasts; nothing of it is seen outside"
+    global current
+    _register()
+    exchanged = dict(Generator=PaperGenerator, as_subclass=_as_subclass)
+    before = {name: getattr(torch, name) for name in exchanged}
+    # backward in this thread: it has the stack that led there, and PyTorch may have made its threads before there was such a device
+    with torch.autograd.set_multithreading_enabled(False), PaperDevice() as current:
+        for name,new in exchanged.items(): setattr(torch, name, new)
+        try: yield current
+        finally:
+            current = None
+            for name,old in before.items(): setattr(torch, name, old)

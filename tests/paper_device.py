@@ -41,7 +41,9 @@ _may_mix = {'_to_copy', 'copy_', *_indexing}
 # kornia 0.9 copies its parameters without blocking to CUDA alone
 _kornia_copy = 'kornia/core/utils.py', '_to_device_nonblocking'
 
-def _stack(): return [f for f in traceback.extract_stack() if '/torch/' not in f.filename and f.filename != __file__]
+def _stack():
+    def _is_passing(f): return '/torch/' in f.filename or f.filename == __file__ or f.name == '__torch_function__'
+    return [f for f in traceback.extract_stack() if not _is_passing(f)]
 
 def _where():
     "The innermost line outside of PyTorch and this file, and the innermost of our library"
@@ -105,6 +107,10 @@ class PaperTensor(torch.Tensor):
     def __tensor_flatten__(self): return ['raw'],None
     @staticmethod
     def __tensor_unflatten__(inner, *_): return PaperTensor(inner['raw'])
+
+    def set_meta(self, x, as_copy=False):
+        "fastai's, which gives a tensor all attributes of another"
+        self.__dict__ = {**getattr(x, '__dict__', {}), 'raw': self.raw}
 
     def tolist(self): return self.cpu().tolist()
     def numpy(self, *_, **__):

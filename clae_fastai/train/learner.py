@@ -171,7 +171,9 @@ def clae_learner(
         views = TwoViews.from_preset(views, size, n_in, stats)
     else: views = _own_views(views, stats, images)
     if isinstance(views, TwoViews) and size != [*images.shape[2:]]: views.size = size
-    if isinstance(views, TwoViews): check_pixels(images)
+    if isinstance(views, TwoViews):
+        check_pixels(images)
+        views.checked = True # and need not be again, in the first batch
     pixels = _cropping_dls(pixels, views, size)
     precision,fast = precision_cbs(precision, device)
     if channels_last: fast.append(ChannelsLast())

@@ -12,13 +12,12 @@ What it cannot show: races (everything happens at once, in order), memory that r
 Its random numbers come from the CPU's generator, so that runs can be compared."""
 import contextlib
 import functools
-import traceback
+import sys
 from collections import Counter
 
 import fastai.torch_core # makes `torch.as_subclass` # noqa: F401
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = 'paper'
 DEVICE = NAME + ':0'
@@ -42,19 +41,23 @@ _may_mix = {'_to_copy', 'copy_', *_indexing}
 _kornia_copy = 'kornia/core/utils.py', '_to_device_nonblocking'
 
 def _stack():
-    def _is_passing(f): return '/torch/' in f.filename or f.filename == __file__ or f.name == '__torch_function__'
-    return [f for f in traceback.extract_stack() if not _is_passing(f)]
+    "(file, line, function) from the innermost on, without PyTorch, this file, and what only passes a call on"
+    frame = sys._getframe(1)
+    while frame is not None:
+        file,name = frame.f_code.co_filename,frame.f_code.co_name
+        if '/torch/' not in file and file != __file__ and name != '__torch_function__': yield file,frame.f_lineno,name
+        frame = frame.f_back
 
 def _where():
     "The innermost line outside of PyTorch and this file, and the innermost of our library"
-    frames = _stack()
-    ours = [f for f in frames if 'clae_fastai/' in f.filename]
-    places = ['/'.join(f.filename.split('/')[-2:]) + f':{f.lineno} {f.name}' for f in (frames[-1], *ours[-1:])]
+    frames = list(_stack())
+    ours = [f for f in frames if 'clae_fastai/' in f[0]]
+    places = ['/'.join(file.split('/')[-2:]) + f':{line} {name}' for file,line,name in (frames[0], *ours[:1])]
     return ' <- '.join(dict.fromkeys(places))
 
 def _is_kornias_copy():
-    file,name = _kornia_copy
-    return any(f.filename.endswith(file) and f.name == name for f in _stack()[-1:])
+    file,_,name = next(_stack())
+    return file.endswith(_kornia_copy[0]) and name == _kornia_copy[1]
 
 def _is_paper(device): return device is not None and torch.device(device).type == NAME
 
@@ -91,6 +94,8 @@ def _count(name, args, kwargs, on_device, on_cpu):
 
 # Its tensors
 
+_data = torch.Tensor.data
+
 class PaperTensor(torch.Tensor):
     "Says that it is on the paper device; its numbers are in `raw`, on the CPU"
     @staticmethod
@@ -102,6 +107,11 @@ class PaperTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None): return _run(func, args, kwargs or {})
+
+    def _set_data(self, new):
+        _data.__set__(self, new)
+        self.raw = new.raw
+    data = property(lambda self: _data.__get__(self), _set_data)
 
     # by these, `Module.to` exchanges a parameter as a whole, and does not keep its `raw`
     def __tensor_flatten__(self): return ['raw'],None
@@ -143,16 +153,28 @@ def _paper_kind(kind):
     if issubclass(kind, PaperTensor): return kind
     if kind in (torch.Tensor, torch.nn.Parameter): return PaperTensor
     own = {name: vars(PaperTensor)[name] for name in ('__repr__','__reduce_ex__')} # before fastai's
-    return type('Paper' + kind.__name__, (kind, _Kind), dict(own, _plain=kind))
+    name = 'Paper' + kind.__name__
+    globals()[name] = res = type(name, (kind, _Kind), dict(own, _plain=kind, __module__=__name__)) # where pickles look for it
+    return res
 
 def _of_kind(t, kind):
     "Make `t`, which nobody else has, a tensor of this kind"
     t.__class__ = _paper_kind(kind)
     return t
 
+def _map(f, o):
+    "`f` of all that stands in tuples, lists and dictionaries; quicker than PyTorch's `tree_map`, for it is called all the time"
+    if isinstance(o, (tuple,list)): return type(o)([_map(f, x) for x in o])
+    return {k: _map(f, x) for k,x in o.items()} if isinstance(o, dict) else f(o)
+
+def _tensors(o):
+    res = []
+    _map(lambda x: res.append(x) if isinstance(x, torch.Tensor) else None, o)
+    return res
+
 def _run(func, args, kwargs):
     name = func._schema.name.partition('::')[2]
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    tensors = _tensors((args, kwargs))
     on_device = [t for t in tensors if isinstance(t, PaperTensor)]
     on_cpu = [t for t in tensors if not isinstance(t, PaperTensor)]
     if name not in _may_mix and on_device and any(t.ndim for t in on_cpu) or name in _indexing and not isinstance(args[0], PaperTensor):
@@ -163,7 +185,7 @@ def _run(func, args, kwargs):
         if isinstance(o, PaperTensor): return o.raw
         return torch.device('cpu') if isinstance(o, torch.device) and o.type == NAME else o
     plain = {k: False if k in ('pin_memory','non_blocking') else v for k,v in kwargs.items()}
-    with _disable_current_modes(): out = func(*tree_map(_raw, args), **tree_map(_raw, plain))
+    with _disable_current_modes(): out = func(*_map(_raw, args), **_map(_raw, plain))
     if not stays: return out
     own = {id(t.raw): t for t in on_device} # an operation in place returns its own argument
     def _wrap(o):
@@ -171,7 +193,7 @@ def _run(func, args, kwargs):
         mine = own.get(id(o))
         if mine is not None and (mine.shape, mine.stride()) == (o.shape, o.stride()): return mine
         return PaperTensor(o)
-    return tree_map(_wrap, out)
+    return _map(_wrap, out)
 
 def _as_subclass(t, kind):
     "`torch.as_subclass`, which fastai's is made of: PyTorch gives a wrapper no further class"
@@ -191,14 +213,19 @@ class PaperGenerator(torch.Generator):
 
 _Generator = torch.Generator
 
-def _lower_precision(op, name):
+def _copy_from(source, to, non_blocking=False):
+    _count('copy_', (to, source, non_blocking), {}, [to], [source])
+    to.raw.copy_(source)
+    return to
+
+def _lower_precision(op):
     "`op` as autocast has it, in the low precision"
     def _cast(o, dtype):
         if isinstance(o, torch.Tensor) and o.dtype == torch.float32: return o.to(dtype)
         return o
     def _autocast(*args, **kwargs):
         dtype = torch.get_autocast_dtype(NAME)
-        with torch.autocast(NAME, enabled=False): return op(*tree_map(lambda o: _cast(o, dtype), args), **kwargs)
+        with torch.autocast(NAME, enabled=False): return op(*_map(lambda o: _cast(o, dtype), args), **kwargs)
     return _autocast
 
 _libraries = [] # PyTorch forgets what is in a library that nobody holds
@@ -221,10 +248,11 @@ def _register():
     backends._setup_privateuseone_for_python_backend(NAME, Module(), Hook())
     rest,lower = torch.library.Library('_', 'IMPL', 'AutocastPrivateUse1'),torch.library.Library('aten', 'IMPL', 'AutocastPrivateUse1')
     rest.fallback(torch.library.fallthrough_kernel)
-    for name in ('conv2d','linear','matmul'):
-        op = getattr(torch.ops.aten, name)
-        lower.impl('conv2d' if name == 'conv2d' else name, _lower_precision(op, name))
-    _libraries.extend((rest, lower))
+    for name in ('conv2d','linear','matmul'): lower.impl(name, _lower_precision(getattr(torch.ops.aten, name)))
+    plain = torch.library.Library('aten', 'IMPL', 'PrivateUse1') # for `torch.tensor(..., device=)`, which passes all modes by
+    plain.impl('empty_strided', lambda size, stride, dtype=None, **_: PaperTensor(torch.empty_strided(size, stride, dtype=dtype)))
+    plain.impl('_copy_from', _copy_from)
+    _libraries.extend((rest, lower, plain))
 
 class PaperDevice(TorchDispatchMode):
     "While it lasts, there is a device of this name"
@@ -235,8 +263,10 @@ class PaperDevice(TorchDispatchMode):
     def clear(self): "Begin to count anew"; self.waits,self.bytes = Counter(),Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        ours = _is_paper(kwargs.get('device')) or any(isinstance(t, PaperTensor) for t in tree_leaves((args, kwargs)))
+        kwargs,name = kwargs or {},func._schema.name
+        if name == 'aten::is_pinned': return False
+        if name == 'aten::_pin_memory': return args[0].clone()
+        ours = _is_paper(kwargs.get('device')) or any(isinstance(t, PaperTensor) for t in _tensors((args, kwargs)))
         return _run(func, args, kwargs) if ours else func(*args, **kwargs)
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from collections import Counter
 
 import fastai.torch_core # makes `torch.as_subclass` # noqa: F401
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 NAME = 'paper'
 DEVICE = NAME + ':0'
@@ -106,7 +106,7 @@ class PaperTensor(torch.Tensor):
         return res
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None): return _run(func, args, kwargs or {})
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None): return _run(func, args, kwargs or {}, _tensors((args, kwargs)))
 
     def _set_data(self, new):
         _data.__set__(self, new)
@@ -168,13 +168,13 @@ def _map(f, o):
     return {k: _map(f, x) for k,x in o.items()} if isinstance(o, dict) else f(o)
 
 def _tensors(o):
-    res = []
-    _map(lambda x: res.append(x) if isinstance(x, torch.Tensor) else None, o)
-    return res
+    if isinstance(o, torch.Tensor): return [o]
+    if isinstance(o, dict): o = o.values()
+    elif not isinstance(o, (tuple,list)): return []
+    return [t for x in o for t in _tensors(x)]
 
-def _run(func, args, kwargs):
+def _run(func, args, kwargs, tensors):
     name = func._schema.name.partition('::')[2]
-    tensors = _tensors((args, kwargs))
     on_device = [t for t in tensors if isinstance(t, PaperTensor)]
     on_cpu = [t for t in tensors if not isinstance(t, PaperTensor)]
     if name not in _may_mix and on_device and any(t.ndim for t in on_cpu) or name in _indexing and not isinstance(args[0], PaperTensor):
@@ -185,7 +185,7 @@ def _run(func, args, kwargs):
         if isinstance(o, PaperTensor): return o.raw
         return torch.device('cpu') if isinstance(o, torch.device) and o.type == NAME else o
     plain = {k: False if k in ('pin_memory','non_blocking') else v for k,v in kwargs.items()}
-    with _disable_current_modes(): out = func(*_map(_raw, args), **_map(_raw, plain))
+    out = func(*_map(_raw, args), **_map(_raw, plain))
     if not stays: return out
     own = {id(t.raw): t for t in on_device} # an operation in place returns its own argument
     def _wrap(o):
@@ -266,8 +266,9 @@ class PaperDevice(TorchDispatchMode):
         kwargs,name = kwargs or {},func._schema.name
         if name == 'aten::is_pinned': return False
         if name == 'aten::_pin_memory': return args[0].clone()
-        ours = _is_paper(kwargs.get('device')) or any(isinstance(t, PaperTensor) for t in _tensors((args, kwargs)))
-        return _run(func, args, kwargs) if ours else func(*args, **kwargs)
+        tensors = _tensors((args, kwargs))
+        ours = _is_paper(kwargs.get('device')) or any(isinstance(t, PaperTensor) for t in tensors)
+        return _run(func, args, kwargs, tensors) if ours else func(*args, **kwargs)
 
 @contextlib.contextmanager
 def paper_device():

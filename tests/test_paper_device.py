@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 from fastai.vision.all import (
-    Callback, ChannelsLast, DataLoaders, IntToFloatTensor, L, MixedPrecision, TensorCategory, TensorImage, accuracy, load_learner, nn,
-    partial, set_seed)
+    Callback, IntToFloatTensor, L, MixedPrecision, TensorCategory, TensorImage, accuracy, nn, partial, set_seed)
 from PIL import Image
 
 from clae_fastai.all import (
-    FGSM, CheckFinite, Checkpoint, CLAECallback, CLAELoss, CollapseMonitor, FileImages, KNNCallback, MemoryDL, MemoryImages, NTXentLoss,
-    PGD, Resume, TwoViews, adversarial_images, bn_statistics, clae_learner, classifier_vs_eps, encoder_learner, evaluate,
-    extract_features, file_dls, knn_predict, linear_probe, load_encoder, loss_vs_eps, memory_dls, resnet8)
+    FGSM, PGD, Checkpoint, CLAECallback, CollapseMonitor, FileImages, KNNCallback, MemoryDL, MemoryImages, NTXentLoss, Resume,
+    TwoViews, adversarial_images, bn_statistics, clae_learner, classifier_vs_eps, encoder_learner, evaluate, extract_features,
+    file_dls, knn_predict, linear_probe, load_encoder, loss_vs_eps, memory_dls, resnet8)
 from clae_fastai.data.images import ImageItem
 from paper_device import DEVICE, PaperTensor, missing, paper_device
 
@@ -28,14 +27,14 @@ def paper():
 
 n_train,n_valid,bs,size = 16,8,8,16
 
-def images(n, channels=3):
+def images(n):
     "Images of two classes, dark and bright"
     draw = np.random.default_rng(n)
     labels = torch.arange(n)%2
-    pixels = torch.from_numpy(draw.integers(0, 128, (n,channels,size,size), dtype=np.uint8))
+    pixels = torch.from_numpy(draw.integers(0, 128, (n,3,size,size), dtype=np.uint8))
     return MemoryImages(pixels + 100*labels.byte()[:,None,None,None], labels, ['dark','bright'])
 
-def data(device, channels=3, **kwargs): return memory_dls(images(n_train, channels), images(n_valid, channels), bs=bs, device=device, **kwargs)
+def data(device, **kwargs): return memory_dls(images(n_train), images(n_valid), bs=bs, device=device, **kwargs)
 
 class Watch(Callback):
     "Waits of each training batch, its loading included, and of each epoch outside of them"
@@ -103,7 +102,8 @@ def assert_equal(a, b):
 def test_it_is_like_a_gpu(paper):
     x = torch.rand(4,3).to(DEVICE)
     assert x.device.type == 'paper' and x.tolist() == x.cpu().tolist() and len(x) == 4
-    for f in (lambda: x + torch.rand(4,3), lambda: torch.cat([x, torch.rand(4,3)]), lambda: torch.rand(4,3)[x > 0], lambda: torch.rand(2,4) @ x):
+    cpu = torch.rand(4,3)
+    for f in (lambda: x + cpu, lambda: torch.cat([x, cpu]), lambda: cpu[x > 0], lambda: cpu.T @ x, lambda: x.add_(cpu)):
         with pytest.raises(RuntimeError, match='same device'): f()
     for f in (x.numpy, lambda: np.asarray(x)):
         with pytest.raises(TypeError, match="can't convert paper"): f()
@@ -115,14 +115,18 @@ def test_it_is_like_a_gpu(paper):
 
 def test_waits_are_counted(paper):
     x = torch.rand(4,3).to(DEVICE)
-    waiting = dict(item=lambda: x.sum().item(), float=lambda: float(x[0,0]), int=lambda: int(x[0,0]), bool=lambda: bool(x[0,0] > 0),
-        tolist=x.tolist, cpu=x.cpu, print=lambda: repr(x), format=lambda: f'{x.sum():.3f}', nonzero=lambda: x.nonzero(), mask=lambda: x[x > .5],
-        unique=lambda: x.unique(), equal=lambda: torch.equal(x, x), index=lambda: x[torch.tensor([0,1])], inverse=lambda: torch.linalg.inv(x[:3]),
-        to=lambda: torch.rand(2).to(DEVICE), tensor=lambda: torch.tensor([1.], device=DEVICE), copy=lambda: x.copy_(torch.rand(4,3)),
-        set_item=lambda: x.__setitem__(x > .5, x[0,0]), bincount=lambda: (x > .5).int().flatten().bincount())
-    free = dict(add=lambda: x + 1, index=lambda: x[x.argmax(1)], slice=lambda: x[1:,:2], where=lambda: torch.where(x > .5, x, 0.),
+    waiting = dict(
+        item=lambda: x.sum().item(), float=lambda: float(x[0,0]), int=lambda: int(x[0,0]), bool=lambda: bool(x[0,0] > 0),
+        tolist=x.tolist, cpu=x.cpu, print=lambda: repr(x), format=lambda: f'{x.sum():.3f}',
+        nonzero=x.nonzero, mask=lambda: x[x > .5], set_mask=lambda: x.__setitem__(x > .5, x[0,0]), index=lambda: x[torch.tensor([0,1])],
+        unique=x.unique, equal=lambda: torch.equal(x, x), bincount=lambda: (x > .5).int().flatten().bincount(),
+        inverse=lambda: torch.linalg.inv(x[:3]), to=lambda: torch.rand(2).to(DEVICE),
+        tensor=lambda: torch.tensor([1.], device=DEVICE), copy=lambda: x.copy_(torch.rand(4,3)))
+    free = dict(
+        add=lambda: x + 1, index=lambda: x[x.argmax(0)], slice=lambda: x[1:,:2], where=lambda: torch.where(x > .5, x, 0.),
         to=lambda: torch.rand(2).to(DEVICE, non_blocking=True), same=lambda: x.to(DEVICE), new=lambda: x.new_zeros(3),
-        rand=lambda: torch.rand(3, device=DEVICE), shape=lambda: x.shape, len=lambda: len(x), iter=lambda: list(x), fill=lambda: x.fill_(0.))
+        rand=lambda: torch.rand(3, device=DEVICE), shape=lambda: x.shape, len=lambda: len(x), iter=lambda: list(x),
+        fill=lambda: x.fill_(0.))
     for name,f in waiting.items():
         paper.clear()
         f()
@@ -179,8 +183,10 @@ def test_methods_and_attacks(paper, method, attack):
     on_paper = watched(paper, method=method, attack=attack)
     assert_equal(numbers(on_paper), numbers(fit(make('cpu', method=method, attack=attack))))
 
-ways = dict(pixels=dict(attack=FGSM(.03, space='pixel')), l2=dict(attack=PGD(.5, steps=2, norm='l2', space='pixel')), baseline=dict(eps=0),
-    channels_last=dict(channels_last=True), digits=dict(views='digits'), imagenet=dict(views='imagenet'), small=dict(size=12), clean=dict(attack_bn='clean'))
+ways = dict(
+    pixels=dict(attack=FGSM(.03, space='pixel')), l2=dict(attack=PGD(.5, steps=2, norm='l2', space='pixel')),
+    baseline=dict(eps=0), channels_last=dict(channels_last=True), clean=dict(attack_bn='clean'),
+    digits=dict(views='digits'), imagenet=dict(views='imagenet'), small=dict(size=12))
 
 @pytest.mark.parametrize('way', ways)
 def test_ways_to_train(paper, way):
@@ -249,9 +255,12 @@ def test_a_batch_of_training_brings_no_images(paper):
     assert sum(ours.values()) == 8*(n_train + n_valid), ours
     assert sum(paper.bytes.values())/n_batches < bs*3*size*size*4/2, paper.bytes
 
-@pytest.mark.parametrize('kwargs', [dict(pin_memory=True), dict(after_item=[lambda o: o]), dict(num_workers=1)], ids=['pinned','item_tfms','process'])
-def test_gathered_on_the_cpu(paper, kwargs):
+gathered = dict(pinned=dict(pin_memory=True), item_tfms=dict(after_item=[lambda o: o]), process=dict(num_workers=1))
+
+@pytest.mark.parametrize('way', gathered)
+def test_gathered_on_the_cpu(paper, way):
     "By loaders that cannot leave it to the device: copied without waiting, in the same order"
+    kwargs = gathered[way]
     dls = data(DEVICE, **kwargs)
     paper.clear()
     for b in dls.train: assert all(o.device.type == 'paper' for o in b)
@@ -301,7 +310,7 @@ def test_photographs(paper, photos, workers):
     assert learn.dls.one_batch()[0].shape == (bs,2,3,size,size) and isinstance(learn.dls.train_ds, FileImages)
     if not workers: assert_equal(numbers(learn), numbers(fit(make('cpu', dls('cpu')))))
     paper.clear()
-    for b in learn.dls.train: pass
+    for _ in learn.dls.train: pass
     assert sum(paper.bytes.values()) == n_train*(2*3*size*size + 8) and not paper.waits
 
 # after training
@@ -378,7 +387,8 @@ def test_fine_tuning(paper, trained, on_cpu, tmp_path):
 # it is red when it should be
 
 faults = dict(item=lambda x: x.sum().item(), cpu=lambda x: x + torch.zeros(x.shape), mask=lambda x: x[x > 0])
-places = dict(views=(TwoViews, '_normalize'), attack=(FGSM, 'delta'), loss=(NTXentLoss, 'rows'), callback=(CLAECallback, 'adversarial_views'))
+places = dict(views=(TwoViews, 'to_pixels'), attack=(FGSM, 'delta'), loss=(NTXentLoss, 'rows'),
+    callback=(CLAECallback, 'adversarial_views'))
 
 @pytest.mark.parametrize('fault', faults)
 @pytest.mark.parametrize('place', places)
@@ -387,12 +397,12 @@ def test_a_fault_is_noticed(paper, monkeypatch, place, fault):
     owner,name = places[place]
     sound = getattr(owner, name)
     def faulty(self, x, *args):
-        faults[fault](x.detach())
+        faults[fault](x.detach().float())
         return sound(self, x, *args)
     one_batch = memory_dls(images(bs), images(0), bs=bs, device=DEVICE)
     learn = make(DEVICE, one_batch, cbs=(watch := Watch(paper)))
     monkeypatch.setattr(owner, name, faulty)
-    if fault == 'cpu': 
+    if fault == 'cpu':
         with pytest.raises(RuntimeError, match='same device'): fit(learn)
     else:
         fit(learn)

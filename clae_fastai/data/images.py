@@ -119,7 +119,8 @@ class MemoryImages(ImageSet):
             self.elsewhere = None # its memory is free before the next is asked for
             tensors = [o for o in (self.images,self.labels) if o is not None]
             there = self
-            if _fits(sum(o.nbytes for o in tensors), device): there = type(self)(*send(tensors, device), vocab=self.vocab, reader=self.reader)
+            if _fits(sum(o.nbytes for o in tensors), device):
+                there = type(self)(*send(tensors, device), vocab=self.vocab, reader=self.reader)
             self.elsewhere = device,there
         return self if self.elsewhere is None else self.elsewhere[1]
 

@@ -142,7 +142,7 @@ class PerImage:
         x = (x if isinstance(x, Tensor) else image2tensor(x)).as_subclass(Tensor)
         return x if x.is_floating_point() else x.float()/255
 
-    def __call__(self, x): return torch.stack([self._one(o) for o in x.cpu()]).to(x.device)
+    def __call__(self, x): return send(torch.stack([self._one(o) for o in x.cpu()]), x.device)
     def __repr__(self): return f"PerImage({self.tfms})"
 
 # %% ../../nbs/05_method.views.ipynb #a708286a

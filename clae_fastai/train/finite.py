@@ -33,7 +33,7 @@ class CheckFinite(Callback):
         if self.on_nonfinite == 'stop': return
         self.canceled,buffers = False,list(self.model.buffers())
         if self.kept is None: self.kept = [torch.empty_like(b) for b in buffers]
-        if buffers: _copy_all(self.kept, buffers)
+        _copy_all(self.kept, buffers)
         if terms := getattr(self.learn, 'loss_terms', None):
             self.terms = dict(sums=dict(terms.sums), n_batches=terms.n_batches)
 

@@ -13,7 +13,7 @@ Its random numbers come from the CPU's generator, so that runs can be compared."
 import contextlib
 import functools
 import sys
-from collections import Counter
+from collections import Counter, OrderedDict
 
 import fastai.torch_core # makes `torch.as_subclass` # noqa: F401
 import torch
@@ -133,13 +133,14 @@ class PaperTensor(torch.Tensor):
         vars(res).update({k: v for k,v in vars(self).items() if k != 'raw'}) # that it is a parameter, for one
         return memo.setdefault(id(self), _of_kind(res, type(self)))
     def __reduce_ex__(self, proto):
-        return _rebuild,(self.raw, self.requires_grad, type(self)._plain, {k: v for k,v in vars(self).items() if k != 'raw'})
+        "As PyTorch pickles tensors of devices that it knows little of, so that `torch.load` trusts it"
+        if type(self) is PaperTensor and getattr(self, '_is_param', False):
+            return torch._utils._rebuild_parameter,(self.detach(), self.requires_grad, OrderedDict())
+        build,args = torch._utils._rebuild_device_tensor_from_cpu_tensor,(self.raw, self.dtype, DEVICE, self.requires_grad)
+        return (build,args) if type(self) is PaperTensor else (_rebuild_kind,(build, args, self._plain))
     _plain = torch.Tensor # what it would be on another device
 
-def _rebuild(raw, requires_grad, kind, attributes):
-    res = PaperTensor(raw).requires_grad_(requires_grad)
-    vars(res).update(attributes)
-    return _of_kind(res, kind)
+def _rebuild_kind(build, args, kind): return build(*args).as_subclass(kind)
 
 class _Kind(PaperTensor):
     "Base of the paper tensors that stay of a kind, as fastai's do"
@@ -253,6 +254,8 @@ def _register():
     plain.impl('empty_strided', lambda size, stride, dtype=None, **_: PaperTensor(torch.empty_strided(size, stride, dtype=dtype)))
     plain.impl('_copy_from', _copy_from)
     _libraries.extend((rest, lower, plain))
+    # `torch.load`'s storages are the CPU's, whatever device they are for
+    torch.serialization.register_package(0, lambda _: None, lambda o, location: o if location.startswith(NAME) else None)
 
 class PaperDevice(TorchDispatchMode):
     "While it lasts, there is a device of this name"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from fastai.vision.all import (
-    Callback, IntToFloatTensor, L, MixedPrecision, TensorCategory, TensorImage, accuracy, nn, partial, set_seed)
+    Callback, IntToFloatTensor, L, MixedPrecision, TensorCategory, TensorImage, accuracy, load_learner, nn, partial, set_seed)
 from PIL import Image
 
 from clae_fastai.all import (
@@ -66,6 +66,7 @@ def make(device, dls=None, **kwargs):
 
 recorder = 'copy to the CPU','fastai/torch_core.py _inner' # the loss
 skip = '_local_scalar_dense','train/finite.py before_step'
+scaler = '_local_scalar_dense','callback/fp16.py before_step'
 means = '_local_scalar_dense','method/callback.py mean'
 
 def by_function(waits):
@@ -193,8 +194,10 @@ def test_ways_to_train(paper, way):
     on_paper = watched(paper, **ways[way])
     assert_equal(numbers(on_paper), numbers(fit(make('cpu', **ways[way]))))
 
-def test_bfloat16(paper):
-    learn = watched(paper, precision='bf16')
+@pytest.mark.parametrize('precision', ['bf16','fp16'])
+def test_half_precision(paper, precision):
+    "float16's scaler, which is PyTorch's, waits twice besides: did the gradients overflow, and is the scale another now?"
+    learn = watched(paper, *2*[scaler]*(precision == 'fp16'), precision=precision)
     assert isinstance(learn.mixed_precision, MixedPrecision) and all(v.isfinite().all() for v in numbers(learn).values())
 
 def test_skip_waits_once_more(paper):
@@ -275,6 +278,16 @@ def test_too_large_for_the_device(paper):
     for _,(x,) in zip(range(3), dl): assert x.device.type == 'paper'
     assert sum(paper.bytes.values()) == 3*4*side*side and not paper.waits
     assert large.on(DEVICE) is large
+
+def test_a_quarter_of_what_is_free(monkeypatch):
+    "Of a GPU's memory, asked once"
+    n_bytes,asked = images(4).images.nbytes + 4*8,[]
+    def mem_get_info(device):
+        asked.append(device)
+        return 4*n_bytes - 1,10**12 # free, and in all
+    monkeypatch.setattr('torch.cuda.mem_get_info', mem_get_info)
+    data = images(4)
+    assert data.on('cuda:1') is data and data.on('cuda:1') is data and asked == [torch.device('cuda:1')]
 
 def test_loaders_move(paper):
     "To the CPU and back, to other sets and sizes, through pickles: the same images everywhere"
@@ -373,6 +386,26 @@ def test_encoder_file(paper, trained, on_cpu, tmp_path):
     assert_equal(load_encoder(file).state_dict(), load_encoder(on_cpu.export_encoder(tmp_path/'cpu.safetensors')).state_dict())
     h = extract_features(file, trained.dls.valid)[0]
     assert torch.equal(h, extract_features(trained, trained.dls.valid)[0])
+
+def test_life_of_a_learner(paper, trained, on_cpu, tmp_path):
+    "What fastai's learners do, on the device"
+    def look(learn):
+        x = images(1).images[0]
+        with learn.no_bar(), learn.no_logging():
+            z,loss = learn.get_preds()[0],learn.validate()[0]
+            learn.lr_find(num_it=2, show_plot=False, suggest_funcs=())
+            learn.summary()
+            return z,loss,learn.predict(x)[2]
+    for learn in (trained,on_cpu): learn.path = tmp_path
+    set_seed(3)
+    a = look(trained)
+    set_seed(3)
+    b = look(on_cpu)
+    assert torch.equal(a[0], b[0]) and a[1] == b[1] and torch.equal(a[2], b[2])
+    trained.export(tmp_path/'learner.pkl')
+    again = load_learner(tmp_path/'learner.pkl')
+    assert not isinstance(next(again.model.parameters()), PaperTensor) # wherever it was trained
+    with again.no_bar(): assert torch.allclose(again.predict(images(1).images[0])[2], a[2], atol=1e-6)
 
 def test_fine_tuning(paper, trained, on_cpu, tmp_path):
     def tune(learn):

@@ -88,7 +88,7 @@ def _fits(n_bytes, device):
 
 class MemoryImages(ImageSet):
     "Images in one tensor"
-    elsewhere = None # the device that batches go to, and the set that they come from: a copy there, or this one
+    elsewhere = None # a device that batches have gone to, and the copy that is there; that is None where it would be too large
     def __init__(self,
         images:Tensor, # (N,C,H,W), uint8
         labels:Tensor=None, # (N,), indices into `vocab`
@@ -118,11 +118,10 @@ class MemoryImages(ImageSet):
         elif self.elsewhere is None or self.elsewhere[0] != device:
             self.elsewhere = None # its memory is free before the next is asked for
             tensors = [o for o in (self.images,self.labels) if o is not None]
-            there = self
-            if _fits(sum(o.nbytes for o in tensors), device):
-                there = type(self)(*send(tensors, device), vocab=self.vocab, reader=self.reader)
+            fits = _fits(sum(o.nbytes for o in tensors), device)
+            there = type(self)(*send(tensors, device), vocab=self.vocab, reader=self.reader) if fits else None
             self.elsewhere = device,there
-        return self if self.elsewhere is None else self.elsewhere[1]
+        return self if self.elsewhere is None else ifnone(self.elsewhere[1], self)
 
     def batch(self, idxs, seed=None, device=None):
         there = self if device is None else self.on(device)

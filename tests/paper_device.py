@@ -1,12 +1,12 @@
-"""A device made of paper: its tensors are CPU tensors in a wrapper, so that no hardware is needed to see what a GPU would object to.
+"""A device made of paper: CPU tensors in wrappers, so that no hardware is needed to see what a GPU would object to.
 
     with paper_device() as paper:
         x = torch.rand(4, 3, 8, 8).to(DEVICE); ...
         paper.waits   # Counter of (what, where): where the host waits for the device
         paper.bytes   # Counter of where: what crosses to the device
 
-Mixing its tensors with the CPU's raises, as on a GPU. It is built on PyTorch's Python backend, and there is one such backend in
-a process, so all is registered when the first `paper_device()` is entered, and looks unavailable to others outside of it.
+Mixing its tensors with the CPU's raises, as on a GPU. It is built on PyTorch's Python backend, of which a process has one,
+so it is registered when the first `paper_device()` is entered, and looks unavailable to others outside of it.
 
 What it cannot show: races (everything happens at once, in order), memory that runs out, kernels that a device lacks.
 Its random numbers come from the CPU's generator, so that runs can be compared."""
@@ -27,14 +27,14 @@ def missing():
     "Why there is no such device here; '' where there is one"
     try: from torch.utils.backend_registration import _setup_privateuseone_for_python_backend # noqa: F401
     except ImportError: return f"PyTorch {torch.__version__} has no devices made in Python (2.11 and newer have)"
-    if torch.cuda.is_available(): return "there is a GPU, in whose place this process would have a paper device (see benchmarks)"
+    if torch.cuda.is_available(): return "there is a GPU, whose place the paper device would take in this process"
     return ''
 
 # What is counted
 
 # operations whose result, or its size, the host must know
-_waiting = {'_local_scalar_dense', 'is_nonzero', 'equal', 'nonzero', 'masked_select', 'bincount', '_unique2', 'unique_dim',
-    'unique_consecutive', '_linalg_check_errors', 'repeat_interleave'}
+_waiting = {'_local_scalar_dense', 'is_nonzero', 'equal', 'nonzero', 'masked_select', 'bincount', 'repeat_interleave',
+    '_unique2', 'unique_dim', 'unique_consecutive', '_linalg_check_errors'}
 _indexing = {'index', 'index_put', 'index_put_', '_index_put_impl_'}
 _may_mix = {'_to_copy', 'copy_', *_indexing}
 # kornia 0.9 copies its parameters without blocking to CUDA alone
@@ -100,13 +100,14 @@ class PaperTensor(torch.Tensor):
     "Says that it is on the paper device; its numbers are in `raw`, on the CPU"
     @staticmethod
     def __new__(cls, raw):
-        res = torch.Tensor._make_wrapper_subclass(cls, raw.size(), strides=raw.stride(), storage_offset=raw.storage_offset(),
-            dtype=raw.dtype, layout=raw.layout, device=DEVICE)
+        res = torch.Tensor._make_wrapper_subclass(cls, raw.size(), strides=raw.stride(),
+            storage_offset=raw.storage_offset(), dtype=raw.dtype, layout=raw.layout, device=DEVICE)
         res.raw = raw
         return res
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None): return _run(func, args, kwargs or {}, _tensors((args, kwargs)))
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return _run(func, args, kwargs or {}, _tensors((args, kwargs)))
 
     def _set_data(self, new):
         _data.__set__(self, new)
@@ -124,7 +125,7 @@ class PaperTensor(torch.Tensor):
 
     def tolist(self): return self.cpu().tolist()
     def numpy(self, *_, **__):
-        raise TypeError(f"can't convert {DEVICE} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+        raise TypeError(f"can't convert {DEVICE} device type tensor to numpy. Use Tensor.cpu() first.")
     def __array__(self, *_, **__): return self.numpy()
     def __format__(self, spec): return self.item().__format__(spec) if self.ndim == 0 else object.__format__(self, spec)
     def __repr__(self, **_): return f"{self.cpu()!r}, on {DEVICE}"
@@ -136,7 +137,8 @@ class PaperTensor(torch.Tensor):
         "As PyTorch pickles tensors of devices that it knows little of, so that `torch.load` trusts it"
         if type(self) is PaperTensor and getattr(self, '_is_param', False):
             return torch._utils._rebuild_parameter,(self.detach(), self.requires_grad, OrderedDict())
-        build,args = torch._utils._rebuild_device_tensor_from_cpu_tensor,(self.raw, self.dtype, DEVICE, self.requires_grad)
+        build = torch._utils._rebuild_device_tensor_from_cpu_tensor
+        args = self.raw,self.dtype,DEVICE,self.requires_grad
         return (build,args) if type(self) is PaperTensor else (_rebuild_kind,(build, args, self._plain))
     _plain = torch.Tensor # what it would be on another device
 
@@ -155,7 +157,8 @@ def _paper_kind(kind):
     if kind in (torch.Tensor, torch.nn.Parameter): return PaperTensor
     own = {name: vars(PaperTensor)[name] for name in ('__repr__','__reduce_ex__')} # before fastai's
     name = 'Paper' + kind.__name__
-    globals()[name] = res = type(name, (kind, _Kind), dict(own, _plain=kind, __module__=__name__)) # where pickles look for it
+    res = type(name, (kind, _Kind), dict(own, _plain=kind, __module__=__name__))
+    globals()[name] = res # where pickles look for it
     return res
 
 def _of_kind(t, kind):
@@ -164,7 +167,7 @@ def _of_kind(t, kind):
     return t
 
 def _map(f, o):
-    "`f` of all that stands in tuples, lists and dictionaries; quicker than PyTorch's `tree_map`, for it is called all the time"
+    "`f` of all that stands in tuples, lists and dictionaries; quicker than PyTorch's `tree_map`"
     if isinstance(o, (tuple,list)): return type(o)([_map(f, x) for x in o])
     return {k: _map(f, x) for k,x in o.items()} if isinstance(o, dict) else f(o)
 
@@ -178,7 +181,8 @@ def _run(func, args, kwargs, tensors):
     name = func._schema.name.partition('::')[2]
     on_device = [t for t in tensors if isinstance(t, PaperTensor)]
     on_cpu = [t for t in tensors if not isinstance(t, PaperTensor)]
-    if name not in _may_mix and on_device and any(t.ndim for t in on_cpu) or name in _indexing and not isinstance(args[0], PaperTensor):
+    mixed = name not in _may_mix and on_device and any(t.ndim for t in on_cpu) # a number may come from the CPU
+    if mixed or name in _indexing and not isinstance(args[0], PaperTensor):
         raise RuntimeError(f"{name}: expected all tensors to be on the same device, and there are "
             f"{[tuple(t.shape) for t in on_device]} on {DEVICE}, {[tuple(t.shape) for t in on_cpu]} on the CPU, {_where()}")
     stays = not _count(name, args, kwargs, on_device, on_cpu)
@@ -246,16 +250,20 @@ def _register():
     class Hook(backends._DummyPrivateUse1Hook):
         def is_available(self): return current is not None
         def has_primary_context(self, dev_id): return current is not None
+    # at its first use autograd makes a thread for each device that there is, and then no forked process could use it
+    torch.ones(1, requires_grad=True).sum().backward()
     backends._setup_privateuseone_for_python_backend(NAME, Module(), Hook())
-    rest,lower = torch.library.Library('_', 'IMPL', 'AutocastPrivateUse1'),torch.library.Library('aten', 'IMPL', 'AutocastPrivateUse1')
+    rest,lower = (torch.library.Library(o, 'IMPL', 'AutocastPrivateUse1') for o in ('_','aten'))
     rest.fallback(torch.library.fallthrough_kernel)
     for name in ('conv2d','linear','matmul'): lower.impl(name, _lower_precision(getattr(torch.ops.aten, name)))
-    plain = torch.library.Library('aten', 'IMPL', 'PrivateUse1') # for `torch.tensor(..., device=)`, which passes all modes by
-    plain.impl('empty_strided', lambda size, stride, dtype=None, **_: PaperTensor(torch.empty_strided(size, stride, dtype=dtype)))
+    plain = torch.library.Library('aten', 'IMPL', 'PrivateUse1') # for `torch.tensor(..., device=)`, which no mode sees
+    def _empty(size, stride, dtype=None, **_): return PaperTensor(torch.empty_strided(size, stride, dtype=dtype))
+    plain.impl('empty_strided', _empty)
     plain.impl('_copy_from', _copy_from)
     _libraries.extend((rest, lower, plain))
     # `torch.load`'s storages are the CPU's, whatever device they are for
-    torch.serialization.register_package(0, lambda _: None, lambda o, location: o if location.startswith(NAME) else None)
+    def _restore(storage, location): return storage if location.startswith(NAME) else None
+    torch.serialization.register_package(0, lambda _: None, _restore)
 
 class PaperDevice(TorchDispatchMode):
     "While it lasts, there is a device of this name"
@@ -280,7 +288,7 @@ def paper_device():
     _register()
     exchanged = dict(Generator=PaperGenerator, as_subclass=_as_subclass)
     before = {name: getattr(torch, name) for name in exchanged}
-    # backward in this thread: it has the stack that led there, and PyTorch may have made its threads before there was such a device
+    # backward in this thread: autograd has none for this device, and the stack shall tell who waits
     with torch.autograd.set_multithreading_enabled(False), PaperDevice() as current:
         for name,new in exchanged.items(): setattr(torch, name, new)
         try: yield current

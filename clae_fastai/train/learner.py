@@ -217,7 +217,7 @@ def full_batches(
     if n < 1 or not operator.length_hint(dl, 1): # 1 where nobody knows
         raise ValueError(f"A figure needs a batch: n_batches is {n}, or the DataLoader is empty.")
     epochs = itertools.chain.from_iterable(itertools.repeat(dl))
-    for b in itertools.islice(epochs, n): yield to_device(b, device)
+    for b in itertools.islice(epochs, n): yield send(b, device)
 
 # %% ../../nbs/17_train.learner.ipynb #0efce0e8
 def views_table(

@@ -27,7 +27,7 @@ def mutant(room, name, what, tests, *changes):
 
 golden,matrix,learner = 'method/test_golden.py','method/test_method_matrix.py','train/test_learner.py'
 resume,figures,trials = 'train/test_checkpoint.py','paper/test_analysis.py','paper/test_experiments.py'
-people = 'data/test_images_of_people.py'
+people,paper = 'data/test_images_of_people.py','test_paper_device.py'
 
 # method
 
@@ -127,6 +127,19 @@ mutant('data.folders', 'stray', 'a stray image takes all labels away, unsaid',
        f'{people}::test_stray_images',
        ('if classes and stray:', 'if stray: classes = ()\n    if False:'))
 
+mutant('core', 'blocking', 'each copy to a GPU is waited for',
+       f'{paper}::test_images_live_on_the_device {paper}::test_photographs {paper}::test_ways_to_train[pixels]',
+       ("non_blocking=kind not in ('cpu','mps')", 'non_blocking=False'))
+mutant('data.images', 'away', 'images in memory are copied to the device in every step',
+       f'{paper}::test_images_live_on_the_device',
+       ('self.device if self.from_device else None', 'None'))
+mutant('data.images', 'hoard', 'a set goes to the device whatever its size',
+       f'{paper}::test_too_large_for_the_device',
+       ('return n_bytes <= (', 'return True or n_bytes <= ('))
+mutant('method.views', 'noise', 'noise is drawn on the CPU and copied',
+       f'{paper}::test_a_batch_of_training_brings_no_images',
+       ('set_rng_device_and_dtype(input.device,', "set_rng_device_and_dtype('cpu',"))
+
 # train
 
 mutant('train.checkpoint', 'batch-count', 'a resumed epoch repeats a batch',
@@ -149,7 +162,12 @@ mutant('train.precision', 'dtype', 'float16 is bfloat16',
        ('dtype = torch.bfloat16 if mixed.amp_mode == AMPMode.BF16 else torch.float16', 'dtype = torch.bfloat16'))
 mutant('train.finite', 'rollback', 'a skipped step leaves its batch in the statistics',
        f'{matrix}::test_a_skipped_step_leaves_nothing',
-       ('for b,kept in zip(self.model.buffers(), self.buffers): b.copy_(kept)', 'pass'))
+       ('for b,kept in zip(self.model.buffers(), self.buffers): b.copy_(kept)', 'pass'),
+       ('with torch.no_grad(): _copy_all(self.model.buffers(), self.kept)', 'pass'))
+mutant('train.finite', 'two-waits', 'the gradients are waited for one by one',
+       f'{paper}::test_skip_waits_once_more',
+       ('ok = (self.loss.detach().isfinite().all() & largest.isfinite()).float()',
+        'ok = largest.new_tensor(float(self.loss.isfinite().all() and all(g.isfinite().all() for g in grads)))'))
 mutant('train.encoder', 'header', 'any file passes as an encoder',
        'test_fuzz.py::test_wrong_headers',
        ('if not ok: raise ValueError(', 'if False: raise ValueError('))
@@ -162,6 +180,9 @@ mutant('core', 'rank-offset', "a process takes the first one's rows for its own"
 mutant('measure.features', 'votes', 'all neighbours weigh the same',
        f'{golden}::test_knn',
        ('votes = ((sim - sim[:,:1])/temperature).exp_()', 'votes = torch.ones_like(sim)'))
+mutant('measure.features', 'one-by-one', 'features go to the CPU batch by batch',
+       f'{paper}::test_evaluation',
+       ('for o in self.batches) >= 2**26', 'for o in self.batches) >= 0'))
 mutant('measure.features', 'twice', 'images that the DataLoaders have normalised are normalised again',
        f'{learner}::test_life_of_a_learner',
        ("if split_normalize(getattr(dl, 'after_batch', None))[1] is not None: normalize = noop", 'pass'))

@@ -20,6 +20,8 @@ from ..core import *
 # %% ../../nbs/14_train.distributed.ipynb #13d9df1b
 class _RankDL(DistributedDL):
     "One rank's share of a `DataLoader`, on any device"
+    __iter__ = iter_batches
+
     def _broadcast(self, t, rank):
         t = torch.tensor(t, dtype=torch.long, device=self.device)
         dist.broadcast(t, rank)

@@ -171,7 +171,9 @@ def clae_learner(
         views = TwoViews.from_preset(views, size, n_in, stats)
     else: views = _own_views(views, stats, images)
     if isinstance(views, TwoViews) and size != [*images.shape[2:]]: views.size = size
-    if isinstance(views, TwoViews): check_pixels(images)
+    if isinstance(views, TwoViews):
+        check_pixels(images)
+        views.checked = True # and need not be again, in the first batch
     pixels = _cropping_dls(pixels, views, size)
     precision,fast = precision_cbs(precision, device)
     if channels_last: fast.append(ChannelsLast())
@@ -215,7 +217,7 @@ def full_batches(
     if n < 1 or not operator.length_hint(dl, 1): # 1 where nobody knows
         raise ValueError(f"A figure needs a batch: n_batches is {n}, or the DataLoader is empty.")
     epochs = itertools.chain.from_iterable(itertools.repeat(dl))
-    for b in itertools.islice(epochs, n): yield to_device(b, device)
+    for b in itertools.islice(epochs, n): yield send(b, device)
 
 # %% ../../nbs/17_train.learner.ipynb #0efce0e8
 def views_table(

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"Milliseconds of an optimiser's step, ours, fastai's and torch's own, ResNet-18 with dual batch norm: `python benchmarks/bench_optimizer.py [--rounds 25]`"
+"Milliseconds of an optimiser's step, ResNet-18 with dual batch norm: `python benchmarks/bench_optimizer.py [--rounds 25]`"
 import argparse
 import time
 
@@ -9,7 +9,9 @@ import report
 from bench_step import bare_model, sync
 from clae_fastai.all import Adam, FusedAdam, set_seed
 
-optimisers = {'`FusedAdam`': FusedAdam, "fastai's `Adam`": Adam, "torch's `AdamW`, fused": lambda ps, lr: torch.optim.AdamW(ps, lr, fused=True)}
+def torchs(params, lr): return torch.optim.AdamW(params, lr, fused=True)
+
+optimisers = {'`FusedAdam`': FusedAdam, "fastai's `Adam`": Adam, "torch's `AdamW`, fused": torchs}
 
 def optimiser(make):
     "One that has weights of its own, which have gradients"
@@ -37,9 +39,11 @@ def main():
         for r in range(rounds):
             for name in list(opts)[::1 if r % 2 else -1]: t[name].append(milliseconds(opts[name]))
         ours = t['`FusedAdam`']
-        lines += [f"| {n} | {name} | {report.spread(t[name])} | {'' if t[name] is ours else report.ratio(t[name], ours)} |" for name in opts]
+        for name in opts:
+            lines.append(f"| {n} | {name} | {report.spread(t[name])} | {'' if t[name] is ours else report.ratio(t[name], ours)} |")
     n_params = len(optimiser(FusedAdam).param_lists[0])
-    lines += ['', f'A ResNet-18 with dual batch norm, 3x3 stem, and its head: {n_params} tensors. {rounds} rounds in turns; ratios are geometric means of pairs with 95 % intervals.']
+    lines += ['', f'A ResNet-18 with dual batch norm, 3x3 stem, and its head: {n_params} tensors. {rounds} rounds in turns; '
+              'ratios are geometric means of pairs with 95 % intervals.']
     report.write('optimizer', 'python benchmarks/bench_optimizer.py', lines)
 
 if __name__ == '__main__': main()

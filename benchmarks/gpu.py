@@ -9,13 +9,15 @@ throughput   images a second and peak memory of CLAE, SimCLR and lightly's SimCL
 evaluation   features, kNN and probe
 processes    two processes on two GPUs
 
-Each part is a process of its own with a time of its own. Its table is written after every row, so that what is cut off leaves
-what it had; a row that fails says why, and one that comes too late that it was not reached. `--tiny` runs all of it in two
+Each part has a time of its own. Its table is written after every row, so that what is cut off leaves what it had; a row that
+fails says why, one that comes too late that it was not reached. A part that takes longer, or breaks the GPU's context, ends its
+process, and another one goes on with the next part. `--tiny` runs all of it in two
 minutes without a GPU, on networks and images too small to mean anything, into a temporary folder; `--out DIR` into another."""
 import argparse
 import contextlib
 import functools
 import gc
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -36,10 +38,10 @@ from torch import nn
 import bench_step
 import report
 from bench_step import learner_of, sync
-from clae_fastai.all import (PGD, Callback, Recorder, TwoViews, create_encoder, default_device, extract_features, knn_predict, linear_probe,
-    num_features, rank_distrib, resnet8, resnet18, resnet50, set_rank_device, set_seed)
+from clae_fastai.all import (PGD, Callback, Recorder, TwoViews, create_encoder, default_device, extract_features, knn_predict,
+    linear_probe, num_distrib, num_features, rank_distrib, resnet8, resnet18, resnet50, set_rank_device, set_seed)
 
-seconds = dict(environment=30, golden=35, waits=50, step=145, throughput=175, evaluation=45, processes=60) # 540 in all
+seconds = dict(environment=15, golden=30, waits=45, step=150, throughput=180, evaluation=45, processes=60) # 525, and to begin
 last_row = 10 # seconds before the end of a part after which no row is begun
 cuda = torch.cuda.is_available()
 
@@ -118,7 +120,8 @@ def loop_seconds(step, n, rounds):
         sync(); res.append((time.perf_counter() - start)/n)
     return res
 
-def milliseconds(x): return report.spread(1000*np.array(x))
+def milliseconds(t): return report.spread(1000*np.array(t))
+def images_a_second(bs, t): return report.spread(bs/np.array(t), ',.0f')
 
 # The parts
 
@@ -127,14 +130,16 @@ def environment(args):
     if cuda:
         for i in range(torch.cuda.device_count()):
             p = torch.cuda.get_device_properties(i)
-            table.add(f'GPU {i}', f'{p.name}, {p.total_memory/2**30:.0f} GiB, capability {p.major}.{p.minor}, {p.multi_processor_count} multiprocessors')
+            table.add(f'GPU {i}', f'{p.name}, {p.total_memory/2**30:.0f} GiB, capability {p.major}.{p.minor}, '
+                f'{p.multi_processor_count} multiprocessors')
         query = ['nvidia-smi','--query-gpu=driver_version,power.limit,clocks.max.sm','--format=csv,noheader']
         table.measure(['driver, power limit, highest clock'], lambda: subprocess.check_output(query, text=True, timeout=10).split('\n')[:1])
         table.add('NCCL', '.'.join(map(str, torch.cuda.nccl.version())))
     else: table.add('GPU', 'none')
     table.add('processor', f'{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads')
     table.add('CUDA, cuDNN', f'{torch.version.cuda}, {torch.backends.cudnn.version()}')
-    table.add('cuDNN', f'benchmark {torch.backends.cudnn.benchmark}, deterministic {torch.backends.cudnn.deterministic}, TF32 {torch.backends.cudnn.allow_tf32}')
+    cudnn = torch.backends.cudnn
+    table.add('settings', f'benchmark {cudnn.benchmark}, deterministic {cudnn.deterministic}, TF32 {cudnn.allow_tf32}')
     table.add('TF32 in matrix products', torch.backends.cuda.matmul.allow_tf32)
     for n in ('triton','lightly','timm','accelerate'):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError): table.add(n, importlib.metadata.version(n))
@@ -192,7 +197,8 @@ def waits(args):
         "Then all waits of a whole epoch, counted under `warn`, over its batches.", args)
     settings = {'SimCLR': dict(eps=0), 'CLAE': {}, 'CLAE, channels-last': dict(channels_last=True), 'CLAE, bf16': dict(precision='bf16'),
         'CLAE, fp16, whose scaler asks for overflow': dict(precision='fp16'), 'plain': dict(method='plain'), 'UEL': dict(method='uel'),
-        **{f'attack {a}': dict(attack=a) for a in ('rfgsm','ffgsm','random')}, 'attack PGD, l2, pixels': dict(attack=PGD(.03, norm='l2', space='pixel')),
+        **{f'attack {a}': dict(attack=a) for a in ('rfgsm','ffgsm','random')},
+        'attack PGD, l2, pixels': dict(attack=PGD(.03, norm='l2', space='pixel')),
         'steps skipped where not finite': dict(on_nonfinite='skip')}
     n = 2 if tiny else 5
     images = memory_images(n*bs, side)
@@ -214,48 +220,49 @@ def waits(args):
         return strict if cuda else 'not counted',', '.join(f'{c:g} {p}' for p,c in counts.items()) or 'none'
     for name,kwargs in settings.items(): table.measure([name], functools.partial(_row, kwargs))
 
-def tf32(allowed): torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+@contextlib.contextmanager
+def tf32(allowed):
+    before = torch.backends.cudnn.allow_tf32,torch.backends.cuda.matmul.allow_tf32
+    def _set(cudnn, matmul): torch.backends.cudnn.allow_tf32,torch.backends.cuda.matmul.allow_tf32 = cudnn,matmul
+    _set(allowed, allowed)
+    try: yield
+    finally: _set(*before)
 
 def step(args):
     s,tiny = sizes(args.tiny),args.tiny
     arch,side,bs = s['archs'][0],s['sides'][0],s['batches'][0]
     bench_step.bs,bench_step.side = bs,side
-    n,rounds = (2,2) if tiny else (20,3)
+    n,rounds = (1,1) if tiny else (20,3)
     table = Table('step', ['step','precision','compiled','ms, median (range)','published in fp32 / this','peak memory, MiB'],
-        f"{arch.__name__}, {side}x{side} images, batch {bs}; rounds of {n} steps. Published, and passes: see `bench_step.py`, here too with a ResNet-18. "
-        "CLAE and SimCLR through the Learner, loading included. Compiled: the encoder, by `torch.compile`, the time of which is left out.", args)
+        f"{arch.__name__}, {side}x{side} images, batch {bs}; rounds of {n} steps. Published, and passes: see `bench_step.py`, "
+        "always of a ResNet-18. CLAE and SimCLR through the Learner, loading included. Compiled: the encoder, by `torch.compile`, "
+        "the time of which is left out.", args)
     images = memory_images(n*bs, side)
     published = []
-    def _ratio(t): return f'{np.median(published)/np.median(t):.2f}' if published else ''
-    def _plain(make, precision, channels_last, allowed):
-        tf32(allowed)
-        reset_peak()
+    def _cells(t): return milliseconds(t),f'{np.median(published)/np.median(t):.2f}' if published else '',peak_mib()
+    def _bare(make, precision, channels_last):
         t = loop_seconds(make(precision, channels_last), n, rounds)
-        if make is bench_step.published_step and not allowed: published.extend(t)
-        return milliseconds(t),_ratio(t),peak_mib()
-    def _ours(eps, precision, channels_last, allowed, compiled):
-        tf32(allowed)
-        reset_peak()
+        if not published: published.extend(t) # the first row
+        return _cells(t)
+    def _ours(precision, channels_last, eps, compiled):
         learn = learner_of(images, bs, arch, eps=eps, precision=precision, channels_last=channels_last)
         if compiled:
             torch.compiler.reset() # each row compiles anew: graphs of others count towards a limit
             learn.model.encoder = torch.compile(learn.model.encoder, backend='eager' if tiny else 'inductor')
-        t = epoch_seconds(learn, rounds+1)
-        return milliseconds(t),_ratio(t),peak_mib()
-    kinds = [(p,cl) for cl in (False,True) for p in ('fp32','tf32','bf16','fp16')]
-    def _arguments(p, cl): return 'fp32' if p == 'tf32' else p,cl,p == 'tf32'
-    def _name(p, cl): return p + ', channels-last'*cl
-    for p,cl in [('fp32',False),('tf32',False)]:
-        table.measure(['published', _name(p, cl), ''], functools.partial(_plain, bench_step.published_step, *_arguments(p, cl)))
+        return _cells(epoch_seconds(learn, rounds+1))
+    def _measure(who, kind, f, compiled=False):
+        precision,channels_last = kind
+        def _row():
+            reset_peak()
+            with tf32(precision == 'tf32'): return f('fp32' if precision == 'tf32' else precision, channels_last)
+        table.measure([who, precision + ', channels-last'*channels_last, 'yes' if compiled else ''], _row)
+    kinds = [(precision,channels_last) for channels_last in (False,True) for precision in ('fp32','tf32','fp16','bf16')]
+    for kind in kinds[:2]: _measure('published', kind, functools.partial(_bare, bench_step.published_step))
     for compiled in (False,True):
-        # the most useful first: compiling takes long
-        for p,cl in kinds if not compiled else kinds[::-1]:
-            for who,eps in (('clae',.03),('simclr',0.)):
-                table.measure([who, _name(p, cl), 'yes' if compiled else ''], functools.partial(_ours, eps, *_arguments(p, cl), compiled))
-        if not compiled:
-            for p,cl in kinds:
-                if p == 'fp16': continue # as bf16
-                table.measure(['passes', _name(p, cl), ''], functools.partial(_plain, bench_step.passes_step, *_arguments(p, cl)))
+        for kind in kinds[::-1][:1 if tiny and compiled else None]: # the most useful first: compiling takes long
+            for who,eps in (('clae',.03),('simclr',0.)): _measure(who, kind, functools.partial(_ours, eps=eps, compiled=compiled), compiled)
+    for kind in kinds:
+        if kind[0] != 'fp16': _measure('passes', kind, functools.partial(_bare, bench_step.passes_step)) # its time is bf16's
 
 def lightly_step(arch, side):
     "A step of lightly's SimCLR, in bf16 and channels-last as ours, and the two views that it takes"
@@ -284,14 +291,14 @@ class PILImages(torch.utils.data.Dataset):
 def throughput(args):
     s = sizes(args.tiny)
     table = Table('throughput', ['network','side','batch','what','images a second, median (range)','peak memory, MiB'],
-        "bf16, channels-last, random images, no labels; a 3x3 stem at 32 pixels, the ImageNet stem at 224. CLAE and SimCLR: `clae_learner`, loading and views "
-        "included. lightly, the same tensors: its loss, head and a plain loop with torch's Adam, on our loader's batches and views. lightly, its own loader: "
-        f"its `SimCLRTransform` on images in memory, without blur at 32 pixels, in PyTorch's loader of {s['workers']} processes, once it is busy.", args)
-    def _images_a_second(bs, t): return report.spread(bs/np.array(t), ',.0f')
+        "bf16, channels-last, random images, no labels; a 3x3 stem at 32 pixels, the ImageNet stem at 224. CLAE and SimCLR: "
+        "`clae_learner`, loading and views included. lightly, the same tensors: its loss, head and a plain loop with torch's Adam, "
+        "on our loader's batches and views. lightly, its own loader: its `SimCLRTransform` on images in memory, without blur at 32 "
+        f"pixels, in PyTorch's loader of {s['workers']} processes, once it is busy.", args)
     def _ours(arch, side, bs, n, eps):
         reset_peak()
         t = epoch_seconds(learner_of(memory_images(n*bs, side), bs, arch, eps=eps, precision='bf16', channels_last=True), s['epochs'])
-        return _images_a_second(bs, t),peak_mib()
+        return images_a_second(bs, t),peak_mib()
     def _same_tensors(arch, side, bs, n):
         reset_peak()
         dl,views = learner_of(memory_images(n*bs, side), bs, arch, eps=0).dls.train,TwoViews.from_preset('simclr', side)
@@ -300,7 +307,7 @@ def throughput(args):
             sync(); start = time.perf_counter()
             for x,*_ in dl: step(*(v.as_subclass(torch.Tensor) for v in views(x)))
             sync(); t.append((time.perf_counter() - start)/n)
-        return _images_a_second(bs, t[1:]),peak_mib()
+        return images_a_second(bs, t[1:]),peak_mib()
     def _own_loader(arch, side, bs, n):
         from lightly.transforms import SimCLRTransform
         reset_peak()
@@ -312,7 +319,7 @@ def throughput(args):
         sync(); start = time.perf_counter()
         for _ in range(counted): step(*next(loader))
         sync()
-        return _images_a_second(bs, [(time.perf_counter() - start)/counted]),peak_mib()
+        return images_a_second(bs, [(time.perf_counter() - start)/counted]),peak_mib()
     for bs in s['batches']:
         for side in s['sides']:
             for arch in s['archs']:
@@ -325,8 +332,9 @@ def throughput(args):
 def evaluation(args):
     s,device = sizes(args.tiny),default_device()
     table = Table('evaluation', ['what','where','seconds','result'],
-        f"Features: random images of {s['sides'][-1]} pixels. kNN (k 200) and probes: {s['queries']:,} against {s['bank']:,} made-up features of {s['dim']} numbers in 10 classes, "
-        f"the time of a second call; the probes: once, `adam` {s['adam']} epochs, `lbfgs` 3 penalties. The results must not depend on where.", args)
+        f"Features: random images of {s['sides'][-1]} pixels. kNN (k 200) and probes: {s['queries']:,} against {s['bank']:,} made-up "
+        f"features of {s['dim']} numbers in 10 classes. Features and kNN: the second call; probes: once, `adam` {s['adam']} epochs, "
+        "`lbfgs` 3 penalties. The results must not depend on where.", args)
     set_seed(0)
     y,test_y = torch.arange(s['bank'])%10,torch.arange(s['queries'])%10
     centres = torch.randn(10, s['dim'])
@@ -352,72 +360,91 @@ def evaluation(args):
     for solver in ('adam','lbfgs'): table.measure([f'probe, {solver}', device], lambda: _probe(solver))
 
 def distributed_epochs(args):
-    "What each process of `processes` does: `--part worker`"
+    "What each process of `processes` does"
     s = sizes(args.tiny)
-    set_rank_device()
-    bs,side,n = s['batches'][0],s['sides'][0],2 if args.tiny else 20
-    ranks = int(os.environ.get('WORLD_SIZE', 1))
+    bs,n = s['batches'][0],2 if args.tiny else 20
     set_seed(0)
-    learn = learner_of(memory_images(n*bs*ranks, side), bs, s['archs'][0], precision='fp32')
+    learn = learner_of(memory_images(n*bs*max(1, num_distrib()), s['sides'][0]), bs, s['archs'][0])
     with learn.distributed(): t = epoch_seconds(learn, s['epochs'])
-    weights = torch.cat([p.detach().double().cpu().flatten() for p in learn.model.parameters()])
-    (args.out/f'gpu-rank{rank_distrib()}.json').write_text(json.dumps(dict(seconds=t, sum=weights.sum().item(), squares=weights.square().sum().item())))
+    weights = torch.cat([p.detach().cpu().flatten() for p in learn.model.parameters()])
+    return dict(seconds=t, weights=hashlib.sha256(weights.numpy().tobytes()).hexdigest())
+
+def worker(args):
+    set_rank_device()
+    (args.out/f'rank{rank_distrib()}.json').write_text(json.dumps(distributed_epochs(args)))
 
 def processes(args):
     s = sizes(args.tiny)
     bs = s['batches'][0]
     table = Table('processes', ['processes','images a second, all together','weights at the end'],
-        f"CLAE, {s['archs'][0].__name__}, {s['sides'][0]}x{s['sides'][0]} images, batch {bs} a process, fp32, over {'NCCL' if cuda else 'gloo'}, by torchrun.", args)
-    def _run(n):
+        f"CLAE, {s['archs'][0].__name__}, {s['sides'][0]}x{s['sides'][0]} images, batch {bs} a process, fp32, by torchrun over "
+        f"{'NCCL' if cuda else 'gloo'}.", args)
+    def _launched(n):
         if cuda and torch.cuda.device_count() < n: return [f'not run: there is {torch.cuda.device_count()} GPU']
         with tempfile.TemporaryDirectory() as out:
-            launch = ['-m','torch.distributed.run','--standalone',f'--nproc_per_node={n}'] if n > 1 else []
-            tiny = ['--tiny'] if args.tiny else []
-            p = subprocess.Popen([sys.executable, *launch, __file__, '--part', 'worker', '--out', out, *tiny], stderr=subprocess.PIPE, text=True)
+            launch = [sys.executable,'-m','torch.distributed.run','--standalone',f'--nproc_per_node={n}', __file__]
+            p = subprocess.Popen([*launch, '--parts', 'worker', '--out', out, *['--tiny']*args.tiny], stderr=subprocess.PIPE, text=True)
             try: _,err = p.communicate(timeout=args.until - time.time() - 8)
             except subprocess.TimeoutExpired:
                 p.terminate() # torchrun ends its processes, which are in groups of their own
                 raise
-            ranks = [json.loads(f.read_text()) for f in sorted(Path(out).glob('*.json'))]
+            ranks = [json.loads(f.read_text()) for f in sorted(Path(out).glob('rank*.json'))]
         if p.returncode or len(ranks) != n: raise RuntimeError(err[-160:])
-        same = all((o['sum'],o['squares']) == (ranks[0]['sum'],ranks[0]['squares']) for o in ranks)
-        return report.spread(n*bs/np.array(ranks[0]['seconds']), ',.0f'),'' if n == 1 else 'equal' if same else 'DIFFERENT'
-    for n in (1,2): table.measure([n], lambda: _run(n))
+        same = len({o['weights'] for o in ranks}) == 1
+        return images_a_second(n*bs, ranks[0]['seconds']),'equal' if same else 'DIFFERENT'
+    table.measure([1], lambda: [images_a_second(bs, distributed_epochs(args)['seconds'])])
+    table.measure([2], lambda: _launched(2))
 
-parts = dict(environment=environment, golden=golden, waits=waits, step=step, throughput=throughput, evaluation=evaluation, processes=processes)
+parts = dict(environment=environment, golden=golden, waits=waits, step=step, throughput=throughput, evaluation=evaluation,
+             processes=processes)
 
-def run_part(name, args):
-    "A part in a process of its own, with all that it starts; returns why it ended early, if it did"
-    limit = 600 if args.tiny else seconds[name]
-    options = ['--part', name, '--out', str(args.out), '--until', str(time.time() + limit), *['--tiny']*args.tiny]
-    p = subprocess.Popen([sys.executable, __file__, *options], start_new_session=True)
-    try: return f'The part failed (exit code {p.returncode}).' if p.wait(limit) else ''
-    except subprocess.TimeoutExpired: return f'The part was ended after {limit} seconds.'
-    finally:
-        with contextlib.suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
-        p.wait()
+def run(args):
+    "The parts `args.parts` in this process, which ends when one takes too long"
+    for name in args.parts:
+        print(f'{name}:', flush=True)
+        limit = 600 if args.tiny else seconds[name]
+        args.until = time.time() + limit
+        args.begun.write_text(name)
+        signal.alarm(limit) # ends the process even where it hangs outside Python
+        parts[name](args)
+        signal.alarm(0)
+        sync() # raises where the GPU's context is broken: then no other part could use it
+
+def run_in_processes(args):
+    "All parts, in as many processes as it takes"
+    left = list(parts)
+    while left:
+        args.begun.write_text(left[0])
+        options = ['--parts', *left, '--out', args.out, '--begun', args.begun, *['--tiny']*args.tiny]
+        p = subprocess.Popen([sys.executable, __file__, *options], start_new_session=True)
+        try: p.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL) # all that it had started
+        if not p.returncode: return
+        name = args.begun.read_text()
+        too_long = p.returncode == -signal.SIGALRM
+        why = 'This part took too long, and was ended.' if too_long else f'This part failed (exit code {p.returncode}).'
+        with (args.out/f'gpu_{name}.md').open('a') as f: f.write(f'\n{why}\n')
+        print(why, flush=True)
+        left = left[left.index(name)+1:]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--tiny', action='store_true', help='a test, on a processor')
     parser.add_argument('--out', type=Path, help='folder of the tables; by default results/, of --tiny a temporary one')
-    parser.add_argument('--part', help=argparse.SUPPRESS)
-    parser.add_argument('--until', type=float, default=float('inf'), help=argparse.SUPPRESS)
+    parser.add_argument('--parts', nargs='+', help=argparse.SUPPRESS)
+    parser.add_argument('--begun', type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.part: return distributed_epochs(args) if args.part == 'worker' else parts[args.part](args)
+    if args.parts: return worker(args) if args.parts == ['worker'] else run(args)
     if not (cuda or args.tiny): parser.error('there is no GPU here. `--tiny` tries all parts on a processor.')
     args.out = args.out or (Path(tempfile.mkdtemp(prefix='gpu-')) if args.tiny else report.root/'results')
     args.out.mkdir(parents=True, exist_ok=True)
     for name in parts: (args.out/f'gpu_{name}.md').unlink(missing_ok=True) # of an earlier run
-    for name in parts:
-        start = time.time()
-        why = run_part(name, args)
-        file = args.out/f'gpu_{name}.md'
-        if why:
-            before = file.read_text() if file.exists() else ''
-            file.write_text('\n'.join([before.rstrip(), '', why, '']).lstrip())
-        print(f'{name}: {time.time() - start:.0f} s. {why}', flush=True)
+    start = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        args.begun = Path(folder)/'begun'
+        run_in_processes(args)
     if args.out == report.root/'results': report.write_page()
-    print(f'The tables are in {args.out}.')
+    print(f'{time.time() - start:.0f} s. The tables are in {args.out}.')
 
 if __name__ == '__main__': main()

@@ -13,7 +13,8 @@ parts = ['environment','golden','waits','step','throughput','evaluation','proces
 @pytest.mark.skipif(torch.cuda.is_available(), reason='tries it without a GPU')
 def test_all_parts_make_their_tables(tmp_path):
     before = {f: f.stat().st_mtime_ns for f in (root/'results').iterdir()}
-    r = subprocess.run([sys.executable, root/'benchmarks'/'gpu.py', '--tiny', '--out', tmp_path], capture_output=True, text=True, timeout=600)
+    command = [sys.executable, root/'benchmarks'/'gpu.py', '--tiny', '--out', tmp_path]
+    r = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert r.returncode == 0, r.stderr
     assert sorted(f.stem for f in tmp_path.iterdir()) == sorted(f'gpu_{p}' for p in parts)
     for part in parts:
@@ -38,5 +39,5 @@ def test_a_row_that_fails_says_why(tmp_path, monkeypatch):
     table.measure(['three'], lambda: ['3'])
     args.until = gpu.time.time() + 1
     table.measure(['four'], lambda: ['4'])
-    rows = (tmp_path/'gpu_step.md').read_text().splitlines()[2:6]
-    assert rows == ['| one | out of memory |', '| two | RuntimeError: no compiler was / found |', '| three | 3 |', '| four | not reached in time |']
+    rows = ['| one | out of memory |', '| two | RuntimeError: no compiler was / found |', '| three | 3 |', '| four | not reached in time |']
+    assert (tmp_path/'gpu_step.md').read_text().splitlines()[2:6] == rows

@@ -144,7 +144,7 @@ def environment(args):
     for n in ('triton','lightly','timm','accelerate'):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError): table.add(n, importlib.metadata.version(n))
     git = ['git','-C',report.root,'rev-parse','HEAD']
-    table.measure(['commit'], lambda: subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).split())
+    with contextlib.suppress(Exception): table.add('commit', subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip())
 
 def golden(args):
     sys.path.insert(0, str(report.root/'tests'/'method'))

@@ -27,7 +27,7 @@ def mutant(room, name, what, tests, *changes):
 
 golden,matrix,learner = 'method/test_golden.py','method/test_method_matrix.py','train/test_learner.py'
 resume,figures,trials = 'train/test_checkpoint.py','paper/test_analysis.py','paper/test_experiments.py'
-people,paper = 'data/test_images_of_people.py','test_paper_device.py'
+people,paper,adam = 'data/test_images_of_people.py','test_paper_device.py','train/test_optimizer.py'
 
 # method
 
@@ -160,6 +160,15 @@ mutant('train.precision', 'dtype', 'float16 is bfloat16',
        f'{matrix}::test_precision_is_what_it_says',
        ('dtype=torch.bfloat16 if bf16 else torch.float16', 'dtype=torch.bfloat16'),
        ('dtype = torch.bfloat16 if mixed.amp_mode == AMPMode.BF16 else torch.float16', 'dtype = torch.bfloat16'))
+mutant('train.optimizer', 'no-decay', 'norms and biases decay',
+       f'{adam}::test_equals_fastais_adam',
+       ("wd = h['wd'] if state.get('do_wd', True) else 0.", "wd = h['wd']"))
+mutant('train.optimizer', 'layout', 'a kernel mixes up weights and gradients that lie otherwise in memory',
+       f'{adam}::test_any_gradients_in_any_layout',
+       ('return t if t.stride() == p.stride() and t.dtype == p.dtype else torch.empty_like(p).copy_(t)', 'return t'))
+mutant('train.optimizer', 'debias', 'averages are taken for one step older than they are',
+       f'{adam}::test_equals_fastais_adam',
+       ('torch.full((len(tensors),), step-1,', 'torch.full((len(tensors),), step,'))
 mutant('train.finite', 'rollback', 'a skipped step leaves its batch in the statistics',
        f'{matrix}::test_a_skipped_step_leaves_nothing',
        ('for b,kept in zip(self.model.buffers(), self.buffers): b.copy_(kept)', 'pass'),

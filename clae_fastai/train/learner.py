@@ -19,6 +19,7 @@ from ..method.models import *
 from ..method.callback import *
 from ..data.images import FileImages
 from .precision import *
+from .optimizer import *
 from .finite import *
 from .encoder import *
 
@@ -122,7 +123,7 @@ def _encoder_info(arch, encoder, n_in, size, method, stats, reader):
     if reader and reader.background != 'white': info['background'] = reader.background
     return info if stats is None else dict(info, mean=stats[0].tolist(), std=stats[1].tolist())
 
-@delegates(Learner.__init__, but='model,loss_func')
+@delegates(Learner.__init__, but='model,loss_func,opt_func')
 def clae_learner(
     dls:DataLoaders, # Images, never changed. Their `Normalize` goes before that of `weights` and of `views`
     arch:Callable|str|nn.Module=resnet18, # See `create_encoder`; a module, ending in features, is trained itself
@@ -144,6 +145,7 @@ def clae_learner(
     channels_last:bool=False, # Channels-last memory? Faster, equal up to rounding
     on_nonfinite:str='stop', # 'stop' at a loss or gradient that is not finite, or 'skip' its step
     cbs:list=None, # More callbacks
+    opt_func:Callable=FusedAdam, # Makes the optimiser, as in `Learner`
     **kwargs
 ) -> Learner:
     "A `Learner` that trains `arch` without labels. `ValueError` for what cannot be trained"
@@ -178,7 +180,7 @@ def clae_learner(
     precision,fast = precision_cbs(precision, device)
     if channels_last: fast.append(ChannelsLast())
     cbs = [CLAECallback(views, attack, adv_momentum, attack_bn), CheckFinite(on_nonfinite), DevicePrecision(), *fast, *L(cbs)]
-    learn = Learner(pixels, model, CLAELoss(loss, alpha), cbs=cbs, **kwargs)
+    learn = Learner(pixels, model, CLAELoss(loss, alpha), opt_func=opt_func, cbs=cbs, **kwargs)
     learn.precision = precision
     learn.encoder_info = _encoder_info(arch, encoder, n_in, size, method, getattr(views, 'stats', None),
         getattr(dls, 'reader', None))

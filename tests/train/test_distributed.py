@@ -1,10 +1,17 @@
 "Several processes, started by torchrun on the CPU, against one."
+import contextlib
+import hashlib
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,10 +21,12 @@ from distributed_worker import exact_learner, losses, n_images, steps
 
 here = Path(__file__).parent
 
+def launcher(n, *args): return [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *map(str, args)]
+
+def on_cpus(): return {**os.environ, 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+
 def torchrun(n, *args, cwd=None, timeout=600):
-    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *map(str, args)]
-    env = {**os.environ, 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-    return subprocess.run(cmd, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=env)
+    return subprocess.run(launcher(n, *args), cwd=cwd, capture_output=True, text=True, timeout=timeout, env=on_cpus())
 
 def launch(n, *args):
     "Run the worker on `n` processes; its standard output"
@@ -123,16 +132,24 @@ def test_batch_norms_and_failures(two):
         assert o['message'].endswith('boom') and o['wrapped'] and o['unwrapped']
         assert o['kept'] == [True]*3 and not o['group']
 
+def drawn(run): return run['attack']['generator'][1]
+
 @pytest.mark.slow
-def test_resuming_on_as_many_processes(two):
-    a,b = two('resume')
-    def drawn(run): return run['attack']['generator'][1]
+@pytest.mark.parametrize('attack', ['RFGSM','FFGSM','PGD'])
+def test_resuming_on_as_many_processes(two, attack):
+    a,b = two(f'resume-{attack}')
     for o in (a,b):
         whole,resumed = o['whole'],o['resumed']
         assert 'lights' in o['cut']['message'] and whole['message'] is resumed['message'] is None
         assert same(whole['state'], resumed['state']) and torch.equal(drawn(whole), drawn(resumed))
         assert whole['values'] == resumed['values']
     assert not torch.equal(drawn(a['whole']), drawn(b['whole']))
+
+@pytest.mark.slow
+def test_resuming_what_one_process_saved(two):
+    "Each process draws starts of its own; weights are shared"
+    a,b = (o['resumed'] for o in two('resume-one'))
+    assert same(a['state'], b['state']) and not torch.equal(drawn(a), drawn(b))
 
 def test_without_accelerate():
     "It imports and trains on one process; on more it says what is missing"
@@ -154,6 +171,89 @@ def test_without_accelerate():
     p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300, env=env)
     assert p.returncode == 0, p.stderr
     assert p.stdout.splitlines() == ['alone True', 'Training on several processes needs accelerate: pip install accelerate']
+
+# The command, started, stopped and killed
+
+class Command:
+    "`clae_train` on two processes, which train when this is made; its folder is `out`"
+    def __init__(self, out, *options):
+        self.out,self.logs = out,Path(tempfile.mkdtemp(dir=out))
+        for f in out.glob('code-*'): f.unlink()
+        before = self.newest()
+        cmd = launcher(2, '--log-dir', self.logs, '--redirects', 3, here/'distributed_worker.py', 'clae_train', *options, out)
+        self.process = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=(self.logs/'launcher').open('w'), env=on_cpus())
+        while self.newest() == before:
+            time.sleep(.02)
+            assert self.process.poll() is None, self.said()
+
+    def newest(self): return [f.name for f in checkpoints(self.out/'runs'/'run'/'checkpoints')[-1:]]
+
+    @property
+    def workers(self):
+        res = subprocess.run(['ps','--ppid',str(self.process.pid),'-o','pid='], capture_output=True, text=True)
+        return [int(o) for o in res.stdout.split()]
+
+    def said(self): return '\n'.join(f.read_text() for f in self.logs.rglob('stderr.log'))
+
+    def finish(self, timeout=120):
+        "Exit code of the launcher, and of the processes that came to write theirs"
+        code = self.process.wait(timeout=timeout)
+        return code,[f.read_text() for f in sorted(self.out.glob('code-*'))]
+
+def assert_same_runs(a, b):
+    "Weights, optimiser, history, and what each process's random generators draw next"
+    tables = [pd.read_csv(o/'history.csv').drop(columns='time') for o in (a,b)]
+    assert tables[0].equals(tables[1])
+    (file_a,file_b) = (checkpoints(o/'checkpoints')[-1] for o in (a,b))
+    assert file_a.name == file_b.name
+    x,y = (plain(load_checkpoint(o)) for o in (file_a,file_b))
+    assert [k for k in x if x[k] != y[k]] == []
+
+def plain(o):
+    "With checksums in place of tensors, and without what tells a resumed run: the history's times, and `Resume` among the callbacks"
+    if isinstance(o, torch.Tensor): return (str(o.dtype), *o.shape, hashlib.sha256(o.numpy().tobytes()).hexdigest())
+    if isinstance(o, np.ndarray): return o.tolist()
+    if isinstance(o, dict): return {k: plain(v) for k,v in o.items() if k not in ('rows','seconds')}
+    return [p for v in o if (p := plain(v)) != ['Resume',{}]] if isinstance(o, (list,tuple)) else o
+
+@pytest.mark.slow
+def test_stopped_and_killed(tmp_path, pytestconfig):
+    """SIGTERM and Ctrl-C at random moments, to the launcher, to one process, or to both and again: all stop at the same batch, with one
+    checkpoint and the code that was promised. A process that is killed ends all, and the other says how to go on. One run suffers all of
+    it, and ends where the one that nobody interrupted ends, on each process"""
+    n,rng = pytestconfig.getoption('moments'),random.Random()
+    stops = [(to,rng.choice([signal.SIGTERM,signal.SIGINT])) for to in ['launcher','one','both']*n] + [('one',signal.SIGKILL)]
+    rng.shuffle(stops)
+    options = ['--limit', 640, '--bs', 32, '--epochs', len(stops)+2, '--attack', 'rfgsm', '--name', 'run']
+    for name in ('whole','stopped'): (tmp_path/name).mkdir()
+    whole = Command(tmp_path/'whole', *options)
+    assert whole.finish(300) == (0,['0','0']), whole.said()
+    out = tmp_path/'stopped'
+    for to,sig in stops:
+        run = Command(out, *options)
+        options = ['--resume', 'run']
+        time.sleep(rng.uniform(0, 1))
+        before,start,workers = run.newest(),time.time(),run.workers
+        targets = dict(launcher=[run.process.pid], one=[rng.choice(workers)], both=workers*2)[to]
+        for pid in targets:
+            with contextlib.suppress(ProcessLookupError): os.kill(pid, sig) # the second time
+        code,codes = run.finish(60)
+        said,took = run.said(),time.time() - start
+        print(f"{sig.name:8} to {to:9} codes {','.join(codes):8} {took:5.1f} s  {', '.join(run.newest())}")
+        assert code != 0 and took < 30 and 'Traceback' not in said, said
+        if sig == signal.SIGKILL: assert codes == ['2'] and said.count('--resume run') == 1, said
+        else:
+            assert codes == [str(128 + sig)]*2, said
+            assert said.count(f'{sig.name}: 2 processes save after this batch') == 1 and run.newest() != before, said
+    last = Command(out, *options)
+    assert last.finish(300) == (0,['0','0']), last.said()
+    assert_same_runs(*(tmp_path/o/'runs'/'run' for o in ('whole','stopped')))
+
+@pytest.mark.slow
+def test_a_first_process_that_takes_long(tmp_path):
+    "It loads, and later evaluates, for twice the time after which a collective gives up; nobody waits in one"
+    launch(2, 'slow_first', tmp_path)
+    assert (tmp_path/'runs'/'slow'/'summary.json').exists()
 
 clae_train = Path(sys.executable).with_name('clae_train')
 

@@ -14,6 +14,7 @@ import contextlib, fastai, filelock, json, kornia, platform, shutil, torchvision
 from . import __version__
 from .core import *
 from .data.catalogue import *
+from .train.precision import *
 from .train.distributed import *
 from .train.checkpoint import *
 from .train.encoder import *
@@ -58,7 +59,7 @@ train_options = { # type, and value where a run says nothing: what version 0.1.0
     **dict.fromkeys('n_out epochs bs size channels limit workers every_batches max_pixels'.split(), (int,None)),
     **dict.fromkeys('eps alpha lr valid_pct'.split(), (float,None)), 'value_range': (list,None), 'background': (str,'white'),
     'seed': (int,42), 'precision': (str,'fp32'), 'attack_bn': (str,'adv'), 'on_nonfinite': (str,'stop'),
-    'channels_last': (bool,False), 'skip_bad': (bool,False), 'unlabelled': (bool,False)}
+    **dict.fromkeys('channels_last deterministic skip_bad unlabelled'.split(), (bool,False))}
 _of_folders = 'channels value_range background max_pixels skip_bad valid_pct unlabelled'.split()
 _not_given = {name: default for name,(_,default) in train_options.items()}
 
@@ -222,7 +223,7 @@ class _Run:
         set_seed(s['seed'])
         dls = get_dls(s['data'], **_given(num_workers=s['workers'], **_some('path bs size limit seed')), **_of_folder(s))
         own = self.recipe.learner_kwargs() if self.recipe else _some('arch method eps alpha attack n_out views')
-        return clae_learner(dls, **own, **_some('precision channels_last attack_bn on_nonfinite'))
+        return clae_learner(dls, **own, **_some('precision channels_last deterministic attack_bn on_nonfinite'))
 
     @property
     def data(self):
@@ -234,6 +235,7 @@ class _Run:
         "Do it, from the folder on; the first of several processes makes and fills it, and goes on alone after training"
         first_one = not rank_distrib()
         with contextlib.ExitStack() as held:
+            if self.settings['deterministic']: held.enter_context(deterministic_algorithms())
             with processes():
                 if first_one and self.folder is None and self.settings['name'] is not None: _check_name(self.settings['name'])
                 learn = self.learner()
@@ -261,10 +263,11 @@ class _Run:
         "One line about what is trained on what"
         s = self.settings
         attack = f" with {learn.clae.attack}" if learn.clae.attacking else ''
+        tf32 = " (convolutions in TF32)" if takes_tf32(learn.dls.device, learn.precision) else ''
         processes = f", in {num_distrib()} processes" if num_distrib() > 1 else ''
         classes = f" of {learn.dls.c} classes" if getattr(learn.dls, 'c', 0) else ''
         return (f"{s['arch']} on {len(learn.dls.train_ds)} training images{classes} of {self.data}, "
-            f"{s['method']}{attack}, on {learn.dls.device}{processes}; {len(learn.dls.train)} steps an epoch")
+            f"{s['method']}{attack}, on {learn.dls.device}{tf32}{processes}; {len(learn.dls.train)} steps an epoch")
 
     def dry_run(self):
         "Say what would be trained, and what a step takes; nothing is left behind"
@@ -316,8 +319,8 @@ class _Run:
             print(f"\n{knn_table(metrics['knn'], features['encoder'][1][1])}\n")
         metrics.update(more(learn))
         settings = dict(s, name=folder.name, size=learn.encoder_info['size'], device=str(learn.dls.device),
-            precision=learn.precision, processes=max(1, num_distrib()), value_range=_value_range(learn),
-            images=getattr(learn.dls, 'notes', []))
+            precision=learn.precision, tf32=takes_tf32(learn.dls.device, learn.precision),
+            processes=max(1, num_distrib()), value_range=_value_range(learn), images=getattr(learn.dls, 'notes', []))
         # this says that the run is finished, so it comes last
         _write_json(folder/'summary.json', dict(settings=settings, seed=s['seed'], versions=_versions, metrics=metrics))
         print(f"The encoder is {folder/'encoder.safetensors'}; what the adversary does is in {folder/'views.png'}.")

@@ -172,6 +172,27 @@ def test_without_accelerate():
     assert p.returncode == 0, p.stderr
     assert p.stdout.splitlines() == ['alone True', 'Training on several processes needs accelerate: pip install accelerate']
 
+@pytest.mark.parametrize('rank,message', [(1,'data, after [(1, False), (1, True)]'), (2,'2 GPUs, and process 2 needs one of its own')])
+def test_each_process_takes_its_gpu_first(rank, message):
+    "Before fastai is imported, which takes the first one, and before there is data; one process too many hears what to do"
+    code = """if 1:
+        import sys, torch
+        said = []
+        def get_dls(*args, **kwargs): raise OSError(f'data, after {said}')
+        def take(i): # the first time fastai is not there, and from then on there are GPUs
+            said.append((i, 'fastai' in sys.modules))
+        def n_gpus():
+            if 'clae_fastai.runs' in sys.modules: sys.modules['clae_fastai.runs'].get_dls = get_dls
+            return 2
+        torch.cuda.device_count,torch.cuda.set_device = n_gpus,take
+        torch.cuda.is_available = lambda: 'clae_fastai.runs' in sys.modules and hasattr(sys.modules['clae_fastai.runs'], 'train')
+        from clae_fastai.cli import clae_train
+        clae_train()
+    """
+    env = {k: v for k,v in os.environ.items() if k not in ('WORLD_SIZE','RANK')} | dict(LOCAL_RANK=str(rank))
+    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300, env=env)
+    assert p.returncode == 2 and message in p.stderr, p.stderr
+
 # The command, started, stopped and killed
 
 class Command:

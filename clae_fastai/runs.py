@@ -267,7 +267,7 @@ class _Run:
         processes = f", in {num_distrib()} processes" if num_distrib() > 1 else ''
         classes = f" of {learn.dls.c} classes" if getattr(learn.dls, 'c', 0) else ''
         return (f"{s['arch']} on {len(learn.dls.train_ds)} training images{classes} of {self.data}, "
-            f"{s['method']}{attack}, on {learn.dls.device}{tf32}{processes}; {len(learn.dls.train)} steps an epoch")
+            f"{s['method']}{attack}, on {learn.dls.device}{tf32}{processes}; {n_batches(learn.dls.train)} steps an epoch")
 
     def dry_run(self):
         "Say what would be trained, and what a step takes; nothing is left behind"
@@ -276,7 +276,7 @@ class _Run:
             print(self.describe(learn))
             from_all(None) # are here
             with learn.distributed(), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=(few := _FewBatches()))
-        n,epochs = len(learn.dls.train),self.settings['epochs']
+        n,epochs = n_batches(learn.dls.train),self.settings['epochs']
         print(f"A step takes {few.seconds:.2g} seconds, and {_peak_memory(learn.dls.device)} of memory with all that is loaded; "
             f"{epochs} epochs of {n} steps take about {format_time(few.seconds*n*epochs)}.")
 

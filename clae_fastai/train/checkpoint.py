@@ -219,7 +219,7 @@ class Checkpoint(Callback):
         self.best,self.between_batches = (math.inf, None),False # score, the smaller the better, and file
         self.run = not hasattr(self.learn, 'lr_finder') # fastai's switch: False is off, for this fit
         self.is_first_save = not any(isinstance(cb, Resume) and cb.resuming for cb in self.learn.cbs)
-        if self.guarding and self.run and world_size() > 1: self.agreement = Agreement()
+        if self.guarding and self.agreement is None and world_size() > 1: self.agreement = Agreement()
         if rank_distrib() or not self.run: return
         self.folder.mkdir(parents=True, exist_ok=True)
         for f in self.folder.glob('.epoch*.tmp'): f.unlink() # half a file of a process that was killed
@@ -334,7 +334,8 @@ class Checkpoint(Callback):
                         gone = [cb for cb in self.fit_cbs if cb not in learn.cbs] # those of this fit alone
                         with learn.added_cbs(gone): self.save(self.iter)
                     raise
-            if self.signal: raise SystemExit(128 + self.signal) # it came after the last epoch, which is saved
+            if self.agreement: self.signal = self.agreement.answer() or self.signal
+            if self.signal: raise SystemExit(128 + self.signal) # it came with the last epoch, which is saved
         except BaseException:
             if several: before = dict.fromkeys(before, signal.SIG_IGN) # the launcher's, for a process that ends already
             raise

@@ -198,12 +198,14 @@ def test_each_process_takes_its_gpu_first(rank, message):
 
 class Command:
     "`clae_train` on two processes, which train when this is made; its folder is `out`"
+    started = []
     def __init__(self, out, *options):
         self.out,self.logs = out,Path(tempfile.mkdtemp(dir=out))
         for f in out.glob('code-*'): f.unlink()
         before = self.newest()
         cmd = launcher(2, '--log-dir', self.logs, '--redirects', 3, here/'distributed_worker.py', 'clae_train', *options, out)
         self.process = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=(self.logs/'launcher').open('w'), env=on_cpus())
+        self.started.append(self)
         while self.newest() == before:
             time.sleep(.02)
             assert self.process.poll() is None, self.said()
@@ -224,6 +226,18 @@ class Command:
         "Exit code of the launcher, and of the processes that came to write theirs"
         code = self.process.wait(timeout=timeout)
         return code,[f.read_text() for f in sorted(self.out.glob('code-*'))]
+
+    def kill(self):
+        for pid in (*self.workers, self.process.pid): os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+@pytest.fixture(autouse=True)
+def no_command_stays():
+    "Also after a test that has failed"
+    yield
+    for command in Command.started:
+        if command.process.poll() is None: command.kill()
+    Command.started.clear()
 
 def assert_same_runs(a, b):
     "Weights, optimiser, history, and what each process's random generators draw next"
@@ -294,7 +308,7 @@ def test_command_and_resuming_on_another_number_of_processes(cli):
     p = torchrun(2, clae_train, '--limit', 256, '--epochs', 3, '--every-batches', 1, '--name', 'two', cwd=cli.cwd)
     assert p.returncode == 0, p.stderr[-4000:]
     run, = (cli.cwd/'runs').iterdir()
-    assert p.stdout.count('\ntrained encoder') == 1 and p.stdout.count('in 2 processes') == 1
+    assert p.stdout.count('\ntrained encoder') == 1 and p.stdout.count('in 2 processes; 2 steps an epoch') == 1
     assert load_checkpoint(checkpoints(run/'checkpoints')[-1])['n_iter'] == 2 # of 128 images a process, by 64
     def summary(): return json.loads((run/'summary.json').read_text())
     first = summary()

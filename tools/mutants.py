@@ -28,6 +28,7 @@ def mutant(room, name, what, tests, *changes):
 golden,matrix,learner = 'method/test_golden.py','method/test_method_matrix.py','train/test_learner.py'
 resume,figures,trials = 'train/test_checkpoint.py','paper/test_analysis.py','paper/test_experiments.py'
 people,paper,adam = 'data/test_images_of_people.py','test_paper_device.py','train/test_optimizer.py'
+processes = 'train/test_distributed.py'
 
 # method
 
@@ -181,8 +182,29 @@ mutant('train.encoder', 'header', 'any file passes as an encoder',
        'test_fuzz.py::test_wrong_headers',
        ('if not ok: raise ValueError(', 'if False: raise ValueError('))
 mutant('core', 'rank-offset', "a process takes the first one's rows for its own",
-       'train/test_distributed.py::test_equals_one_process_on_the_whole_batch[2]',
+       f'{processes}::test_equals_one_process_on_the_whole_batch[2]',
        ('return 0 if world_size() == 1 else n*dist.get_rank()', 'return 0'))
+mutant('data.catalogue', 'download-lock', 'a process reads the half of an archive that another one downloads',
+       'data/test_catalogue.py::test_one_process_downloads',
+       ('with one_at_a_time(path, entry.name):', 'with contextlib.nullcontext():'))
+mutant('cli', 'own-gpu', 'every process begins on the first GPU',
+       f'{processes}::test_each_process_takes_its_gpu_first',
+       ('if rank < torch.cuda.device_count(): torch.cuda.set_device(rank)', 'pass'))
+mutant('train.distributed', 'from-all', 'processes wait in a collective for one that loads',
+       f'{processes}::test_a_first_process_that_takes_long',
+       ('while not store.check(keys): time.sleep(.05)', 'dist.barrier()'))
+mutant('train.checkpoint', 'agreement', 'a process that has got a signal stops alone',
+       f'{processes}::test_stopped_and_killed',
+       ('self.stopping = self.agreement(self.signal) if self.agreement else self.signal', 'self.stopping = self.signal'))
+mutant('train.checkpoint', 'own-states', 'all processes go on with the random states of the first one',
+       f'{processes}::test_resuming_on_as_many_processes[RFGSM]',
+       ('own = states[rank_distrib()] if len(states) == world_size() else {}', 'own = states[0]'))
+mutant('train.checkpoint', 'own-starts', 'on another number of processes all draw the same random starts',
+       f'{processes}::test_resuming_what_one_process_saved',
+       ("state['attack']['generator'] = None", 'pass'))
+mutant('train.precision', 'deterministic', 'what is forbidden in a deterministic fit stays forbidden after it',
+       f'{learner}::test_deterministic',
+       ('torch.set_deterministic_debug_mode(mode)', 'pass'))
 
 # measure
 

@@ -150,10 +150,11 @@ def share_correct(
     metric:str='top1' # 'top1', or 'mean_per_class', which weighs all classes alike
 ) -> float: # A fraction
     "Accuracy of predicted labels"
-    hit = (predicted == labels).float()
-    if metric == 'top1': return float(hit.mean())
+    hit = predicted == labels
+    if metric == 'top1': return float(hit.float().mean())
     n = labels.bincount()
-    return float((labels.bincount(hit)/n)[n > 0].mean())
+    right = torch.where(hit, labels, len(n)).bincount(minlength=len(n)+1)[:-1] # with weights it is not deterministic on a GPU
+    return float((right/n)[n > 0].mean())
 
 def knn_accuracy(
     train:tuple, # Features (N,D) and labels (N,)

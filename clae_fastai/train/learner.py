@@ -123,6 +123,12 @@ def _encoder_info(arch, encoder, n_in, size, method, stats, reader):
     if reader and reader.background != 'white': info['background'] = reader.background
     return info if stats is None else dict(info, mean=stats[0].tolist(), std=stats[1].tolist())
 
+class _DeterministicLearner(Learner):
+    "Fits with the same numbers every time"
+    @delegates(Learner.fit)
+    def fit(self, *args, **kwargs):
+        with deterministic_algorithms(): super().fit(*args, **kwargs)
+
 @delegates(Learner.__init__, but='model,loss_func,opt_func')
 def clae_learner(
     dls:DataLoaders, # Images, never changed. Their `Normalize` goes before that of `weights` and of `views`
@@ -144,11 +150,13 @@ def clae_learner(
     precision:str='fp32', # 'fp32', 'bf16', 'fp16', or 'auto': 'bf16' where `has_bf16`
     channels_last:bool=False, # Channels-last memory? Faster, equal up to rounding
     on_nonfinite:str='stop', # 'stop' at a loss or gradient that is not finite, or 'skip' its step
+    deterministic:bool=False, # Same seed, same weights, on a GPU, too? Slower there
     cbs:list=None, # More callbacks
     opt_func:Callable=FusedAdam, # Makes the optimiser, as in `Learner`
     **kwargs
 ) -> Learner:
     "A `Learner` that trains `arch` without labels. `ValueError` for what cannot be trained"
+    if deterministic: prepare_cublas()
     loss,settings = _loss(method, temperature)
     attack = _attack(attack, eps)
     pixels,stats = _pixel_dls(dls)
@@ -180,7 +188,8 @@ def clae_learner(
     precision,fast = precision_cbs(precision, device)
     if channels_last: fast.append(ChannelsLast())
     cbs = [CLAECallback(views, attack, adv_momentum, attack_bn), CheckFinite(on_nonfinite), DevicePrecision(), *fast, *L(cbs)]
-    learn = Learner(pixels, model, CLAELoss(loss, alpha), opt_func=opt_func, cbs=cbs, **kwargs)
+    make = _DeterministicLearner if deterministic else Learner
+    learn = make(pixels, model, CLAELoss(loss, alpha), opt_func=opt_func, cbs=cbs, **kwargs)
     learn.precision = precision
     learn.encoder_info = _encoder_info(arch, encoder, n_in, size, method, getattr(views, 'stats', None),
         getattr(dls, 'reader', None))

@@ -27,12 +27,16 @@ def sync():
 
 def images(): return torch.randint(0, 256, (bs,3,side,side), dtype=torch.uint8)
 
+def learner_of(images, bs, arch=resnet18, **kwargs):
+    "A quiet `clae_learner` on images in memory"
+    dl = MemoryDL(MemoryImages(images), bs=bs, shuffle=True, drop_last=True, after_batch=[IntToFloatTensor()], device=default_device())
+    learn = clae_learner(DataLoaders(dl, device=default_device()), arch, **kwargs)
+    learn.logger = lambda *a: None
+    return learn
+
 def learner_step(eps, precision, channels_last, change=lambda learn: None, **kwargs):
     "A fit of one epoch of one batch; `change` and `kwargs` are for `bench_tried.py`"
-    ds = MemoryImages(images())
-    dls = DataLoaders(MemoryDL(ds, bs=bs, shuffle=True, drop_last=True, after_batch=[IntToFloatTensor()], device=default_device()), device=default_device())
-    learn = clae_learner(dls, resnet18, eps=eps, precision=precision, channels_last=channels_last, **kwargs)
-    learn.logger = lambda *a: None
+    learn = learner_of(images(), bs, eps=eps, precision=precision, channels_last=channels_last, **kwargs)
     change(learn)
     def _step():
         with learn.no_bar(): learn.fit(1, 3e-4)

@@ -5,14 +5,13 @@ import os
 import subprocess
 import sys
 import time
-from functools import partial
 
 import numpy as np
 import torch
 
 import report
 from bench_step import kinds, learner_step, sync, usable
-from clae_fastai.all import OptimWrapper, set_seed
+from clae_fastai.all import Adam, set_seed
 
 def compile_encoder(learn): learn.model.encoder = torch.compile(learn.model.encoder)
 
@@ -27,7 +26,7 @@ def no_weight_gradients(learn):
     learn.clae.attack = _attack
 
 tried = {
-    "torch's Adam, one fused kernel for all parameters": dict(opt_func=partial(OptimWrapper, opt=torch.optim.Adam, fused=True)),
+    "fastai's `Adam`, a loop over the parameters": dict(opt_func=Adam),
     '`torch.compile` of the encoder, which fuses batch norm, ReLU and sums': dict(change=compile_encoder),
     '`requires_grad_(False)` for the parameters during the attack': dict(change=no_weight_gradients)}
 allocator = dict(MALLOC_MMAP_THRESHOLD_=str(2**32), MALLOC_TRIM_THRESHOLD_=str(2**33))

@@ -35,14 +35,18 @@ def spread(x, fmt='.2f'):
     "Median (smallest to largest), as text"
     return f'{np.median(x):{fmt}} ({np.min(x):{fmt}} to {np.max(x):{fmt}})'
 
-titles = dict(step='A training step', step_no_bf16='The same on a processor without bfloat16', tried='A faster step: what was tried', loss='The losses: time and memory', views='Two views of each image', photos='Reading photographs', eval='Evaluation', knn='Nearest neighbours', memory='Memory of evaluation', signs="The attack's signs in low precision")
+titles = dict(step='A training step', step_no_bf16='The same on a processor without bfloat16', optimizer='A step of the optimiser', tried='A faster step: what was tried', loss='The losses: time and memory', views='Two views of each image', photos='Reading photographs', eval='Evaluation', knn='Nearest neighbours', memory='Memory of evaluation', signs="The attack's signs in low precision",
+    gpu_environment='A GPU', gpu_golden="The authors' numbers on a GPU", gpu_waits='What a GPU waits for', gpu_step='A training step on a GPU',
+    gpu_throughput='Images a second on a GPU', gpu_evaluation='Evaluation on a GPU', gpu_processes='Two GPUs')
 
-def write(name, command, lines):
-    "Write results/NAME.md, and the page of all tables"
+def save(name, command, lines, folder=root/'results'):
+    "Write `name`.md to a folder; in that of all results, the page of all tables, too. Returns the text"
     text = '\n'.join([*lines, '', f'`{command}` on {machine()}']) + '\n'
-    (root/'results'/f'{name}.md').write_text(text)
-    write_page()
-    print(text)
+    (Path(folder)/f'{name}.md').write_text(text)
+    if Path(folder) == root/'results': write_page()
+    return text
+
+def write(name, command, lines): print(save(name, command, lines))
 
 def write_page():
     "Write benchmarks/README.md from the files of results/"

@@ -13,6 +13,7 @@ from clae_fastai.data.images import *
 from clae_fastai.data.folders import *
 from clae_fastai.data.catalogue import *
 from clae_fastai.train.precision import *
+from clae_fastai.train.optimizer import *
 from clae_fastai.train.finite import *
 from clae_fastai.train.distributed import *
 from clae_fastai.train.checkpoint import *

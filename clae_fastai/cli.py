@@ -40,7 +40,7 @@ _groups = { # titles in the help, and what stands under them
     'data': 'data path size channels value_range background max_pixels skip_bad valid_pct unlabelled limit',
     'method': 'recipe arch pretrained weights method eps alpha attack attack_bn views n_out protocol k knn_on probe_on',
     'training': 'epochs bs lr on_nonfinite',
-    'hardware': 'precision channels_last workers ray',
+    'hardware': 'precision channels_last deterministic workers ray',
     'run': 'name seed every_batches resume dry_run format out scale seeds'}
 
 def _add(group, param, about):
@@ -87,8 +87,16 @@ def main(
         os.environ.setdefault('PYTHONWARNINGS', 'ignore::FutureWarning') # nor in processes that this one starts
     func(**options)
 
+def _take_gpu():
+    "Of several processes each takes its own, before fastai is imported, which takes the first one for all that have none"
+    rank = int(os.environ.get('LOCAL_RANK', 0))
+    if not rank: return
+    import torch
+    if rank < torch.cuda.device_count(): torch.cuda.set_device(rank) # if not, `runs.train` says so
+
 def _do(work, options):
     "The work of a command, in the room `runs`: only here are PyTorch and fastai imported"
+    _take_gpu()
     from clae_fastai import runs
     getattr(runs, work)(**options)
 
@@ -128,6 +136,7 @@ def clae_train(
     name:str=None, # Name of the run, whose folder is runs/NAME; a free one by default
     precision:Literal['fp32','bf16','fp16','auto']='fp32', # auto: bf16 where the device is faster with it
     channels_last:bool=False, # Channels-last memory order, faster for convolutions
+    deterministic:bool=False, # Same seed, same weights, on a GPU, too; slower there
     workers:int=None, # Processes that load images; by default one a core, for digits none
     skip_bad:bool=False, # Leave out files that are no images, and count them
     attack_bn:Literal['adv','clean']='adv', # Batch norm that the attack looks through; adv is the paper's

@@ -15,6 +15,8 @@ from . import __version__
 from .core import *
 from .method.weights import *
 from .data.catalogue import *
+from .train.precision import *
+from .train.distributed import *
 from .train.checkpoint import *
 from .train.encoder import *
 from .train.learner import *
@@ -58,7 +60,7 @@ train_options = { # type, and value where a run says nothing: what version 0.1.0
     **dict.fromkeys('n_out epochs bs size channels limit workers every_batches max_pixels'.split(), (int,None)),
     **dict.fromkeys('eps alpha lr valid_pct'.split(), (float,None)), 'value_range': (list,None), 'background': (str,'white'),
     'seed': (int,42), 'precision': (str,'fp32'), 'attack_bn': (str,'adv'), 'on_nonfinite': (str,'stop'),
-    'channels_last': (bool,False), 'pretrained': (bool,False), 'skip_bad': (bool,False), 'unlabelled': (bool,False)}
+    **dict.fromkeys('channels_last deterministic pretrained skip_bad unlabelled'.split(), (bool,False))}
 _of_folders = 'channels value_range background max_pixels skip_bad valid_pct unlabelled'.split()
 _not_given = {name: default for name,(_,default) in train_options.items()}
 
@@ -222,7 +224,7 @@ class _Run:
         set_seed(s['seed'])
         dls = get_dls(s['data'], **_given(num_workers=s['workers'], **_some('path bs size limit seed')), **_of_folder(s))
         own = self.recipe.learner_kwargs() if self.recipe else _some('arch method eps alpha attack n_out views')
-        return clae_learner(dls, **own, **_some('pretrained weights precision channels_last attack_bn on_nonfinite'))
+        return clae_learner(dls, **own, **_some('pretrained weights precision channels_last deterministic attack_bn on_nonfinite'))
 
     @property
     def data(self):
@@ -231,37 +233,51 @@ class _Run:
         return re.sub(r'[^\w.\-]', '_', Path(self.settings['path']).resolve().name)[:60] or 'images'
 
     def start(self):
-        "Do it, from the folder on; only the first process makes and fills it"
-        new,name,later = self.folder is None,self.settings['name'],rank_distrib() > 0
-        if new and name is not None and not later: _check_name(name)
-        learn = self.learner()
-        if later: return self.fit(learn)
+        "Do it, from the folder on; the first of several processes makes and fills it, and goes on alone after training"
+        first_one = not rank_distrib()
+        with contextlib.ExitStack() as held:
+            if self.settings['deterministic']: held.enter_context(deterministic_algorithms())
+            with processes():
+                if first_one and self.folder is None and self.settings['name'] is not None: _check_name(self.settings['name'])
+                learn = self.learner()
+                if first_one: held.enter_context(self.at_work(learn))
+                self.folder = from_all(self.folder)[0]
+                self.fit(learn)
+            if first_one: self.finish(learn)
+
+    @contextmanager
+    def at_work(self, learn):
+        "In the run's folder, which is made if this is a new run, and where no other process may be at work"
+        name,new = self.settings['name'],self.folder is None
         if new:
             folders = _numbered(f"{self.data}-{self.settings['method']}") if name is None else [Path('runs', name)]
             Path('runs').mkdir(exist_ok=True)
             self.folder = _make_new(folders, Path.mkdir)
             if self.folder is None: _check_name(name) # somebody was faster
-        try:
-            with filelock.FileLock(self.folder/'.lock', timeout=0):
-                if new: self.write_options(precision=learn.precision, value_range=_value_range(learn)) # what was found, for good
-                self.finish(learn)
+        try: lock = filelock.FileLock(self.folder/'.lock').acquire(timeout=0)
         except filelock.Timeout: raise ValueError(f"Another process is at work on {self.folder}.") from None
+        with lock:
+            if new: self.write_options(precision=learn.precision, value_range=_value_range(learn)) # what was found, for good
+            yield
 
     def describe(self, learn):
         "One line about what is trained on what"
         s = self.settings
         attack = f" with {learn.clae.attack}" if learn.clae.attacking else ''
+        tf32 = " (convolutions in TF32)" if takes_tf32(learn.dls.device, learn.precision) else ''
         processes = f", in {num_distrib()} processes" if num_distrib() > 1 else ''
         classes = f" of {learn.dls.c} classes" if getattr(learn.dls, 'c', 0) else ''
         return (f"{s['arch']} on {len(learn.dls.train_ds)} training images{classes} of {self.data}, "
-            f"{s['method']}{attack}, on {learn.dls.device}{processes}; {len(learn.dls.train)} steps an epoch")
+            f"{s['method']}{attack}, on {learn.dls.device}{tf32}{processes}; {n_batches(learn.dls.train)} steps an epoch")
 
     def dry_run(self):
         "Say what would be trained, and what a step takes; nothing is left behind"
-        learn = self.learner()
-        print(self.describe(learn))
-        with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=(few := _FewBatches()))
-        n,epochs = len(learn.dls.train),self.settings['epochs']
+        with processes():
+            learn = self.learner()
+            print(self.describe(learn))
+            from_all(None) # are here
+            with learn.distributed(), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=(few := _FewBatches()))
+        n,epochs = n_batches(learn.dls.train),self.settings['epochs']
         print(f"A step takes {few.seconds:.2g} seconds, and {_peak_memory(learn.dls.device)} of memory with all that is loaded; "
             f"{epochs} epochs of {n} steps take about {format_time(few.seconds*n*epochs)}.")
 
@@ -269,32 +285,31 @@ class _Run:
         _write_json(self.folder/'settings.json', dict(options={**self.options, **chosen}, versions=_versions))
 
     def fit(self, learn):
-        "Train, in as many processes as were launched; seconds that it took"
+        "Train, in as many processes as were launched; the first one keeps what the final table compares with"
+        print(f"{self.folder}: {self.describe(learn)}")
+        if not rank_distrib(): self.untrained = deepcopy(plain_model(learn.model)) if _can_evaluate(learn.dls) else None
         terminal = sys.stdout.isatty()
         quiet = [] if terminal else [learn.no_bar(), learn.no_logging()]
-        checkpoint = Checkpoint('checkpoints', self.settings['every_batches'])
-        with learn.distributed(), ContextManagers(quiet), checkpoint.guard(learn):
-            if num_distrib() > 1: # the first process has made the folder
-                torch.distributed.broadcast_object_list(folders := [self.folder])
-                self.folder, = folders
-            learn.path,checkpoint.folder = self.folder,self.folder/'checkpoints'
-            cbs = [log := RunLog(self.folder/'history.csv', not terminal)]
-            if checkpoints(checkpoint.folder): cbs.append(Resume(checkpoint.folder))
-            try:
+        learn.path,checkpoints_of = self.folder,self.folder/'checkpoints'
+        cbs = [log := RunLog(self.folder/'history.csv', not terminal)]
+        if checkpoints(checkpoints_of): cbs.append(Resume(checkpoints_of))
+        guard = Checkpoint(checkpoints_of, self.settings['every_batches']).guard(learn)
+        try:
+            with learn.distributed(), ContextManagers(quiet), guard:
                 if self.recipe: self.recipe.fit(learn, cbs=cbs)
                 else: learn.fit_one_cycle(self.settings['epochs'], self.settings['lr'], cbs=cbs)
-            except (RuntimeError, EOFError, ConnectionError) as e: # the last two: while a batch was handed over
-                if isinstance(e, RuntimeError) and 'DataLoader worker' not in str(e): raise
-                raise ValueError(f"A process that loads images died, perhaps for want of memory ({e!r}). "
-                    f"Free some, and go on with --resume {self.folder.name}.") from e
-        return log.seconds
+        except (RuntimeError, EOFError, ConnectionError) as e: # the last two: while a batch was handed over
+            go_on = f"go on with --resume {self.folder.name}."
+            if is_lost_process(e):
+                raise ValueError(f"Another process of this training has ended: what it said stands above, and nothing where it was "
+                    f"killed. Then {go_on}") from e
+            if isinstance(e, RuntimeError) and 'DataLoader worker' not in str(e): raise
+            raise ValueError(f"A process that loads images died, perhaps for want of memory ({e!r}). Free some, and {go_on}") from e
+        self.seconds = log.seconds
 
     def finish(self, learn, more=lambda learn: {}):
-        "Train, evaluate, and write all that a run leaves behind; `more(learn)` are further metrics"
-        s,folder = self.settings,self.folder
-        print(f"{folder}: {self.describe(learn)}")
-        untrained = deepcopy(plain_model(learn.model)) if _can_evaluate(learn.dls) else None
-        metrics = dict(train_seconds=self.fit(learn))
+        "Evaluate, and write all that a run leaves behind; `more(learn)` are further metrics"
+        s,folder,untrained,metrics = self.settings,self.folder,self.untrained,dict(train_seconds=self.seconds)
         learn.export_encoder(folder/'encoder.safetensors')
         for name,fig in (('loss', plot_losses(folder/'history.csv')), ('views', learn.show_views())):
             fig.savefig(folder/f'{name}.png', dpi=120)
@@ -305,8 +320,8 @@ class _Run:
             print(f"\n{knn_table(metrics['knn'], features['encoder'][1][1])}\n")
         metrics.update(more(learn))
         settings = dict(s, name=folder.name, size=learn.encoder_info['size'], device=str(learn.dls.device),
-            precision=learn.precision, processes=max(1, num_distrib()), value_range=_value_range(learn),
-            images=getattr(learn.dls, 'notes', []))
+            precision=learn.precision, tf32=takes_tf32(learn.dls.device, learn.precision),
+            processes=max(1, num_distrib()), value_range=_value_range(learn), images=getattr(learn.dls, 'notes', []))
         # this says that the run is finished, so it comes last
         _write_json(folder/'summary.json', dict(settings=settings, seed=s['seed'], versions=_versions, metrics=metrics))
         print(f"The encoder is {folder/'encoder.safetensors'}; what the adversary does is in {folder/'views.png'}.")
@@ -414,7 +429,9 @@ def trial(
         metrics = dict(accuracy=dict(knn=e.knn, lr=e.result))
         if targets: metrics['transfer'] = {k: v.result for k,v in transfer(learn, targets).results.items()}
         return metrics
-    run.finish(run.learner(), _accuracies)
+    learn = run.learner()
+    run.fit(learn)
+    run.finish(learn, _accuracies)
 
 def trained(
     folder:Path # Of a finished run

@@ -13,6 +13,7 @@ here = Path(__file__).parent
 
 def pytest_addoption(parser):
     parser.addoption('--leak-minutes', type=float, default=1, help='length of the leak test')
+    parser.addoption('--moments', type=int, default=1, help='how often each of launcher, one process and both get a signal')
     parser.addini('newest', 'files, or tests of a file, that are marked `newest`', type='linelist')
 
 def pytest_collection_modifyitems(config, items):

@@ -27,7 +27,8 @@ def mutant(room, name, what, tests, *changes):
 
 golden,matrix,learner = 'method/test_golden.py','method/test_method_matrix.py','train/test_learner.py'
 resume,figures,trials = 'train/test_checkpoint.py','paper/test_analysis.py','paper/test_experiments.py'
-people = 'data/test_images_of_people.py'
+people,paper,adam = 'data/test_images_of_people.py','test_paper_device.py','train/test_optimizer.py'
+processes = 'train/test_distributed.py'
 
 # method
 
@@ -127,6 +128,19 @@ mutant('data.folders', 'stray', 'a stray image takes all labels away, unsaid',
        f'{people}::test_stray_images',
        ('if classes and stray:', 'if stray: classes = ()\n    if False:'))
 
+mutant('core', 'blocking', 'each copy to a GPU is waited for',
+       f'{paper}::test_images_live_on_the_device {paper}::test_photographs {paper}::test_ways_to_train[pixels]',
+       ("non_blocking=kind not in ('cpu','mps')", 'non_blocking=False'))
+mutant('data.images', 'away', 'images in memory are copied to the device in every step',
+       f'{paper}::test_images_live_on_the_device',
+       ('self.device if self.from_device else None', 'None'))
+mutant('data.images', 'hoard', 'a set goes to the device whatever its size',
+       f'{paper}::test_too_large_for_the_device',
+       ('return n_bytes <= (', 'return True or n_bytes <= ('))
+mutant('method.views', 'noise', 'noise is drawn on the CPU and copied',
+       f'{paper}::test_a_batch_of_training_brings_no_images',
+       ('set_rng_device_and_dtype(input.device,', "set_rng_device_and_dtype('cpu',"))
+
 # train
 
 mutant('train.checkpoint', 'batch-count', 'a resumed epoch repeats a batch',
@@ -147,21 +161,59 @@ mutant('train.precision', 'dtype', 'float16 is bfloat16',
        f'{matrix}::test_precision_is_what_it_says',
        ('dtype=torch.bfloat16 if bf16 else torch.float16', 'dtype=torch.bfloat16'),
        ('dtype = torch.bfloat16 if mixed.amp_mode == AMPMode.BF16 else torch.float16', 'dtype = torch.bfloat16'))
+mutant('train.optimizer', 'no-decay', 'norms and biases decay',
+       f'{adam}::test_equals_fastais_adam',
+       ("wd = h['wd'] if state.get('do_wd', True) else 0.", "wd = h['wd']"))
+mutant('train.optimizer', 'layout', 'a kernel mixes up weights and gradients that lie otherwise in memory',
+       f'{adam}::test_any_gradients_in_any_layout',
+       ('return t if t.stride() == p.stride() and t.dtype == p.dtype else torch.empty_like(p).copy_(t)', 'return t'))
+mutant('train.optimizer', 'debias', 'averages are taken for one step older than they are',
+       f'{adam}::test_equals_fastais_adam',
+       ('torch.full((len(tensors),), step-1,', 'torch.full((len(tensors),), step,'))
 mutant('train.finite', 'rollback', 'a skipped step leaves its batch in the statistics',
        f'{matrix}::test_a_skipped_step_leaves_nothing',
-       ('for b,kept in zip(self.model.buffers(), self.buffers): b.copy_(kept)', 'pass'))
+       ('for b,kept in zip(self.model.buffers(), self.buffers): b.copy_(kept)', 'pass'),
+       ('with torch.no_grad(): _copy_all(self.model.buffers(), self.kept)', 'pass'))
+mutant('train.finite', 'two-waits', 'the gradients are waited for one by one',
+       f'{paper}::test_skip_waits_once_more',
+       ('ok = (self.loss.detach().isfinite().all() & largest.isfinite()).float()',
+        'ok = largest.new_tensor(float(self.loss.isfinite().all() and all(g.isfinite().all() for g in grads)))'))
 mutant('train.encoder', 'header', 'any file passes as an encoder',
        'test_fuzz.py::test_wrong_headers',
        ('if not ok: raise ValueError(', 'if False: raise ValueError('))
 mutant('core', 'rank-offset', "a process takes the first one's rows for its own",
-       'train/test_distributed.py::test_equals_one_process_on_the_whole_batch[2]',
+       f'{processes}::test_equals_one_process_on_the_whole_batch[2]',
        ('return 0 if world_size() == 1 else n*dist.get_rank()', 'return 0'))
+mutant('data.catalogue', 'download-lock', 'a process reads the half of an archive that another one downloads',
+       'data/test_catalogue.py::test_one_process_downloads',
+       ('with one_at_a_time(path, entry.name):', 'with contextlib.nullcontext():'))
+mutant('cli', 'own-gpu', 'every process begins on the first GPU',
+       f'{processes}::test_each_process_takes_its_gpu_first',
+       ('if rank < torch.cuda.device_count(): torch.cuda.set_device(rank)', 'pass'))
+mutant('train.distributed', 'from-all', 'processes wait in a collective for one that loads',
+       f'{processes}::test_a_first_process_that_takes_long',
+       ('while not store.check(keys): time.sleep(.05)', 'dist.barrier()'))
+mutant('train.checkpoint', 'agreement', 'a process that has got a signal stops alone',
+       f'{processes}::test_stopped_and_killed',
+       ('self.stopping = self.agreement(self.signal) if self.agreement else self.signal', 'self.stopping = self.signal'))
+mutant('train.checkpoint', 'own-states', 'all processes go on with the random states of the first one',
+       f'{processes}::test_resuming_on_as_many_processes[RFGSM]',
+       ('own = states[rank_distrib()] if len(states) == world_size() else {}', 'own = states[0]'))
+mutant('train.checkpoint', 'own-starts', 'on another number of processes all draw the same random starts',
+       f'{processes}::test_resuming_what_one_process_saved',
+       ("state['attack']['generator'] = None", 'pass'))
+mutant('train.precision', 'deterministic', 'what is forbidden in a deterministic fit stays forbidden after it',
+       f'{learner}::test_deterministic',
+       ('torch.set_deterministic_debug_mode(mode)', 'pass'))
 
 # measure
 
 mutant('measure.features', 'votes', 'all neighbours weigh the same',
        f'{golden}::test_knn',
        ('votes = ((sim - sim[:,:1])/temperature).exp_()', 'votes = torch.ones_like(sim)'))
+mutant('measure.features', 'one-by-one', 'features go to the CPU batch by batch',
+       f'{paper}::test_evaluation',
+       ('for o in self.batches) >= 2**26', 'for o in self.batches) >= 0'))
 mutant('measure.features', 'twice', 'images that the DataLoaders have normalised are normalised again',
        f'{learner}::test_life_of_a_learner',
        ("if split_normalize(getattr(dl, 'after_batch', None))[1] is not None: normalize = noop", 'pass'))

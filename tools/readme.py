@@ -5,7 +5,7 @@ from pathlib import Path
 
 root = Path(__file__).parent.parent
 # on GitHub a link to a page leads to its notebook
-pages = {re.sub(r'^\d+_', '', p.stem): p.relative_to(root).as_posix() for p in (root/'nbs').glob('*.ipynb')}
+pages = {re.sub(r'^\d+[a-z]*_', '', p.stem): p.relative_to(root).as_posix() for p in (root/'nbs').glob('*.ipynb')}
 
 def text(o): return ''.join(o) if isinstance(o, list) else o
 

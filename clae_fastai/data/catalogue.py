@@ -211,17 +211,19 @@ def _read_or_download(entry, path, download, **kwargs):
         raise ValueError(f"{entry.name} is not downloaded automatically: "
             f"get it from {entry.page} and pass `path`, the folder that it is in.")
     path,failed = Path(path) if path is not None else fastai_path('data'),''
-    if download and entry.fetch:
-        with contextlib.suppress(FileNotFoundError): return _read(entry, path, **kwargs)
-        path.mkdir(parents=True, exist_ok=True)
-        try:
-            if entry.source == 'fastai': untar_data(getattr(URLs, entry.fetch), data=path)
-            else: getattr(torchvision.datasets, entry.fetch)(path, download=True)
-        except Exception as e: failed = f" The download failed ({type(e).__name__}: {e})."
-    try: return _read(entry, path, **kwargs)
-    except FileNotFoundError as e:
-        raise FileNotFoundError(f"{entry.name}: expected {e.filename}, which is not there ({e.strerror})."
-            f"{failed} The data set is offered at {entry.page}.") from None
+    fetching = download and entry.fetch
+    if fetching: path.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(path, entry.name):
+        if fetching:
+            with contextlib.suppress(FileNotFoundError): return _read(entry, path, **kwargs)
+            try:
+                if entry.source == 'fastai': untar_data(getattr(URLs, entry.fetch), data=path)
+                else: getattr(torchvision.datasets, entry.fetch)(path, download=True)
+            except Exception as e: failed = f" The download failed ({type(e).__name__}: {e})."
+        try: return _read(entry, path, **kwargs)
+        except FileNotFoundError as e:
+            raise FileNotFoundError(f"{entry.name}: expected {e.filename}, which is not there ({e.strerror})."
+                f"{failed} The data set is offered at {entry.page}.") from None
 
 _of_folders = inspect.signature(folder_dls).parameters.keys() - {'path','size','limit','seed','kwargs'}
 

@@ -82,8 +82,13 @@ class ImageSet:
 
     def new_empty(self): return self.take([]) # a copy, unlike a slice, whose pickle would carry all images
 
+def _fits(n_bytes, device):
+    "Would a set be no burden to a device?"
+    return n_bytes <= (torch.cuda.mem_get_info(device)[0]/4 if device.type == 'cuda' else 2**30)
+
 class MemoryImages(ImageSet):
     "Images in one tensor"
+    elsewhere = None # a device that batches have gone to, and the copy that is there; that is None where it would be too large
     def __init__(self,
         images:Tensor, # (N,C,H,W), uint8
         labels:Tensor=None, # (N,), indices into `vocab`
@@ -102,7 +107,26 @@ class MemoryImages(ImageSet):
         return cls(read_images([o.image for o in items], reader), label_indices(items, classes), classes or (), reader)
 
     def __getitem__(self, i): return self.with_labels(self.images[i], i)
-    def batch(self, idxs, seed=None): return self[torch.tensor(idxs)]
+    def __getstate__(self): return {k: v for k,v in vars(self).items() if k != 'elsewhere'}
+
+    def on(self,
+        device:torch.device # Where batches go
+    ): # A copy there, which is made once, or the set itself where that would be too large
+        "The `MemoryImages` that batches for a device come from"
+        device = torch.device(device)
+        if device == self.images.device: self.elsewhere = None
+        elif self.elsewhere is None or self.elsewhere[0] != device:
+            self.elsewhere = None # its memory is free before the next is asked for
+            tensors = [o for o in (self.images,self.labels) if o is not None]
+            fits = _fits(sum(o.nbytes for o in tensors), device)
+            there = type(self)(*send(tensors, device), vocab=self.vocab, reader=self.reader) if fits else None
+            self.elsewhere = device,there
+        return self if self.elsewhere is None else ifnone(self.elsewhere[1], self)
+
+    def batch(self, idxs, seed=None, device=None):
+        there = self if device is None else self.on(device)
+        b = there[send(torch.tensor(idxs), there.images.device)]
+        return tuple(o.pin_memory() for o in b) if there is self and getattr(device, 'type', '') == 'cuda' else b
 
     def take(self, idxs):
         labels = None if self.labels is None else self.labels[idxs]
@@ -124,9 +148,14 @@ class ImageDL(TfmdDL):
         self.seed = self.rng.getrandbits(64) # of the epoch's crops, drawn before the processes are started
         return super().get_idxs()
 
+    __iter__ = iter_batches
+    from_device = False # Do batches come from a copy of the set on the device?
+
     def create_batches(self, samps):
         if self.after_item.fs or self.before_batch.fs: yield from super().create_batches(samps) # a user's transforms
-        else: yield from (self.dataset.batch(idxs, self.seed if self.shuffle else None) for idxs in self.chunkify(samps))
+        else:
+            seed,device = self.seed if self.shuffle else None,self.device if self.from_device else None
+            yield from (self.dataset.batch(idxs, seed, device) for idxs in self.chunkify(samps))
 
     def new(self, dataset=None, cls=None, **kwargs):
         if dataset is not None and not isinstance(dataset, ImageSet): dataset = self.dataset.like(dataset)
@@ -137,8 +166,11 @@ class MemoryDL(ImageDL):
     def __init__(self,
         dataset:MemoryImages, # What to load
         num_workers:int=0, # Processes; indexing needs none
+        pin_memory:bool=False, # Gather batches on the CPU, in memory that a GPU reads directly?
         **kwargs
-    ): super().__init__(dataset, num_workers=num_workers, **kwargs)
+    ):
+        super().__init__(dataset, num_workers=num_workers, pin_memory=pin_memory, **kwargs)
+        self.from_device = self.fake_l.num_workers == 0 and not pin_memory # `one_batch` has no processes for a while
 
 class ResizeImages(DisplayedTransform):
     "Resize a batch of images on its device"
@@ -294,7 +326,7 @@ class FileImages(ImageSet):
         return out if out.shape[1] > 1 else out[:,0]
 
     def __getitem__(self, i): return self.with_labels(self.crops([i])[0], i)
-    def batch(self, idxs, seed=None): return self.with_labels(self.crops(idxs, seed), torch.tensor(idxs))
+    def batch(self, idxs, seed=None, device=None): return self.with_labels(self.crops(idxs, seed), torch.tensor(idxs))
 
     def _copy(self, images, labels, area=None): return type(self)(images, self.size, labels, self.vocab, self.reader, area)
     def take(self, idxs):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ImageInfo', 'TensorChannels', 'name_files', 'ImageReader', 'is_clutter', 'is_image', 'find_images', 'map_files',
-           'check_images', 'find_value_range', 'describe_images']
+           'one_at_a_time', 'check_images', 'find_value_range', 'describe_images']
 
 # %% ../../nbs/08_data.reading.ipynb #f165ba1d
 from fastai.vision.all import *
@@ -264,11 +264,14 @@ def map_files(
     return [func(o) for o in (progress_bar(files, leave=False) if progress else files)]
 
 @contextmanager
-def _one_at_a_time(root):
-    "Of several processes on this machine the first works, and leaves its memory to the others"
+def one_at_a_time(
+    root:str|Path, # Folder that they share
+    what:str='' # What it is about, where they share it with others
+):
+    "Of several processes on this machine the first works, and leaves what it has done to the others, which wait"
     if not os.access(root, os.W_OK): yield # nothing could be left
     else:
-        name = hashlib.blake2b(str(Path(root).resolve()).encode(errors='replace'), digest_size=8).hexdigest()
+        name = hashlib.blake2b(f'{Path(root).resolve()}/{what}'.encode(errors='replace'), digest_size=8).hexdigest()
         with filelock.FileLock(Path(tempfile.gettempdir())/f'clae-{name}.lock', mode=0o666): yield
 
 def _list_all(files, root):
@@ -309,7 +312,7 @@ def check_images(
             return info and [*stamp, *astuple(info)]
         except Exception as e: return e
     good,bad,n_passed = [],[],0
-    with _one_at_a_time(root):
+    with one_at_a_time(root):
         known = _load_checked(memo, reader.background) if memo else {}
         progress = len(files) - len(known) > 500 and (sys.stdout.isatty() or IN_NOTEBOOK)
         for file,found in zip(files, map_files(partial(_check, known), files, reader.read, progress)):

@@ -38,6 +38,23 @@ def _with_progress(dl, model):
     if no_bar or not (sys.stdout.isatty() or IN_NOTEBOOK): return dl
     return progress_bar(dl, leave=False, parent=getattr(progress, 'mbar', None))
 
+class _Rows:
+    "Rows that come in batches, and go to another device in large blocks"
+    def __init__(self, device, dtype=None): self.device,self.dtype,self.blocks,self.batches = device,dtype,[],[]
+
+    def add(self, x):
+        self.batches.append(x.to(self.dtype or x.dtype))
+        if sum(o.nbytes for o in self.batches) >= 2**26: self.move()
+
+    def move(self):
+        if self.batches: self.blocks.append(torch.cat(self.batches).to(self.device))
+        self.batches = []
+
+    def all(self):
+        "All rows, or None"
+        self.move()
+        return torch.cat(self.blocks) if self.blocks else None
+
 def extract_features(
     model:Learner|nn.Module|str|Path, # Also a `ContrastiveModel`, encoder, or encoder file
     dl, # Images, with or without labels; learner and file normalise them, unless `dl` does
@@ -52,19 +69,21 @@ def extract_features(
         raise ValueError("An encoder has no head to make embeddings z: use which='h', or the `Learner`.")
     model_device = getattr(first(net.parameters()), 'device', 'cpu')
     device = ifnone(device, model_device)
-    hs,zs,ys = [],[],[]
+    hs,zs,ys,checked = _Rows(device, dtype),_Rows(device, dtype),_Rows(device),normalize is noop
     with no_random(reproducible=False), torch.no_grad(), training_mode(net, False):
         if isinstance(dl, TfmdDL): dl = dl.new(shuffle=False, drop_last=False)
         with getattr(getattr(dl, 'dataset', None), 'set_split_idx', nullcontext)(1): # no augmentation
             for x,*y in _with_progress(dl, model):
                 check_channels(x.shape[1], info)
-                if normalize is not noop and not ys + hs + zs: check_pixels(x) # the first batch
-                h = net.features(normalize(to_device(x, model_device).as_subclass(Tensor)))
-                if which != 'z': hs.append(h.to(device, dtype))
-                if which != 'h': zs.append(net.project(h).to(device, dtype))
-                ys += [labels.as_subclass(Tensor).to(device) for labels in y[:1]]
-    if not hs + zs: raise ValueError("There are no images: the DataLoader is empty.")
-    return *(torch.cat(parts) for parts in (hs,zs) if parts), torch.cat(ys) if ys else None
+                if not checked: check_pixels(x)
+                checked = True # the first batch
+                h = net.features(normalize(send(x, model_device).as_subclass(Tensor)))
+                if which != 'z': hs.add(h)
+                if which != 'h': zs.add(net.project(h))
+                for labels in y[:1]: ys.add(labels.as_subclass(Tensor))
+    features = [o for o in (hs.all(), zs.all()) if o is not None]
+    if not features: raise ValueError("There are no images: the DataLoader is empty.")
+    return *features, ys.all()
 
 # %% ../../nbs/18_measure.features.ipynb #977a6f11
 def check_data(
@@ -133,10 +152,11 @@ def share_correct(
     metric:str='top1' # 'top1', or 'mean_per_class', which weighs all classes alike
 ) -> float: # A fraction
     "Accuracy of predicted labels"
-    hit = (predicted == labels).float()
-    if metric == 'top1': return float(hit.mean())
+    hit = predicted == labels
+    if metric == 'top1': return float(hit.float().mean())
     n = labels.bincount()
-    return float((labels.bincount(hit)/n)[n > 0].mean())
+    right = torch.where(hit, labels, len(n)).bincount(minlength=len(n)+1)[:-1] # with weights it is not deterministic on a GPU
+    return float((right/n)[n > 0].mean())
 
 def knn_accuracy(
     train:tuple, # Features (N,D) and labels (N,)

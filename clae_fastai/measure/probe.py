@@ -37,7 +37,7 @@ def _adam_probe(x, y, test_x, test_y, n_classes, metric, epochs, bs, lr, seed):
     opt = torch.optim.Adam(linear.parameters(), lr=lr)
     bs = min(bs, len(x))
     for _ in range(epochs):
-        for idx in torch.randperm(len(x), generator=g)[:len(x)//bs*bs].to(x.device).split(bs):
+        for idx in send(torch.randperm(len(x), generator=g)[:len(x)//bs*bs], x.device).split(bs):
             opt.zero_grad()
             F.cross_entropy(linear(x[idx]), y[idx]).backward()
             opt.step()
@@ -54,7 +54,7 @@ def _logits(x, w): return F.linear(x, w[:,:-1], w[:,-1])
 def _softmax_regression(parts, mean, l2, w, tol):
     "Weights and bias (K,F+1) that minimise summed cross-entropy + l2/2*|weights|^2, from `w` on"
     def _loss_and_grad(v):
-        u = w.new_tensor(v).view_as(w).requires_grad_()
+        u = send(w.new_tensor(v, device='cpu'), w.device).view_as(w).requires_grad_()
         def _losses(): # one at a time, so that one block's graph is in memory
             for x,y in _blocks(parts, mean): yield F.cross_entropy(_logits(x, u), y, reduction='sum')
             yield l2/2*u[:,:-1].square().sum()
@@ -62,7 +62,8 @@ def _softmax_regression(parts, mean, l2, w, tol):
         for part in _losses():
             grad += torch.autograd.grad(part, u)[0]
             loss += part.detach()
-        return loss.item(),grad.flatten().cpu().numpy()
+        both = torch.cat([grad.flatten(), loss[None]]).cpu().numpy() # one copy
+        return both[-1],both[:-1]
     res = scipy.optimize.minimize(_loss_and_grad, w.flatten().cpu().numpy(), jac=True, method='L-BFGS-B',
         options=dict(ftol=tol, gtol=0, maxiter=5000, maxfun=10**6))
     return w.new_tensor(res.x).view_as(w)

@@ -42,7 +42,7 @@ class Attack:
         if self.eps == 0: return x
         if self.space == 'pixel':
             self.set_stats(self.stats)
-            self.stats = [torch.as_tensor(s, dtype=x.dtype, device=x.device).view(-1,1,1) for s in self.stats]
+            self.stats = [send(torch.as_tensor(s, dtype=x.dtype), x.device).view(-1,1,1) for s in self.stats]
         x = x.detach()
         delta = self.delta(x, _batch_gradient(self, embed, x, loss))
         with torch.no_grad(): return self.add(x, delta)

@@ -21,8 +21,7 @@ class DualBatchNorm(nn.Module):
         self.clean,self.adv,self.use_adv = clean,adv,False
 
     def forward(self, x):
-        # the compiler, which does not repeat forwards, must not see the second question; PyTorch has no public way to ask it
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1: # in a backward: nothing public tells
             raise ValueError("Gradient checkpointing repeats forwards and forgets which batch norm they went through: "
                 "switch it off for the encoder (timm: set_grad_checkpointing(False)).")
         return (self.adv if self.use_adv else self.clean)(x)

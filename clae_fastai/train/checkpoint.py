@@ -8,6 +8,7 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'random_state', 'set_random_sta
 
 # %% ../../nbs/15_train.checkpoint.ipynb #d4e39211
 from fastai.vision.all import *
+from contextlib import nullcontext
 import json, signal, zlib
 from ..core import *
 from ..method.weights import *
@@ -163,10 +164,46 @@ def checkpoints(
 
 def _warn(text): print(text, file=sys.stderr, flush=True)
 
+_repeats = 5 # seconds in which a signal that comes again is the same
+
+def _in_own_group(wif):
+    getattr(os, 'setpgrp', noop)() # Windows has none
+    wif()
+
+@contextmanager
+def _own_groups(dls):
+    "Processes that load images are no part of this one's group, so that a signal to the group ends none of them"
+    loaders = [local_dl(dl) for dl in dls.loaders]
+    for dl in loaders: dl.wif = partial(_in_own_group, getattr(dl, 'wif', noop))
+    try: yield
+    finally:
+        for dl in loaders: dl.wif, = dl.wif.args
+
+@contextmanager
+def _last_word(checkpoint, seconds=20):
+    "Says how to go on where a signal has found this process waiting for another one, which its launcher will not wait for"
+    ours,signals = os.pipe()
+    os.set_blocking(signals, False)
+    ended,before = threading.Event(),signal.set_wakeup_fd(signals, warn_on_full_buffer=False)
+    def _listen():
+        while (got := os.read(ours, 1)[0]) not in (0, signal.SIGTERM, signal.SIGINT): pass
+        if got and not ended.wait(seconds) and not checkpoint.stopping:
+            folder = checkpoint.folder
+            _warn(f"\n{signal.Signals(got).name}: process {rank_distrib()} waits for another process, which does not answer. When the "
+                f"launcher ends it, go on from the last checkpoint in {folder} (--resume {folder.parent.name}).")
+    (listener := threading.Thread(target=_listen, daemon=True)).start()
+    try: yield
+    finally:
+        ended.set()
+        signal.set_wakeup_fd(before)
+        os.write(signals, b'\0')
+        listener.join()
+        for pipe in (ours, signals): os.close(pipe)
+
 class Checkpoint(Callback):
     "Save everything a run is after each epoch and, with `every_batches`, inside it"
     order,run_valid,checkpoint_attrs = 1000,False,('best',)
-    signal,between_batches = None,False
+    signal,stopping,agreement,guarding,between_batches = 0,0,None,False,False
     def __init__(self,
         folder:str|Path='checkpoints', # Made if it is not there
         every_batches:int=None, # Batches from one save to the next inside an epoch; None: at its end only
@@ -182,6 +219,7 @@ class Checkpoint(Callback):
         self.best,self.between_batches = (math.inf, None),False # score, the smaller the better, and file
         self.run = not hasattr(self.learn, 'lr_finder') # fastai's switch: False is off, for this fit
         self.is_first_save = not any(isinstance(cb, Resume) and cb.resuming for cb in self.learn.cbs)
+        if self.guarding and self.agreement is None and world_size() > 1: self.agreement = Agreement()
         if rank_distrib() or not self.run: return
         self.folder.mkdir(parents=True, exist_ok=True)
         for f in self.folder.glob('.epoch*.tmp'): f.unlink() # half a file of a process that was killed
@@ -192,14 +230,16 @@ class Checkpoint(Callback):
 
     def after_batch(self):
         self.between_batches = True
+        self._hear()
         done = self.iter + 1
         due = self.every_batches and done % self.every_batches == 0 and done < self.n_iter
-        if self.signal or due: self.save(self.iter)
+        if self.stopping or due: self.save(self.iter)
         self._stop()
 
     def after_epoch(self):
         if not self.between_batches: return # nothing was trained
         self.between_batches = False
+        self._hear()
         score = self._score()
         if score < self.best[0]: self.best = (score, self._file().name)
         self.save()
@@ -208,7 +248,7 @@ class Checkpoint(Callback):
     def _own_states(self):
         "What each process has of its own: random states; attack and callbacks, where `run_state` has only the first one's"
         own = random_state(self.dls)
-        if world_size() < 2 or self.signal: return [own] # a signal does not reach all processes in the same batch
+        if world_size() < 2: return [own]
         if attack := _parts(self.learn).get('attack'): own['attack'] = attack.state_dict()
         cbs = self.learn.cbs.filter(lambda cb: hasattr(type(cb), 'checkpoint_attrs')) # fastai's are the same everywhere
         res = [None]*world_size()
@@ -256,31 +296,51 @@ class Checkpoint(Callback):
         for f in files: f.rename(to/f.name)
         _warn(f"{self.folder} held {len(files)} checkpoints of an earlier fit, which are in {to} now.")
 
+    def _hear(self):
+        "For which signal do all processes stop here? 0: for none"
+        self.stopping = self.agreement(self.signal) if self.agreement else self.signal
+        if self.stopping and self.agreement and not rank_distrib():
+            _warn(f"\n{signal.Signals(self.stopping).name}: {world_size()} processes save after this batch, and stop.")
+
     def _stop(self):
-        if self.signal: raise SystemExit(128 + self.signal)
+        if not self.stopping: return
+        if self.agreement: self.agreement.wait() # a launcher ends all processes when the first one ends
+        raise SystemExit(128 + self.stopping)
+
+    def _ask_to_stop(self, signum, frame):
+        "What a signal does"
+        if time.time() < self.asked + _repeats or self.stopping and num_distrib() > 1: return
+        if self.signal: raise SystemExit(128 + signum)
+        self.signal,self.asked = signum,time.time()
+        if num_distrib() > 1: return # `_hear` will say it
+        _warn(f"\n{signal.Signals(signum).name}: saving after this batch, then stopping "
+            f"(again after {_repeats} seconds: stop at once).")
 
     @contextmanager
     def guard(self,
         learn:Learner # Which has this callback while it lasts
     ):
-        """SIGTERM and Ctrl-C save after the batch at hand and exit (143 or 130), a second one at once;
+        """SIGTERM and Ctrl-C save after the batch at hand and exit (143 or 130), of several processes all after the same batch;
         an error between two batches, such as a file that cannot be read, saves before it is raised"""
-        def _ask_to_stop(signum, frame):
-            if self.signal: raise SystemExit(128 + signum)
-            self.signal = signum
-            _warn(f"\n{signal.Signals(signum).name}: saving after this batch, then stopping (once more: stop at once).")
         main = threading.current_thread() is threading.main_thread() # no other can listen to signals
-        before = {s: signal.signal(s, _ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)} if main else {}
+        self.guarding,self.signal,self.stopping,self.asked = True,0,0,-math.inf
+        before = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)} if main else {}
+        several = num_distrib() > 1
         try:
-            with learn.added_cbs(self):
+            with learn.added_cbs(self), _own_groups(learn.dls), _last_word(self) if main and several else nullcontext():
                 try: yield self
                 except Exception:
                     if self.between_batches and world_size() < 2:
                         gone = [cb for cb in self.fit_cbs if cb not in learn.cbs] # those of this fit alone
                         with learn.added_cbs(gone): self.save(self.iter)
                     raise
+            if self.agreement: self.signal = self.agreement.answer() or self.signal
+            if self.signal: raise SystemExit(128 + self.signal) # it came with the last epoch, which is saved
+        except BaseException:
+            if several: before = dict.fromkeys(before, signal.SIG_IGN) # the launcher's, for a process that ends already
+            raise
         finally:
-            self.signal = None
+            self.guarding,self.agreement = False,None
             for s,handler in before.items(): signal.signal(s, handler)
 
 # %% ../../nbs/15_train.checkpoint.ipynb #e31ec5d4
@@ -353,6 +413,8 @@ class Resume(Callback):
         states = state['random']
         own = states[rank_distrib()] if len(states) == world_size() else {}
         if 'attack' in own: state['attack'] = own['attack']
+        elif 'generator' in state.get('attack', {}) and len(states) != world_size():
+            state['attack']['generator'] = None # the first one's would be the same for all: each begins at its own seed
         state['callbacks'] = own.get('callbacks', []) + state['callbacks'] # the first of a name is taken
         set_run_state(self.learn, state)
         set_random_state(self.dls, states)

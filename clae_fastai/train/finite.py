@@ -10,6 +10,11 @@ from fastai.vision.all import *
 from ..core import *
 
 # %% ../../nbs/13_train.finite.ipynb #4b1ab3c3
+def _copy_all(to, source):
+    "Copy tensors to others, all of a dtype at once"
+    for pairs in groupby(zip(to, source), lambda o: o[0].dtype).values():
+        torch._foreach_copy_(*zip(*pairs)) # of 120 buffers, each of a few numbers, PyTorch has no public way to copy all
+
 class CheckFinite(Callback):
     "Stop when the training loss is not finite, or leave out steps whose loss or gradients are not"
     order,run_valid = Recorder.order+1,False
@@ -22,18 +27,21 @@ class CheckFinite(Callback):
         store_attr()
         self.before_fit()
 
-    def before_fit(self): self.n_skipped,self.in_a_row,self.finite = 0,0,None
+    def before_fit(self): self.n_skipped,self.in_a_row,self.finite,self.kept = 0,0,None,None
 
     def before_batch(self):
         if self.on_nonfinite == 'stop': return
-        self.canceled,self.buffers = False,[b.clone() for b in self.model.buffers()]
+        self.canceled,buffers = False,list(self.model.buffers())
+        if self.kept is None: self.kept = [torch.empty_like(b) for b in buffers]
+        _copy_all(self.kept, buffers)
         if terms := getattr(self.learn, 'loss_terms', None):
             self.terms = dict(sums=dict(terms.sums), n_batches=terms.n_batches)
 
     def before_step(self):
         if self.on_nonfinite == 'stop': return
-        sums = [p.grad.sum().float() for p in self.model.parameters() if p.grad is not None]
-        ok = torch.stack([self.loss.detach().float().mean(), *sums]).isfinite().all().float()
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        largest = torch.nn.utils.get_total_norm(grads, math.inf) # of all values: sums and squares of finite ones can overflow
+        ok = (self.loss.detach().isfinite().all() & largest.isfinite()).float()
         if world_size() > 1: torch.distributed.all_reduce(ok, torch.distributed.ReduceOp.MIN)
         if ok.item():
             self.in_a_row,self.finite = 0,self.loss.detach()
@@ -58,8 +66,7 @@ class CheckFinite(Callback):
         "Count the step, and undo what its forward has done"
         self.n_skipped += 1
         self.in_a_row += 1
-        with torch.no_grad():
-            for b,kept in zip(self.model.buffers(), self.buffers): b.copy_(kept)
+        with torch.no_grad(): _copy_all(self.model.buffers(), self.kept)
         if terms := getattr(self.learn, 'loss_terms', None): vars(terms).update(self.terms)
         self.learn.loss = ifnone(self.finite, torch.zeros_like(self.loss))
         if self.in_a_row > self.max_skips:

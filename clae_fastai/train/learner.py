@@ -20,6 +20,7 @@ from ..method.models import *
 from ..method.callback import *
 from ..data.images import FileImages
 from .precision import *
+from .optimizer import *
 from .finite import *
 from .encoder import *
 
@@ -129,7 +130,13 @@ def _encoder_info(arch, encoder, n_in, size, method, stats, reader):
     if reader and reader.background != 'white': info['background'] = reader.background
     return info if stats is None else dict(info, mean=stats[0].tolist(), std=stats[1].tolist())
 
-@delegates(Learner.__init__, but='model,loss_func')
+class _DeterministicLearner(Learner):
+    "Fits with the same numbers every time"
+    @delegates(Learner.fit)
+    def fit(self, *args, **kwargs):
+        with deterministic_algorithms(): super().fit(*args, **kwargs)
+
+@delegates(Learner.__init__, but='model,loss_func,opt_func')
 def clae_learner(
     dls:DataLoaders, # Images, never changed. Their `Normalize` goes before that of `weights` and of `views`
     arch:Callable|str|nn.Module=resnet18, # See `create_encoder`; a module, ending in features, is trained itself
@@ -150,10 +157,13 @@ def clae_learner(
     precision:str='fp32', # 'fp32', 'bf16', 'fp16', or 'auto': 'bf16' where `has_bf16`
     channels_last:bool=False, # Channels-last memory? Faster, equal up to rounding
     on_nonfinite:str='stop', # 'stop' at a loss or gradient that is not finite, or 'skip' its step
+    deterministic:bool=False, # Same seed, same weights, on a GPU, too? Slower there
     cbs:list=None, # More callbacks
+    opt_func:Callable=FusedAdam, # Makes the optimiser, as in `Learner`
     **kwargs
 ) -> Learner:
     "A `Learner` that trains `arch` without labels. `ValueError` for what cannot be trained"
+    if deterministic: prepare_cublas()
     loss,settings = _loss(method, temperature)
     attack = _attack(attack, eps)
     pixels,stats = _pixel_dls(dls)
@@ -178,12 +188,15 @@ def clae_learner(
         views = TwoViews.from_preset(views, size, n_in, stats)
     else: views = _own_views(views, stats, images)
     if isinstance(views, TwoViews) and size != [*images.shape[2:]]: views.size = size
-    if isinstance(views, TwoViews): check_pixels(images)
+    if isinstance(views, TwoViews):
+        check_pixels(images)
+        views.checked = True # and need not be again, in the first batch
     pixels = _cropping_dls(pixels, views, size)
     precision,fast = precision_cbs(precision, device)
     if channels_last: fast.append(ChannelsLast())
     cbs = [CLAECallback(views, attack, adv_momentum, attack_bn), CheckFinite(on_nonfinite), DevicePrecision(), *fast, *L(cbs)]
-    learn = Learner(pixels, model, CLAELoss(loss, alpha), cbs=cbs, **kwargs)
+    make = _DeterministicLearner if deterministic else Learner
+    learn = make(pixels, model, CLAELoss(loss, alpha), opt_func=opt_func, cbs=cbs, **kwargs)
     learn.precision = precision
     learn.encoder_info = _encoder_info(arch, encoder, n_in, size, method, getattr(views, 'stats', None),
         getattr(dls, 'reader', None))
@@ -222,7 +235,7 @@ def full_batches(
     if n < 1 or not operator.length_hint(dl, 1): # 1 where nobody knows
         raise ValueError(f"A figure needs a batch: n_batches is {n}, or the DataLoader is empty.")
     epochs = itertools.chain.from_iterable(itertools.repeat(dl))
-    for b in itertools.islice(epochs, n): yield to_device(b, device)
+    for b in itertools.islice(epochs, n): yield send(b, device)
 
 # %% ../../nbs/17_train.learner.ipynb #0efce0e8
 def views_table(

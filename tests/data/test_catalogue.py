@@ -3,6 +3,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,6 +109,41 @@ def test_a_download(tmp_path, monkeypatch):
     assert len(get_dls('cifar10', tmp_path/'new', bs=2).train_ds) == 20
     fetch_with(_fail)
     assert len(get_dls('cifar10', tmp_path/'new', bs=2).train_ds) == 20
+
+def test_one_process_downloads(tmp_path):
+    "The second begins while the first one's archive is half there, waits, and fetches nothing"
+    code = f"""if 1:
+        import sys, time
+        from pathlib import Path
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import torchvision
+        from clae_fastai.data.catalogue import get_dls
+        from layouts import cifar10
+        def fetch(root, download):
+            (folder := root/'cifar-10-batches-py').mkdir()
+            (folder/'data_batch_1').write_bytes(b'half of it')
+            print('fetching', flush=True)
+            sys.stdin.readline()
+            (folder/'data_batch_1').unlink()
+            folder.rmdir()
+            cifar10(root)
+        torchvision.datasets.CIFAR10 = fetch
+        print('ready', flush=True)
+        sys.stdin.readline()
+        print(len(get_dls('cifar10', {str(tmp_path/'new')!r}, bs=2).train_ds))
+    """
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    a,b = (subprocess.Popen([sys.executable, '-c', code], **pipes) for _ in range(2))
+    def go(p): print(file=p.stdin, flush=True)
+    for p in (a,b): assert p.stdout.readline() == 'ready\n', p.stderr.read()
+    go(a)
+    assert a.stdout.readline() == 'fetching\n'
+    go(b)
+    with pytest.raises(subprocess.TimeoutExpired): b.wait(1.5) # it neither fails nor fetches
+    go(a)
+    for p in (a,b):
+        out,err = p.communicate(timeout=60)
+        assert (p.returncode, out) == (0,'20\n'), err
 
 @pytest.mark.parametrize('name', ['tinyimagenet','imagenet100'])
 def test_path_is_needed(tmp_path, name):

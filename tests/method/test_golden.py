@@ -27,6 +27,11 @@ def model_of(d, method):
 
 def rename(k): return k if k.startswith('head') else f'encoder.{k}'
 
+def rename_last(k):
+    "`step0/grad/conv1.weight` as it is called in our model"
+    *parts,name = k.split('/')
+    return '/'.join([*parts, rename(name) if len(parts) > 1 else name])
+
 def close(a, b): np.testing.assert_allclose(torch.as_tensor(a).detach().numpy(), b, rtol=0, atol=1e-9)
 
 @pytest.mark.parametrize('method', losses)
@@ -38,40 +43,43 @@ def test_loss_and_its_gradients(golden, method):
         loss.backward()
         for name,got in dict(loss=loss, grad_z_q=z_q.grad, grad_z_p=z_p.grad).items(): close(got, d[f'loss{i}/{name}'])
 
-@pytest.mark.parametrize('method', losses)
-def test_attack(golden, method):
-    d = golden(f'step_{method}')
-    model = model_of(d, method).train()
-    with adversarial_bn(model), frozen_bn_stats(model): x_adv = FGSM(.03)(model, torch.tensor(d['step0/x_q']), losses[method]())
-    assert torch.equal(x_adv, torch.tensor(d['step0/x_adv']))
+def attacked(d, method, device='cpu'):
+    "The first step's adversary"
+    model = model_of(d, method).train().to(device)
+    with adversarial_bn(model), frozen_bn_stats(model):
+        return FGSM(.03)(model, torch.tensor(d['step0/x_q'], device=device), losses[method]())
 
-@pytest.mark.parametrize('method', losses)
-def test_three_steps_of_training(golden, method):
-    "`CLAECallback` in a plain `Learner`: adversary, losses, gradients and parameters of each step"
-    d = golden(f'step_{method}')
-    t = lambda i, k: torch.tensor(d[f'step{i}/{k}'])
-    seen = []
+def three_steps(d, method, device='cpu'):
+    "`CLAECallback` in a plain `Learner`: each step's adversary, losses, gradients and parameters, by their names in `d`"
+    t = lambda i, k: torch.tensor(d[f'step{i}/{k}'], device=device)
+    seen = {}
     def views(x): return t(learn.iter, 'x_q'),t(learn.iter, 'x_p')
     class Record(Callback):
         order = 20
+        def keep(self, **tensors): seen.update({f'step{self.iter}/{k}': v.detach().clone() for k,v in tensors.items()})
         def before_step(self):
-            grads = {f'grad/{k}': p.grad.clone() for k,p in self.model.named_parameters()}
-            terms = dict(loss_aug=self.loss_func.loss_aug, loss_adv=self.loss_func.loss_adv)
-            seen.append(dict(x_adv=self.learn.xb[2], **terms, **grads))
-        def after_step(self): seen[-1].update({f'param/{k}': p.detach().clone() for k,p in self.model.named_parameters()})
-    dls = DataLoaders(DataLoader([(torch.zeros(3,12,12),)]*48, bs=16), DataLoader([], bs=16), device='cpu')
+            grads = {f'grad/{k}': p.grad for k,p in self.model.named_parameters()}
+            self.keep(x_adv=self.learn.xb[2], loss_aug=self.loss_func.loss_aug, loss_adv=self.loss_func.loss_adv, **grads)
+        def after_step(self): self.keep(**{f'param/{k}': p for k,p in self.model.named_parameters()})
+    dls = DataLoaders(DataLoader([(torch.zeros(3,12,12),)]*48, bs=16, device=device), DataLoader([], bs=16), device=device)
     opt_func,lr,wd = training[method]
-    learn = Learner(dls, model_of(d, method), CLAELoss(losses[method](), alpha=.7), opt_func=opt_func,
+    learn = Learner(dls, model_of(d, method).to(device), CLAELoss(losses[method](), alpha=.7), opt_func=opt_func,
                     cbs=[CLAECallback(views, FGSM(.03)), Record()], wd_bn_bias=True)
     learn.remove_cb(Recorder) # which smooths losses in float32 only
     with learn.no_bar(), learn.no_logging(): learn.fit(1, lr=lr, wd=wd)
-    assert len(seen) == 3
-    for i,s in enumerate(seen):
-        names = [k for k in d if k.startswith(f'step{i}/') and not k.endswith(('x_q','x_p'))]
-        assert len(names) == 3 + 2*len(list(learn.model.parameters()))
-        for k in names:
-            part,_,name = k.partition('/')[2].partition('/')
-            close(s[f'{part}/{rename(name)}' if name else part], d[k])
+    names = {rename_last(k): k for k in d if k.startswith('step') and not k.endswith(('x_q','x_p'))}
+    assert len(names) == 3*(3 + 2*len(list(learn.model.parameters()))) and names.keys() == seen.keys()
+    return {names[k]: v for k,v in seen.items()}
+
+@pytest.mark.parametrize('method', losses)
+def test_attack(golden, method):
+    d = golden(f'step_{method}')
+    assert torch.equal(attacked(d, method), torch.tensor(d['step0/x_adv']))
+
+@pytest.mark.parametrize('method', losses)
+def test_three_steps_of_training(golden, method):
+    d = golden(f'step_{method}')
+    for k,got in three_steps(d, method).items(): close(got, d[k])
 
 def test_knn(golden):
     d = golden('knn')

@@ -1,19 +1,24 @@
 """What `test_distributed.py` runs under torchrun, on every rank: `distributed_worker.py NAME ... OUT`, where a NAME is one of the
-functions exact, learner, monitors and resume. Results go to OUT/NAME-RANK.pt. Its first part is also the reference in one process."""
+functions exact, learner, monitors, resume and slow_first. Results go to OUT/NAME-RANK.pt. Its first part is also the reference in
+one process. `distributed_worker.py clae_train OPTION ... OUT` is the command, whose exit code goes to OUT/code-RANK."""
 import hashlib
 import math
+import os
 import sys
+import time
 from collections import OrderedDict
+from datetime import timedelta
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from torch import distributed as dist, nn
 
-from clae_fastai.all import (FGSM, Callback, Checkpoint, CLAECallback, CLAELoss, CollapseMonitor, ContrastiveModel, DataBlock,
+from clae_fastai import cli
+from clae_fastai.all import (FFGSM, FGSM, PGD, Callback, Checkpoint, CLAECallback, CLAELoss, CollapseMonitor, ContrastiveModel, DataBlock,
     DataLoader, DataLoaders, ImageBlock, IndexSplitter, KNNCallback, Learner, NTXentLoss, OptimWrapper, PILImageBW, PlainLoss,
-    ProgressCallback, Recorder, Resume, RFGSM, UELLoss, clae_learner, dual_bns, evaluate, extract_features, gather, get_dls, np,
-    num_distrib, partial, projection_head, rank_distrib, rank_offset, resnet8, set_seed)
+    ProgressCallback, Recorder, Resume, RFGSM, UELLoss, checkpoints, clae_learner, dual_bns, evaluate, extract_features, gather,
+    get_dls, load_checkpoint, np, num_distrib, partial, projection_head, rank_distrib, rank_offset, resnet8, save_checkpoint, set_seed)
 
 losses = dict(plain=PlainLoss, uel=UELLoss, uel_full=partial(UELLoss, detach_keys=False), simclr=NTXentLoss)
 n_images,steps = 48,3
@@ -201,14 +206,46 @@ class PowerCut(Callback):
 
 def resume(out):
     "Interrupted and resumed with as many processes: every rank's attack, too, draws what it would have drawn"
-    def run(*cbs):
-        learn = digits_learner(attack=RFGSM(.03), cbs=cbs)
+    def run(attack, *cbs):
+        learn = digits_learner(attack=attack(.03), cbs=cbs)
         with learn.distributed(): message = failure(learn.fit_one_cycle, 2, 3e-3)
         return dict(message=message, state=state(learn), attack=learn.clae.attack.state_dict(), values=learn.recorder.values)
-    folder = out/'checkpoints'
-    whole = run()
-    cut = run(Checkpoint(folder, every_batches=1), PowerCut())
-    save(out, 'resume', whole=whole, cut=cut, resumed=run(Resume(folder)))
+    for attack in (RFGSM, FFGSM, partial(PGD, steps=2)):
+        name = getattr(attack, '__name__', 'PGD')
+        folder = out/f'checkpoints-{name}'
+        whole = run(attack)
+        cut = run(attack, Checkpoint(folder, every_batches=1), PowerCut())
+        save(out, f'resume-{name}', whole=whole, cut=cut, resumed=run(attack, Resume(folder)))
+    file, = checkpoints(out/'checkpoints-RFGSM')[-1:] # as one process would have written it
+    saved,one = load_checkpoint(file),out/f'one-{rank_distrib()}'
+    one.mkdir()
+    save_checkpoint(one/file.name, saved | {k: saved[k][:1] for k in ('random','at_start')})
+    save(out, 'resume-one', resumed=run(RFGSM, Resume(one)))
+
+def clae_train(out, *options):
+    "The command, in OUT; what it ends with goes to OUT/code-RANK"
+    os.chdir(out)
+    code = 0
+    try: cli.clae_train.main([*options])
+    except SystemExit as e: code = e.code
+    (out/f'code-{rank_distrib()}').write_text(str(code))
+    sys.exit(code)
+
+def slow_first(out):
+    "The command, where the first process takes longer, to load and to evaluate, than a collective waits"
+    from clae_fastai import runs
+    def slow(f):
+        def _slow(*args, **kwargs):
+            if not rank_distrib(): time.sleep(2*waits)
+            return f(*args, **kwargs)
+        return _slow
+    waits = 4
+    form_group,options = dist.init_process_group,'--limit 128 --epochs 1 --name slow'
+    with (patch.object(dist, 'init_process_group', partial(form_group, timeout=timedelta(seconds=waits))),
+          patch.object(runs, 'get_dls', slow(runs.get_dls)), patch.object(runs, 'few_label_knn', slow(runs.few_label_knn))):
+        clae_train(out, *options.split())
 
 if __name__ == '__main__':
-    for name in sys.argv[1:-1]: globals()[name](Path(sys.argv[-1]))
+    *names,out = sys.argv[1:]
+    if names[0] == 'clae_train': clae_train(Path(out), *names[1:])
+    for name in names: globals()[name](Path(out))

@@ -1,10 +1,18 @@
 "Several processes, started by torchrun on the CPU, against one."
+import contextlib
+import hashlib
 import json
 import os
+import random
+import re
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,10 +22,12 @@ from distributed_worker import exact_learner, losses, n_images, steps
 
 here = Path(__file__).parent
 
+def launcher(n, *args): return [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *map(str, args)]
+
+def on_cpus(): return {**os.environ, 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+
 def torchrun(n, *args, cwd=None, timeout=600):
-    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *map(str, args)]
-    env = {**os.environ, 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-    return subprocess.run(cmd, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=env)
+    return subprocess.run(launcher(n, *args), cwd=cwd, capture_output=True, text=True, timeout=timeout, env=on_cpus())
 
 def launch(n, *args):
     "Run the worker on `n` processes; its standard output"
@@ -123,16 +133,24 @@ def test_batch_norms_and_failures(two):
         assert o['message'].endswith('boom') and o['wrapped'] and o['unwrapped']
         assert o['kept'] == [True]*3 and not o['group']
 
+def drawn(run): return run['attack']['generator'][1]
+
 @pytest.mark.slow
-def test_resuming_on_as_many_processes(two):
-    a,b = two('resume')
-    def drawn(run): return run['attack']['generator'][1]
+@pytest.mark.parametrize('attack', ['RFGSM','FFGSM','PGD'])
+def test_resuming_on_as_many_processes(two, attack):
+    a,b = two(f'resume-{attack}')
     for o in (a,b):
         whole,resumed = o['whole'],o['resumed']
         assert 'lights' in o['cut']['message'] and whole['message'] is resumed['message'] is None
         assert same(whole['state'], resumed['state']) and torch.equal(drawn(whole), drawn(resumed))
         assert whole['values'] == resumed['values']
     assert not torch.equal(drawn(a['whole']), drawn(b['whole']))
+
+@pytest.mark.slow
+def test_resuming_what_one_process_saved(two):
+    "Each process draws starts of its own; weights are shared"
+    a,b = (o['resumed'] for o in two('resume-one'))
+    assert same(a['state'], b['state']) and not torch.equal(drawn(a), drawn(b))
 
 def test_without_accelerate():
     "It imports and trains on one process; on more it says what is missing"
@@ -155,6 +173,127 @@ def test_without_accelerate():
     assert p.returncode == 0, p.stderr
     assert p.stdout.splitlines() == ['alone True', 'Training on several processes needs accelerate: pip install accelerate']
 
+@pytest.mark.parametrize('rank,message', [(1,'data, after [(1, False), (1, True)]'), (2,'2 GPUs, and process 2 needs one of its own')])
+def test_each_process_takes_its_gpu_first(rank, message):
+    "Before fastai is imported, which takes the first one, and before there is data; one process too many hears what to do"
+    code = """if 1:
+        import sys, torch
+        said = []
+        def get_dls(*args, **kwargs): raise OSError(f'data, after {said}')
+        def take(i): # the first time fastai is not there, and from then on there are GPUs
+            said.append((i, 'fastai' in sys.modules))
+        def n_gpus():
+            if 'clae_fastai.runs' in sys.modules: sys.modules['clae_fastai.runs'].get_dls = get_dls
+            return 2
+        torch.cuda.device_count,torch.cuda.set_device = n_gpus,take
+        torch.cuda.is_available = lambda: 'clae_fastai.runs' in sys.modules and hasattr(sys.modules['clae_fastai.runs'], 'train')
+        from clae_fastai.cli import clae_train
+        clae_train()
+    """
+    env = {k: v for k,v in os.environ.items() if k not in ('WORLD_SIZE','RANK')} | dict(LOCAL_RANK=str(rank))
+    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300, env=env)
+    assert p.returncode == 2 and message in p.stderr, p.stderr
+
+# The command, started, stopped and killed
+
+class Command:
+    "`clae_train` on two processes, which train when this is made; its folder is `out`"
+    started = []
+    def __init__(self, out, *options):
+        self.out,self.logs = out,Path(tempfile.mkdtemp(dir=out))
+        for f in out.glob('code-*'): f.unlink()
+        before = self.newest()
+        cmd = launcher(2, '--log-dir', self.logs, '--redirects', 3, here/'distributed_worker.py', 'clae_train', *options, out)
+        self.process = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=(self.logs/'launcher').open('w'), env=on_cpus())
+        self.started.append(self)
+        while self.newest() == before:
+            time.sleep(.02)
+            assert self.process.poll() is None, self.said()
+
+    def newest(self): return [f.name for f in checkpoints(self.out/'runs'/'run'/'checkpoints')[-1:]]
+
+    @property
+    def workers(self):
+        res = subprocess.run(['ps','--ppid',str(self.process.pid),'-o','pid='], capture_output=True, text=True)
+        return [int(o) for o in res.stdout.split()]
+
+    def said(self): return '\n'.join(f.read_text() for f in self.logs.rglob('stderr.log'))
+
+    @property
+    def reported(self): return {int(o) for o in re.findall(r'exitcode *: (-?\d+)', (self.logs/'launcher').read_text())}
+
+    def finish(self, timeout=120):
+        "Exit code of the launcher, and of the processes that came to write theirs"
+        code = self.process.wait(timeout=timeout)
+        return code,[f.read_text() for f in sorted(self.out.glob('code-*'))]
+
+    def kill(self):
+        for pid in (*self.workers, self.process.pid): os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+@pytest.fixture(autouse=True)
+def no_command_stays():
+    "Also after a test that has failed"
+    yield
+    for command in Command.started:
+        if command.process.poll() is None: command.kill()
+    Command.started.clear()
+
+def assert_same_runs(a, b):
+    "Weights, optimiser, history, and what each process's random generators draw next"
+    tables = [pd.read_csv(o/'history.csv').drop(columns='time') for o in (a,b)]
+    assert tables[0].equals(tables[1])
+    (file_a,file_b) = (checkpoints(o/'checkpoints')[-1] for o in (a,b))
+    assert file_a.name == file_b.name
+    x,y = (plain(load_checkpoint(o)) for o in (file_a,file_b))
+    assert [k for k in x if x[k] != y[k]] == []
+
+def plain(o):
+    "With checksums in place of tensors, and without what tells a resumed run: the history's times, and `Resume` among the callbacks"
+    if isinstance(o, torch.Tensor): return (str(o.dtype), *o.shape, hashlib.sha256(o.numpy().tobytes()).hexdigest())
+    if isinstance(o, np.ndarray): return o.tolist()
+    if isinstance(o, dict): return {k: plain(v) for k,v in o.items() if k not in ('rows','seconds')}
+    return [p for v in o if (p := plain(v)) != ['Resume',{}]] if isinstance(o, (list,tuple)) else o
+
+@pytest.mark.slow
+def test_stopped_and_killed(tmp_path, pytestconfig):
+    """SIGTERM and Ctrl-C at random moments, to the launcher, to one process, or to both and again: all stop at the same batch, with one
+    checkpoint and the code that was promised. A process that is killed ends all, and the other says how to go on. One run suffers all of
+    it, and ends where the one that nobody interrupted ends, on each process"""
+    n,rng = pytestconfig.getoption('moments'),random.Random()
+    stops = [(to,rng.choice([signal.SIGTERM,signal.SIGINT])) for to in ['launcher','one','both']*n] + [('one',signal.SIGKILL)]
+    rng.shuffle(stops)
+    options = ['--limit', 640, '--bs', 32, '--epochs', len(stops)+2, '--attack', 'rfgsm', '--name', 'run']
+    for name in ('whole','stopped'): (tmp_path/name).mkdir()
+    whole = Command(tmp_path/'whole', *options)
+    assert whole.finish(300) == (0,['0','0']), whole.said()
+    out = tmp_path/'stopped'
+    for to,sig in stops:
+        run = Command(out, *options)
+        options = ['--resume', 'run']
+        time.sleep(rng.uniform(0, 1))
+        before,start,workers = run.newest(),time.time(),run.workers
+        targets = dict(launcher=[run.process.pid], one=[rng.choice(workers)], both=workers*2)[to]
+        for pid in targets:
+            with contextlib.suppress(ProcessLookupError): os.kill(pid, sig) # the second time
+        code,codes = run.finish(60)
+        said,took = run.said(),time.time() - start
+        print(f"{sig.name:8} to {to:9} codes {','.join(codes):8} {took:5.1f} s  {', '.join(run.newest())}")
+        assert code != 0 and took < 30 and 'Traceback' not in said, said
+        if sig == signal.SIGKILL: assert codes == ['2'] and said.count('--resume run') == 1, said
+        else:
+            assert codes == [str(128 + sig)]*2 and run.reported <= {128 + sig}, (codes, run.reported, said)
+            assert said.count(f'{sig.name}: 2 processes save after this batch') == 1 and run.newest() != before, said
+    last = Command(out, *options)
+    assert last.finish(300) == (0,['0','0']), last.said()
+    assert_same_runs(*(tmp_path/o/'runs'/'run' for o in ('whole','stopped')))
+
+@pytest.mark.slow
+def test_a_first_process_that_takes_long(tmp_path):
+    "It loads, and later evaluates, for twice the time after which a collective gives up; nobody waits in one"
+    launch(2, 'slow_first', tmp_path)
+    assert (tmp_path/'runs'/'slow'/'summary.json').exists()
+
 clae_train = Path(sys.executable).with_name('clae_train')
 
 def cut(run):
@@ -169,7 +308,7 @@ def test_command_and_resuming_on_another_number_of_processes(cli):
     p = torchrun(2, clae_train, '--limit', 256, '--epochs', 3, '--every-batches', 1, '--name', 'two', cwd=cli.cwd)
     assert p.returncode == 0, p.stderr[-4000:]
     run, = (cli.cwd/'runs').iterdir()
-    assert p.stdout.count('\ntrained encoder') == 1 and p.stdout.count('in 2 processes') == 1
+    assert p.stdout.count('\ntrained encoder') == 1 and p.stdout.count('in 2 processes; 2 steps an epoch') == 1
     assert load_checkpoint(checkpoints(run/'checkpoints')[-1])['n_iter'] == 2 # of 128 images a process, by 64
     def summary(): return json.loads((run/'summary.json').read_text())
     first = summary()

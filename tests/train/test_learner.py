@@ -275,3 +275,34 @@ def test_another_device_after_loading(tmp_path, quiet):
     learn.export('l.pkl')
     again = load_learner(tmp_path/'l.pkl')
     assert torch.equal(again.clae.attack.generator.get_state(), learn.clae.attack.generator.get_state())
+
+class Flags(Callback):
+    "What PyTorch may do while it trains; with `fails`, the fit does not end well"
+    def __init__(self, fails=None): self.fails,self.seen = fails,set()
+    def after_batch(self):
+        self.seen.add((torch.get_deterministic_debug_mode(), torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark))
+        if self.fails: self.fails()
+
+def test_deterministic(tmp_path, quiet, monkeypatch):
+    "On a CPU: nothing that adds up in a changing order is allowed in a fit, and all is as before after it, also after one that fails"
+    def now(): return torch.get_deterministic_debug_mode(),torch.backends.cudnn.deterministic,torch.backends.cudnn.benchmark
+    def fit(fails=None, **kwargs):
+        set_seed(0)
+        learn = quiet(clae_learner(get_dls('digits', bs=32, limit=64), resnet8, views='digits', cbs=Flags(fails), **kwargs))
+        learn.fit_one_cycle(1, 1e-3)
+        return learn
+    def boom(): raise InterruptedError('stopped')
+    def without_order(): torch.zeros(3).put_(torch.tensor([0]), torch.tensor([1.]))
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', True)
+    before = now()
+    a,b,c = fit(deterministic=True),fit(deterministic=True),fit()
+    assert a.flags.seen == {(2,True,False)} and c.flags.seen == {before} and now() == before
+    assert all(torch.equal(p, q) for p,q in zip(a.model.state_dict().values(), b.model.state_dict().values()))
+    with pytest.raises(InterruptedError): fit(boom, deterministic=True)
+    with pytest.raises(ValueError, match='leave out deterministic=True.*put_'): fit(without_order, deterministic=True)
+    fit(without_order)
+    assert now() == before
+    a.path = tmp_path
+    a.export('learner.pkl')
+    again = load_learner(tmp_path/'learner.pkl')
+    assert type(again) is type(a)

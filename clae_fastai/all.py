@@ -18,6 +18,7 @@ from clae_fastai.train.finite import *
 from clae_fastai.train.distributed import *
 from clae_fastai.train.checkpoint import *
 from clae_fastai.train.encoder import *
+from clae_fastai.train.callbacks import *
 from clae_fastai.train.learner import *
 from clae_fastai.measure.features import *
 from clae_fastai.measure.probe import *

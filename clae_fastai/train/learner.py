@@ -23,6 +23,7 @@ from .precision import *
 from .optimizer import *
 from .finite import *
 from .encoder import *
+from .callbacks import *
 
 # %% ../../nbs/17_train.learner.ipynb #eeb3a6eb
 def _check_batch_tfms(dls, images):
@@ -194,7 +195,7 @@ def clae_learner(
     pixels = _cropping_dls(pixels, views, size)
     precision,fast = precision_cbs(precision, device)
     if channels_last: fast.append(ChannelsLast())
-    cbs = [CLAECallback(views, attack, adv_momentum, attack_bn), CheckFinite(on_nonfinite), DevicePrecision(), *fast, *L(cbs)]
+    cbs = [CLAECallback(views, attack, adv_momentum, attack_bn), CheckFinite(on_nonfinite), DevicePrecision(), CheckCallbacks(), *fast, *L(cbs)]
     make = _DeterministicLearner if deterministic else Learner
     learn = make(pixels, model, CLAELoss(loss, alpha), opt_func=opt_func, cbs=cbs, **kwargs)
     learn.precision = precision

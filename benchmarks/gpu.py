@@ -11,8 +11,8 @@ processes    two processes on two GPUs
 
 Each part has a time of its own. Its table is written after every row, so that what is cut off leaves what it had; a row that
 fails says why, one that comes too late that it was not reached. A part that takes longer, or breaks the GPU's context, ends its
-process, and another one goes on with the next part. `--tiny` runs all of it in two
-minutes without a GPU, on networks and images too small to mean anything, into a temporary folder; `--out DIR` into another."""
+process, and another one goes on with the next part. `--tiny` tries all of it in two minutes without a GPU, on networks and
+images too small to mean anything, and writes to a temporary folder; `--out DIR` to another."""
 import argparse
 import contextlib
 import functools
@@ -41,15 +41,15 @@ from bench_step import learner_of, sync
 from clae_fastai.all import (PGD, Callback, Recorder, TwoViews, create_encoder, default_device, extract_features, knn_predict,
     linear_probe, num_distrib, num_features, rank_distrib, resnet8, resnet18, resnet50, set_rank_device, set_seed)
 
-seconds = dict(environment=15, golden=30, waits=45, step=150, throughput=180, evaluation=45, processes=60) # 525 in all
+seconds = dict(environment=15, golden=25, waits=40, step=150, throughput=175, evaluation=40, processes=55) # 500 in all
 last_row = 10 # seconds before the end of a part after which no row is begun
 cuda = torch.cuda.is_available()
 
 def sizes(tiny):
     "What is measured: on a GPU, and as a test on a processor"
     if tiny: return dict(archs=[resnet8], sides=[16], batches=[8], images=16, bank=300, queries=50, dim=16, adam=2, workers=1, epochs=2)
-    return dict(archs=[resnet18, resnet50], sides=[32,224], batches=[256,64,1024], images=512, bank=50_000, queries=10_000, dim=512, adam=20,
-                workers=os.cpu_count(), epochs=3)
+    return dict(archs=[resnet18, resnet50], sides=[32,224], batches=[256,64,1024], images=512, bank=50_000, queries=10_000,
+                dim=512, adam=20, workers=os.cpu_count(), epochs=3)
 
 # What the parts share
 
@@ -60,8 +60,8 @@ class Table:
         self.lines = [f"| {' | '.join(columns)} |", '|'+'---|'*len(columns)]
         self.n_cells = len(columns)
 
-    def save(self, end=''):
-        note = [o for o in (self.note, end, '' if cuda else 'There was no GPU: this ran on a processor, as a test.') if o]
+    def save(self):
+        note = [o for o in (self.note, '' if cuda else 'There was no GPU: this ran on a processor, as a test.') if o]
         report.save(f'gpu_{self.part}', command(self.args), [*self.lines, '', *note], self.args.out)
 
     def add(self, *cells):

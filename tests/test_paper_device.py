@@ -118,14 +118,14 @@ def test_it_is_like_a_gpu(paper):
     assert torch.equal(torch.rand(3, generator=g, device=DEVICE).cpu(), expected)
 
 def test_waits_are_counted(paper):
-    x = torch.rand(4,3).to(DEVICE)
+    x,square = torch.rand(4,3).to(DEVICE),torch.eye(3).to(DEVICE)
     waiting = dict(
         item=lambda: x.sum().item(), float=lambda: float(x[0,0]), int=lambda: int(x[0,0]), bool=lambda: bool(x[0,0] > 0),
         tolist=x.tolist, cpu=x.cpu, print=lambda: repr(x), format=lambda: f'{x.sum():.3f}',
         nonzero=x.nonzero, mask=lambda: x[x > .5], set_mask=lambda: x.__setitem__(x > .5, x[0,0]),
         index=lambda: x[torch.tensor([0,1])], unique=x.unique, equal=lambda: torch.equal(x, x),
         bincount=lambda: (x > .5).int().flatten().bincount(),
-        inverse=lambda: torch.linalg.inv(x[:3]), to=lambda: torch.rand(2).to(DEVICE),
+        inverse=lambda: torch.linalg.inv(square), to=lambda: torch.rand(2).to(DEVICE),
         tensor=lambda: torch.tensor([1.], device=DEVICE), copy=lambda: x.copy_(torch.rand(4,3)))
     free = dict(
         add=lambda: x + 1, index=lambda: x[x.argmax(0)], slice=lambda: x[1:,:2], where=lambda: torch.where(x > .5, x, 0.),

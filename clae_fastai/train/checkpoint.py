@@ -188,9 +188,8 @@ def _last_word(checkpoint, seconds=20):
     def _listen():
         while (got := os.read(ours, 1)[0]) not in (0, signal.SIGTERM, signal.SIGINT): pass
         if got and not ended.wait(seconds) and not checkpoint.stopping:
-            folder = checkpoint.folder
             _warn(f"\n{signal.Signals(got).name}: process {rank_distrib()} waits for another process, which does not answer. When the "
-                f"launcher ends it, go on from the last checkpoint in {folder} (--resume {folder.parent.name}).")
+                f"launcher ends it, go on from the last checkpoint in {checkpoint.folder}: Resume, or clae_train --resume.")
     (listener := threading.Thread(target=_listen, daemon=True)).start()
     try: yield
     finally:

@@ -166,7 +166,7 @@ class Agreement:
     ) -> int: # The largest of all that were said in the call before, 0 in the first one
         "Say a number, and hear the one before"
         before = self.answer()
-        self.largest = torch.tensor(number)
+        self.largest = torch.tensor(number, device='cpu')
         self.work = dist.all_reduce(self.largest, dist.ReduceOp.MAX, self.group, async_op=True)
         return before
 

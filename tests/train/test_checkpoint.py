@@ -28,11 +28,11 @@ from clae_fastai.train.learner import clae_learner
 
 small = ['--limit', '320', '--epochs', '8', '--every-batches', '2']
 
-def start(cwd, *args):
+def start(cwd, *args, **kwargs):
     "A run in a process of its own, which has begun to train when this returns"
     exe = Path(sys.executable).with_name('clae_train')
     env = {**os.environ, 'PYTHONWARNINGS': 'ignore', 'PYTHONUNBUFFERED': '1'}
-    p = subprocess.Popen([exe, *map(str, args)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    p = subprocess.Popen([exe, *map(str, args)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kwargs)
     while ' training images of ' not in (line := p.stdout.readline()): assert line or p.poll() is None, p.stderr.read()
     return p
 
@@ -260,6 +260,20 @@ def large_images(digits_dir, tmp_path):
         g.parent.mkdir(parents=True, exist_ok=True)
         PILImage.create(f).resize((70,70)).save(g)
     return out
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group(large_images, tmp_path):
+    "Ctrl-C in a terminal reaches all of a process's group, and launchers send theirs to it: those that load images go on"
+    args = ['--path', large_images, '--arch', 'resnet8', '--size', 16, '--epochs', 1000, '--bs', 32, '--workers', 2, '--name', 'group']
+    for sig,code in ((signal.SIGINT,130), (signal.SIGTERM,143)):
+        p = start(tmp_path, *args, start_new_session=True)
+        folder,args = tmp_path/'runs'/'group'/'checkpoints',['--resume', 'group']
+        before = newest(folder)
+        while p.poll() is None and newest(folder) == before: time.sleep(.02)
+        before = newest(folder)
+        os.killpg(p.pid, sig)
+        got,_,err = finish(p)
+        assert got == code and 'died' not in err and 'Traceback' not in err and newest(folder) != before, err
 
 def test_dead_worker_and_lost_image(large_images, tmp_path):
     args = ['--path', large_images, '--arch', 'resnet8', '--size', 16, '--epochs', 1000, '--bs', 32, '--workers', 1]

@@ -195,9 +195,9 @@ def clae_learner(
     pixels = _cropping_dls(pixels, views, size)
     precision,fast = precision_cbs(precision, device)
     if channels_last: fast.append(ChannelsLast())
-    cbs = [CLAECallback(views, attack, adv_momentum, attack_bn), CheckFinite(on_nonfinite), DevicePrecision(), CheckCallbacks(), *fast, *L(cbs)]
+    ours = [CLAECallback(views, attack, adv_momentum, attack_bn), CheckFinite(on_nonfinite), DevicePrecision(), CheckCallbacks(), *fast]
     make = _DeterministicLearner if deterministic else Learner
-    learn = make(pixels, model, CLAELoss(loss, alpha), opt_func=opt_func, cbs=cbs, **kwargs)
+    learn = make(pixels, model, CLAELoss(loss, alpha), opt_func=opt_func, cbs=[*ours, *L(cbs)], **kwargs)
     learn.precision = precision
     learn.encoder_info = _encoder_info(arch, encoder, n_in, size, method, getattr(views, 'stats', None),
         getattr(dls, 'reader', None))

@@ -93,7 +93,7 @@ wrong = {
     'two encoders': (dict(weights={f'{p}.{k}': v for p in ('encoder','backbone') for k,v in resnet18().state_dict().items()}), 'several'),
     'two beginnings': (dict(weights={}, pretrained=True), 'two beginnings'),
     'pretrained, of a module': (dict(arch=create_encoder(resnet18), pretrained=True), 'A module is trained as it is'),
-    "library's weights, of a module": (dict(arch=create_encoder(resnet18), weights=ResNet18_Weights.DEFAULT), 'A module is trained as it is'),
+    "the library's, of a module": (dict(arch=create_encoder(resnet18), weights=ResNet18_Weights.DEFAULT), 'A module is trained'),
     'pretrained by name': (dict(pretrained='mine.pth'), 'pretrained must be')}
 
 @pytest.mark.parametrize('case', wrong)

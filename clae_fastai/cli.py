@@ -41,7 +41,7 @@ _groups = { # titles in the help, and what stands under them
     'method': 'recipe arch pretrained weights method eps alpha attack attack_bn views n_out protocol k knn_on probe_on',
     'training': 'epochs bs lr on_nonfinite',
     'hardware': 'precision channels_last deterministic workers ray',
-    'run': 'name seed every_batches resume dry_run format out scale seeds'}
+    'run': 'name seed every_batches resume dry_run format with_preprocessing out scale seeds'}
 
 def _add(group, param, about):
     kind,choices = param.annotation,get_args(param.annotation)
@@ -186,6 +186,7 @@ def clae_eval(
 def clae_export(
     run:str, # Run (a name in runs/, or its folder), or encoder file
     format:Literal['safetensors','onnx']='safetensors', # File format
+    with_preprocessing:bool=False, # Of ONNX: take images as bytes, (B,H,W,C), and normalise them
     out:str=None, # File to write, which must be new; encoder.FORMAT by default
 ):
     """Write a run's encoder to a file of its own.

@@ -396,10 +396,12 @@ def evaluate_run(
 def export_run(
     run:str, # Name or folder of a run, or an encoder file
     format:str='safetensors', # 'safetensors' or 'onnx'
+    with_preprocessing:bool=False, # Of ONNX: is the normalisation part of it?
     out:str=None # File to write, which must be new; encoder.FORMAT by default
 ):
     "Write an encoder to a file of its own"
-    write = look_up(format, dict(safetensors=shutil.copyfile, onnx=export_onnx), 'format')
+    write = look_up(format, dict(safetensors=shutil.copyfile, onnx=partial(export_onnx, with_preprocessing=with_preprocessing)), 'format')
+    if with_preprocessing and format != 'onnx': raise ValueError("Only ONNX can hold the preprocessing: add --format onnx.")
     out = Path(ifnone(out, f'encoder.{format}'))
     if out.exists(): raise FileExistsError(f"{out} exists, and nothing is overwritten: give another name with --out.")
     if not out.parent.is_dir(): raise FileNotFoundError(f"There is no folder {out.parent} to write {out.name} to.")

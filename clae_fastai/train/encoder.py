@@ -7,7 +7,9 @@ __all__ = ['read_encoder', 'load_encoder', 'stock_encoder', 'check_channels', 'c
 
 # %% ../../nbs/16_train.encoder.ipynb #6e75d171
 from fastai.vision.all import *
+from contextlib import suppress
 from importlib.util import find_spec
+import warnings
 from .. import __version__
 from ..core import *
 from ..method.dualbn import *
@@ -108,18 +110,39 @@ def check_value_range(
             f"and these were read with value_range=({own[0]:g}, {own[1]:g}): read them with the encoder's (--value-range).")
 
 # %% ../../nbs/16_train.encoder.ipynb #de530f2e
+class _FromPixels(nn.Module):
+    "An encoder, and what is done to images before it"
+    def __init__(self, encoder, mean, std):
+        super().__init__()
+        self.encoder = encoder
+        for name,o in (('mean',mean),('std',std)): self.register_buffer(name, torch.tensor(o).view(-1,1,1))
+
+    def forward(self, images): return self.encoder((images.permute(0,3,1,2).float()/255 - self.mean)/self.std)
+
+def _export_any_size(model, images, sides):
+    "Its program for images of any size, or of this one where the architecture wants that"
+    for dims in ({0: 'B', **sides}, {0: 'B'}):
+        with suppress(Exception), warnings.catch_warnings(): # PyTorch has an exception of its own for each thing that cannot vary
+            warnings.simplefilter('ignore') # about names of dimensions, which it then chooses itself
+            return torch.onnx.export(model, (images,), dynamo=True, verbose=False, dynamic_shapes=(dims,),
+                input_names=['images'], output_names=['features'])
+    raise ValueError("PyTorch cannot write this architecture as ONNX.")
+
 def export_onnx(
     encoder:Learner|str|Path, # A `clae_learner`, or an encoder file
-    file:str|Path='encoder.onnx' # To be written
+    file:str|Path='encoder.onnx', # To be written
+    with_preprocessing:bool=False # Take images as they are, uint8 (B,H,W,C)?
 ) -> Path:
     "Write an encoder as ONNX: input `images` (B,C,H,W), normalised, output `features` (B,F)"
     if not (find_spec('onnx') and find_spec('onnxscript')):
         raise ValueError("ONNX needs two more packages: pip install 'clae_fastai[onnx]'.")
     encoder,info = stock_encoder(encoder)
-    model = ContrastiveModel(encoder, nn.Identity(), normalize=False)
-    images = torch.zeros(2, info['channels'], *info['size'])
-    program = torch.onnx.export(model, (images,), dynamo=True, verbose=False, dynamic_shapes=({0: 'B'},),
-        input_names=['images'], output_names=['features'])
+    model,(h,w),c = ContrastiveModel(encoder, nn.Identity(), normalize=False),info['size'],info['channels']
+    images,sides = torch.zeros(2, c, h, w),{2: 'H', 3: 'W'}
+    if with_preprocessing:
+        if 'mean' not in info: raise ValueError("The encoder's file does not know how its images were normalised: leave the preprocessing out.")
+        model,images,sides = _FromPixels(model, info['mean'], info['std']),torch.zeros(2, h, w, c, dtype=torch.uint8),{1: 'H', 2: 'W'}
+    program = _export_any_size(model.eval(), images, sides)
     program.model.metadata_props.update(_header(info))
     program.save(file)
     return Path(file)

@@ -41,7 +41,7 @@ _groups = { # titles in the help, and what stands under them
     'method': 'recipe arch pretrained weights method eps alpha attack attack_bn views n_out protocol k knn_on probe_on',
     'training': 'epochs bs lr on_nonfinite',
     'hardware': 'precision channels_last deterministic workers ray',
-    'run': 'name seed every_batches resume dry_run format with_preprocessing out scale seeds'}
+    'run': 'name seed every_batches resume extend dry_run format with_preprocessing out scale seeds'}
 
 def _add(group, param, about):
     kind,choices = param.annotation,get_args(param.annotation)
@@ -143,6 +143,7 @@ def clae_train(
     on_nonfinite:Literal['stop','skip']='stop', # Where a loss or gradient is not finite; skip: at most ten steps in a row
     every_batches:int=None, # Batches between checkpoints; by default only one after each epoch
     resume:str=None, # Go on with this interrupted run (name or folder); takes no other option
+    extend:str=None, # Train this finished run longer, in a new run: its last weights, --epochs and --lr of a new schedule
     dry_run:bool=False, # Say what would be trained, and what a step takes, and stop
 ):
     """Train an encoder without labels by contrastive learning with adversarial examples, and evaluate it.
@@ -153,6 +154,7 @@ def clae_train(
       clae_train --recipe simclr-cifar10   the paper's settings
       clae_train --data cifar10 --eps 0    without adversarial examples
       clae_train --resume digits-simclr-1  go on with a run that was interrupted
+      clae_train --extend digits-simclr-1  train a finished run longer
     """
     _do('train', locals())
 

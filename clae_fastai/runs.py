@@ -56,7 +56,7 @@ _versions = dict(clae_fastai=__version__, python=platform.python_version(),
 
 # %% ../nbs/26_runs.ipynb #2ca05aad
 train_options = { # type, and value where a run says nothing: what version 0.1.0 did
-    **dict.fromkeys('path data arch weights method attack views recipe name'.split(), (str,None)),
+    **dict.fromkeys('path data arch weights method attack views recipe name extends'.split(), (str,None)),
     **dict.fromkeys('n_out epochs bs size channels limit workers every_batches max_pixels'.split(), (int,None)),
     **dict.fromkeys('eps alpha lr valid_pct'.split(), (float,None)), 'value_range': (list,None), 'background': (str,'white'),
     'seed': (int,42), 'precision': (str,'fp32'), 'attack_bn': (str,'adv'), 'on_nonfinite': (str,'stop'),
@@ -224,7 +224,10 @@ class _Run:
         set_seed(s['seed'])
         dls = get_dls(s['data'], **_given(num_workers=s['workers'], **_some('path bs size limit seed')), **_of_folder(s))
         own = self.recipe.learner_kwargs() if self.recipe else _some('arch method eps alpha attack n_out views')
-        return clae_learner(dls, **own, **_some('pretrained weights precision channels_last deterministic attack_bn on_nonfinite'))
+        learn = clae_learner(dls, **own, **_some('pretrained weights precision channels_last deterministic attack_bn on_nonfinite'))
+        begun = self.folder and checkpoints(self.folder/'checkpoints') # then `Resume` brings the weights
+        if s['extends'] and not begun: load_state(learn.model, last_checkpoint(Path(s['extends'])/'checkpoints')[1]['model'])
+        return learn
 
     @property
     def data(self):
@@ -266,9 +269,10 @@ class _Run:
         attack = f" with {learn.clae.attack}" if learn.clae.attacking else ''
         tf32 = " (convolutions in TF32)" if takes_tf32(learn.dls.device, learn.precision) else ''
         processes = f", in {num_distrib()} processes" if num_distrib() > 1 else ''
+        parent = f", from the weights of {Path(s['extends']).name}" if s['extends'] else ''
         classes = f" of {learn.dls.c} classes" if getattr(learn.dls, 'c', 0) else ''
         return (f"{s['arch']} on {len(learn.dls.train_ds)} training images{classes} of {self.data}, "
-            f"{s['method']}{attack}, on {learn.dls.device}{tf32}{processes}; {n_batches(learn.dls.train)} steps an epoch")
+            f"{s['method']}{attack}{parent}, on {learn.dls.device}{tf32}{processes}; {n_batches(learn.dls.train)} steps an epoch")
 
     def dry_run(self):
         "Say what would be trained, and what a step takes; nothing is left behind"
@@ -326,22 +330,37 @@ class _Run:
         _write_json(folder/'summary.json', dict(settings=settings, seed=s['seed'], versions=_versions, metrics=metrics))
         print(f"The encoder is {folder/'encoder.safetensors'}; what the adversary does is in {folder/'views.png'}.")
 
+_of_extension = 'epochs lr seed name workers every_batches'.split()
+
+def _extended(run, given):
+    "Options of a run that begins where a finished one has ended"
+    parent = _find('settings.json', run, 'run').parent
+    if not (parent/'summary.json').exists(): raise ValueError(f"The run {run} is not finished: go on with --resume {run}.")
+    _refuse('extend', given.keys() - _of_extension)
+    return read_options(parent, to_continue=True) | dict(name=None) | given | dict(extends=str(parent.resolve()))
+
+def _refuse(option, given):
+    names = ', '.join('--' + k.replace('_','-') for k in sorted(given))
+    if names: raise ValueError(f"--{option} goes on with the run's own settings: leave out {names}.")
+
 def train(
     resume:str=None, # Name or folder of an interrupted run to go on with, which takes no other option
+    extend:str=None, # Name or folder of a finished run to train longer, in a new run
     dry_run:bool=False, # Say what would be trained and what it takes, and stop
     **kwargs # Options of `clae_train`, where they are not its defaults
 ):
     "Train and evaluate an encoder, in a run's folder"
     if unknown := kwargs.keys() - _not_given: raise TypeError(f"There is no option {', '.join(unknown)}.")
-    options = _not_given | kwargs
-    if is_weight_file(options['weights']): options['weights'] = str(Path(options['weights']).expanduser().resolve())
+    given = {k: v for k,v in kwargs.items() if v != _not_given[k]}
+    if is_weight_file(given.get('weights')): given['weights'] = str(Path(given['weights']).expanduser().resolve())
     with redirect_stdout(io.StringIO() if rank_distrib() else sys.stdout): # of several processes the first one prints
-        if resume is None: return _Run(options).dry_run() if dry_run else _Run(options).start()
-        if given := ['--' + k.replace('_','-') for k,v in options.items() if v != _not_given[k]]:
-            raise ValueError(f"--resume goes on with the run's own settings: leave out {', '.join(given)}.")
+        if resume is None:
+            run = _Run(_not_given | given if extend is None else _extended(extend, given))
+            return run.dry_run() if dry_run else run.start()
+        _refuse('resume', given.keys() | ({'extend'} if extend else set()))
         folder = _find('settings.json', resume, 'run').parent
-        if (folder/'summary.json').exists(): print(f"The run {resume} is finished; nothing is left to do.")
-        else: _Run(read_options(folder, to_continue=True), folder).start()
+        if not (folder/'summary.json').exists(): return _Run(read_options(folder, to_continue=True), folder).start()
+        print(f"The run {resume} is finished; nothing is left to do. To train it longer: clae_train --extend {resume} --epochs N.")
 
 # %% ../nbs/26_runs.ipynb #8b2b23fb
 def _encoder_file(run):

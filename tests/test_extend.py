@@ -1,0 +1,42 @@
+"A finished run is trained longer, in a new run that names its parent."
+import json
+
+import torch
+
+from clae_fastai.all import load_checkpoint
+from clae_fastai.runs import trained
+from conftest import tree
+
+def last(run): return load_checkpoint(sorted((run/'checkpoints').glob('*'))[-1])['model']
+
+def test_longer(cli):
+    assert cli('clae_train', '--limit', 64, '--bs', 32, '--epochs', 1, '--eps', .05, '--name', 'a').returncode == 0
+    a,b = cli.cwd/'runs'/'a',cli.cwd/'runs'/'b'
+    before = tree(a)
+    r = cli('clae_train', '--extend', 'a', '--epochs', 2, '--lr', 1e-12, '--name', 'b')
+    assert r.returncode == 0 and 'from the weights of a' in r.stdout and 'eps=0.05' in r.stdout, r.stderr
+    assert tree(a) == before
+    options = json.loads((b/'settings.json').read_text())['options']
+    assert options['extends'] == str(a.resolve()) and (options['epochs'],options['eps'],options['limit']) == (2,.05,64)
+    old,new = last(a),last(b)
+    assert old.keys() == new.keys() and any('.adv.' in k for k in old)
+    for k,v in old.items(): # all but the statistics of batch norm
+        if 'running' not in k and 'num_batches' not in k: torch.testing.assert_close(new[k], v, rtol=0, atol=1e-7)
+    assert any(not torch.equal(old[k], new[k]) for k in old if '.adv.running' in k)
+    learn = trained(a) # and in Python
+    assert all(torch.equal(v, old[k]) for k,v in learn.model.state_dict().items())
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(1, 1e-3)
+    # a free name by default, and as often as one likes
+    r = cli('clae_train', '--extend', 'b', '--epochs', 1)
+    assert r.returncode == 0 and 'runs/digits-simclr-1: ' in r.stdout, r.stderr
+
+def test_what_cannot_be_extended(cli):
+    assert cli('clae_train', '--limit', 64, '--bs', 32, '--epochs', 1, '--name', 'a').returncode == 0
+    for args,says in ((['--extend', 'a', '--arch', 'resnet18'], 'leave out --arch'),
+                      (['--extend', 'none'], 'There is no run none'),
+                      (['--extend', 'a', '--resume', 'a'], 'leave out --extend')):
+        r = cli('clae_train', *args)
+        assert r.returncode == 2 and says in r.stderr, r.stderr
+    assert '--extend a --epochs' in cli('clae_train', '--resume', 'a').stdout
+    (cli.cwd/'runs'/'a'/'summary.json').unlink()
+    assert '--resume a' in cli('clae_train', '--extend', 'a').stderr

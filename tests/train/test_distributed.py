@@ -111,7 +111,7 @@ def test_training_with_batch_norm(two):
         assert same(a, b), name
     assert all(o['kept'] == [True]*3 for o in two('again'))
     assert all(set(o['shapes']) == {(16,64),(1,64)} for o in two('other'))
-    assert two.log.count('train_loss') == 11 # one table for each of the fits that got so far, of rank 0
+    assert two.log.count('train_loss') == 18 # one table for each of the fits that got so far, of rank 0
 
 @pytest.mark.slow
 def test_after_the_context(two):

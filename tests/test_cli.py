@@ -231,7 +231,7 @@ def test_photographs(cli, cifar_dir, tmp_path):
     "Two epochs of a ResNet-18 on some CIFAR-10 images; the encoder is torchvision's"
     few = tmp_path/'few'
     for split,n in (('train',16), ('test',8)):
-        for d in (cifar_dir/split).iterdir():
+        for d in (cifar_dir/split).glob('*/'):
             (few/split/d.name).mkdir(parents=True)
             for f in sorted(d.iterdir())[:n]: shutil.copy(f, few/split/d.name)
     r = cli('clae_train', '--path', few, '--arch', 'resnet18', '--epochs', 2, '--bs', 32)

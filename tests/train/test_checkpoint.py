@@ -80,23 +80,29 @@ def unfinished(whole, tmp_path):
     for name in ('summary.json','encoder.safetensors','history.csv'): (run/name).unlink()
     return run
 
+def killed(cwd, args, times, seconds):
+    "The folder of a run that is killed that often, at a random moment of so many seconds after a checkpoint, and resumed to its end"
+    run,rng,args = cwd/'runs'/'killed',random.Random(0),[*args, '--name', 'killed']
+    for _ in range(times):
+        before,p = newest(run/'checkpoints'),start(cwd, *args)
+        while newest(run/'checkpoints') == before:
+            time.sleep(.01)
+            assert p.poll() is None
+        time.sleep(rng.uniform(0, seconds))
+        p.kill()
+        p.communicate()
+        assert p.returncode == -signal.SIGKILL
+        args = ['--resume', 'killed']
+    code,_,err = finish(start(cwd, *args))
+    assert code == 0, err
+    return run
+
 @pytest.mark.slow
 def test_killed_ten_times(whole, tmp_path):
     "kill -9 at random moments, of one run that is resumed after each"
-    folder,rng,args = tmp_path/'runs'/'killed'/'checkpoints',random.Random(0),[*small, '--name', 'killed']
-    for _ in range(10):
-        before,p = newest(folder),start(tmp_path, *args)
-        while newest(folder) == before:
-            time.sleep(.01)
-            assert p.poll() is None
-        time.sleep(rng.uniform(0, .3))
-        p.kill()
-        assert p.wait() == -signal.SIGKILL
-        args = ['--resume', 'killed']
-    code,_,err = finish(start(tmp_path, *args))
-    assert code == 0, err
-    assert_same(tmp_path/'runs'/'killed', whole())
-    assert not [f for f in (tmp_path/'runs'/'killed').rglob('*.tmp')]
+    run = killed(tmp_path, small, 10, .3)
+    assert_same(run, whole())
+    assert not [f for f in run.rglob('*.tmp')]
 
 @pytest.mark.slow
 def test_killed_while_reading_photographs(tmp_path):
@@ -108,20 +114,7 @@ def test_killed_while_reading_photographs(tmp_path):
         coarse.save(tmp_path/'photos'/f'{i%2}'/f'{i}.jpg')
     args = ['--path', 'photos', '--arch', 'resnet8', '--size', 48, '--bs', 4, '--epochs', 4, '--every-batches', 1]
     train_here(tmp_path, *args, '--workers', 0, '--name', 'whole')
-    folder,args,rng = tmp_path/'runs'/'killed'/'checkpoints',[*args, '--workers', 2, '--name', 'killed'],random.Random(0)
-    for _ in range(3):
-        before,p = newest(folder),start(tmp_path, *args)
-        while newest(folder) == before:
-            time.sleep(.01)
-            assert p.poll() is None
-        time.sleep(rng.uniform(0, .2))
-        p.kill()
-        p.communicate()
-        assert p.returncode == -signal.SIGKILL
-        args = ['--resume', 'killed']
-    code,_,err = finish(start(tmp_path, *args))
-    assert code == 0, err
-    assert_same(tmp_path/'runs'/'killed', tmp_path/'runs'/'whole')
+    assert_same(killed(tmp_path, [*args, '--workers', 2], 3, .2), tmp_path/'runs'/'whole')
 
 @pytest.mark.slow
 @pytest.mark.parametrize('precision', ['fp32','bf16'])

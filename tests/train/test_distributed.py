@@ -111,7 +111,7 @@ def test_training_with_batch_norm(two):
         assert same(a, b), name
     assert all(o['kept'] == [True]*3 for o in two('again'))
     assert all(set(o['shapes']) == {(16,64),(1,64)} for o in two('other'))
-    assert two.log.count('train_loss') == 11 # one table for each of the fits that got so far, of rank 0
+    assert two.log.count('train_loss') == 18 # one table for each of the fits that got so far, of rank 0
 
 @pytest.mark.slow
 def test_after_the_context(two):
@@ -263,7 +263,7 @@ def test_stopped_and_killed(tmp_path, pytestconfig):
     n,rng = pytestconfig.getoption('moments'),random.Random()
     stops = [(to,rng.choice([signal.SIGTERM,signal.SIGINT])) for to in ['launcher','one','both']*n] + [('one',signal.SIGKILL)]
     rng.shuffle(stops)
-    options = ['--limit', 640, '--bs', 32, '--epochs', len(stops)+2, '--attack', 'rfgsm', '--name', 'run']
+    options = ['--limit', 640, '--bs', 32, '--epochs', 3*len(stops)+2, '--attack', 'rfgsm', '--name', 'run']
     for name in ('whole','stopped'): (tmp_path/name).mkdir()
     whole = Command(tmp_path/'whole', *options)
     assert whole.finish(300) == (0,['0','0']), whole.said()
@@ -271,7 +271,7 @@ def test_stopped_and_killed(tmp_path, pytestconfig):
     for to,sig in stops:
         run = Command(out, *options)
         options = ['--resume', 'run']
-        time.sleep(rng.uniform(0, 1))
+        time.sleep(rng.uniform(0, .5))
         before,start,workers = run.newest(),time.time(),run.workers
         targets = dict(launcher=[run.process.pid], one=[rng.choice(workers)], both=workers*2)[to]
         for pid in targets:

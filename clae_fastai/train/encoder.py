@@ -140,7 +140,8 @@ def export_onnx(
     model,(h,w),c = ContrastiveModel(encoder, nn.Identity(), normalize=False),info['size'],info['channels']
     images,sides = torch.zeros(2, c, h, w),{2: 'H', 3: 'W'}
     if with_preprocessing:
-        if 'mean' not in info: raise ValueError("The encoder's file does not know how its images were normalised: leave the preprocessing out.")
+        if 'mean' not in info:
+            raise ValueError("The encoder's file does not know how its images were normalised: leave the preprocessing out.")
         model,images,sides = _FromPixels(model, info['mean'], info['std']),torch.zeros(2, h, w, c, dtype=torch.uint8),{1: 'H', 2: 'W'}
     program = _export_any_size(model.eval(), images, sides)
     program.model.metadata_props.update(_header(info))

@@ -8,7 +8,8 @@ from fastai.vision.all import (
 from clae_fastai.all import CollapseMonitor, KNNCallback, MemoryImages, clae_learner, memory_dls, resnet8
 
 def learner(quiet, path, n_valid=8, labels=True):
-    images = MemoryImages(torch.randint(256, (32,3,16,16), dtype=torch.uint8), torch.arange(32)%2 if labels else None, 'ab' if labels else ())
+    x = torch.randint(256, (32,3,16,16), dtype=torch.uint8)
+    images = MemoryImages(x, torch.arange(32)%2 if labels else None, 'ab' if labels else ())
     return quiet(clae_learner(memory_dls(images, images.take(slice(0,n_valid)), bs=8, path=path), resnet8))
 
 class Stepped(Callback):
@@ -37,7 +38,8 @@ def test_trackers_of_knn(quiet, tmp_path):
     learn.fit(3, cbs=[KNNCallback(every=2), SaveModelCallback(monitor='knn')])
 
 @pytest.mark.parametrize('cb', [MixUp, CutMix])
-def test_labels_are_not_mixed(cb, quiet, tmp_path): refused(learner(quiet, tmp_path), cb(), f'{cb.__name__}.* no labels'.replace('MixUp', '[Mm]ix').replace('CutMix', '[Cc]ut'))
+def test_labels_are_not_mixed(cb, quiet, tmp_path):
+    refused(learner(quiet, tmp_path), cb(), f'{cb.__name__}.* no labels'.replace('MixUp', '[Mm]ix').replace('CutMix', '[Cc]ut'))
 
 class Halves(Callback):
     "Changes the views after they were made"

@@ -41,6 +41,7 @@ def test_on_the_command_line(cli, digits_dir):
     r = cli('clae_export', 'x', '--format', 'onnx', '--with-preprocessing', '--out', 'x.onnx')
     assert r.returncode == 0, r.stderr
     session = ort.InferenceSession(cli.cwd/'x.onnx')
-    assert session.get_inputs()[0].type == 'tensor(uint8)' and session.run(None, dict(images=np.zeros((3,16,16,3), np.uint8)))[0].shape == (3,64)
+    assert session.get_inputs()[0].type == 'tensor(uint8)'
+    assert session.run(None, dict(images=np.zeros((3,16,16,3), np.uint8)))[0].shape == (3,64)
     r = cli('clae_export', 'x', '--with-preprocessing', '--out', 'y.safetensors')
     assert r.returncode == 2 and 'Only ONNX' in r.stderr and not (cli.cwd/'y.safetensors').exists()

@@ -131,7 +131,12 @@ def _encoder_info(arch, encoder, n_in, size, method, stats, reader):
     if reader and reader.background != 'white': info['background'] = reader.background
     return info if stats is None else dict(info, mean=stats[0].tolist(), std=stats[1].tolist())
 
-class _DeterministicLearner(Learner):
+class _ContrastiveLearner(Learner):
+    "Has views to show, and no classes"
+    def show_results(self, ds_idx=0, dl=None, max_n=6, **kwargs):
+        return self.show_views(max_n, dl=ifnone(dl, self.dls[ds_idx]), **kwargs)
+
+class _DeterministicLearner(_ContrastiveLearner):
     "Fits with the same numbers every time"
     @delegates(Learner.fit)
     def fit(self, *args, **kwargs):
@@ -195,8 +200,8 @@ def clae_learner(
     pixels = _cropping_dls(pixels, views, size)
     precision,fast = precision_cbs(precision, device)
     if channels_last: fast.append(ChannelsLast())
-    ours = [CLAECallback(views, attack, adv_momentum, attack_bn), CheckFinite(on_nonfinite), DevicePrecision(), CheckCallbacks(), *fast]
-    make = _DeterministicLearner if deterministic else Learner
+    ours = [CLAECallback(views, attack, adv_momentum, attack_bn), CheckFinite(on_nonfinite), DevicePrecision(), CheckCallbacks(), LogViews(), *fast]
+    make = _DeterministicLearner if deterministic else _ContrastiveLearner
     learn = make(pixels, model, CLAELoss(loss, alpha), opt_func=opt_func, cbs=[*ours, *L(cbs)], **kwargs)
     learn.precision = precision
     learn.encoder_info = _encoder_info(arch, encoder, n_in, size, method, getattr(views, 'stats', None),
@@ -298,11 +303,12 @@ def draw_views(
 def show_views(self:Learner,
     n:int=6, # Number of images, at most a batch
     imsize:float=1.1, # Width of each, in inches
-    seed:int=0 # Of the images and their views
+    seed:int=0, # Of the images and their views
+    dl:DataLoader=None # Other images than those of training
 ) -> plt.Figure:
     "Draw training images, their views and, with an attack, adversaries and their changes"
     with seeded_clae(self, seed) as (clae,model,device):
-        x = first(full_batches(self.dls.train, device, 1))[0]
+        x = first(full_batches(ifnone(dl, self.dls.train), device, 1))[0]
         x_q,x_p = clae.views(x)
         adversary = dict(x_adv=clae.adversarial_views(x_q)) if clae.attacking else {}
         images = views_table(clae, n, x, x_q=x_q, x_p=x_p, **adversary)

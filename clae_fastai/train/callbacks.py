@@ -53,7 +53,7 @@ class LogViews(Callback):
             if _is_a(cb, 'WandbCallback'): cb.log_preds = False
             if not _is_a(cb, 'TensorBoardCallback'): continue
             if cb.projector:
-                raise ValueError("TensorBoardCallback(projector=True) shows images of a classifier with their classes: leave projector out.")
+                raise ValueError("TensorBoardCallback(projector=True) needs the layers and classes of a classifier: leave projector out.")
             cb.trace_model,cb.log_preds,cb.after_epoch = False,False,noop # which cannot log a column that is empty
 
     def after_epoch(self):

@@ -7,6 +7,7 @@ __all__ = ['command', 'parser', 'main', 'clae_train', 'clae_eval', 'clae_export'
 
 # %% ../nbs/27_cli.ipynb #2ef48a3f
 import argparse, inspect, os, re, sys, warnings
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial, wraps
 from typing import Callable, Literal, get_args
 from . import __version__
@@ -18,6 +19,11 @@ def _message(error):
     if 'Original Traceback' in text: text = text.strip().rpartition('\n')[2].partition(': ')[2]
     return ' '.join(text.split())
 
+def _local_rank():
+    "Among the processes that a launcher has started on this machine; None where there was none, whatever is left in the environment"
+    n,rank = (os.environ.get(k, '') for k in ('WORLD_SIZE','LOCAL_RANK'))
+    return int(rank) if n.isdecimal() and int(n) > 1 and rank.isdecimal() else None
+
 def command(
     func:Callable # Its arguments become options, its docments their help
 ) -> Callable: # `func`, which ends as a command does; its `main(argv=None)` reads a command line
@@ -27,8 +33,8 @@ def command(
         try: return func(*args, **kwargs)
         except (ValueError, OSError, FloatingPointError) as e: why,code = _message(e),2
         except KeyboardInterrupt: why,code = 'interrupted',130
-        rank = int(os.environ.get('RANK', 0))
-        process = f' (process {rank})' if rank else ''
+        rank = os.environ.get('RANK') if _local_rank() is not None else '0'
+        process = f' (process {rank})' if rank != '0' else ''
         print(f"{func.__name__}{process}: {why}", file=sys.stderr)
         sys.exit(code)
     _command.main = partial(main, _command)
@@ -89,16 +95,19 @@ def main(
 
 def _take_gpu():
     "Of several processes each takes its own, before fastai is imported, which takes the first one for all that have none"
-    rank = int(os.environ.get('LOCAL_RANK', 0))
-    if not rank: return
+    if not (rank := _local_rank()): return
     import torch
     if rank < torch.cuda.device_count(): torch.cuda.set_device(rank) # if not, `runs.train` says so
 
 def _do(work, options):
     "The work of a command, in the room `runs`: only here are PyTorch and fastai imported"
     _take_gpu()
-    from clae_fastai import runs
-    getattr(runs, work)(**options)
+    from clae_fastai import core,runs
+    streams = [core.SafeStream(o) for o in (sys.stdout, sys.stderr)]
+    try:
+        with redirect_stdout(streams[0]), redirect_stderr(streams[1]): getattr(runs, work)(**options)
+    finally:
+        for o in streams: o.end()
 
 # %% ../nbs/27_cli.ipynb #41c5d659
 _data = tuple('digits fashion_mnist cifar10 cifar100 tinyimagenet imagenet100 cars aircraft dtd pets caltech101 flowers '
@@ -142,7 +151,7 @@ def clae_train(
     attack_bn:Literal['adv','clean']='adv', # Batch norm that the attack looks through; adv is the paper's
     on_nonfinite:Literal['stop','skip']='stop', # Where a loss or gradient is not finite; skip: at most ten steps in a row
     every_batches:int=None, # Batches between checkpoints; by default only one after each epoch
-    resume:str=None, # Go on with this interrupted run (name or folder); takes no other option
+    resume:str=None, # Go on with this interrupted run (name or folder); with --path, if its images are elsewhere now, and no other option
     extend:str=None, # Train this finished run longer, in a new run: its last weights, --epochs and --lr of a new schedule
     dry_run:bool=False, # Say what would be trained, and what a step takes, and stop
 ):

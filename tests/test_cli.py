@@ -131,7 +131,7 @@ def test_runs_twice_and_leaves_the_run_folder(cli):
             '.lock','checkpoints','encoder.safetensors','history.csv','loss.png','settings.json','summary.json','views.png']
     assert 'trained encoder' in r.stdout and 'raw pixels' in r.stdout and '\r' not in r.stdout
     s = summary(run)
-    assert set(s) == {'settings','seed','versions','metrics'} and s['settings']['name'] == 'digits-simclr-2'
+    assert set(s) == {'settings','seed','images','versions','metrics','not_written'} and s['settings']['name'] == 'digits-simclr-2'
     for row in ('raw','untrained','encoder'):
         knn = s['metrics']['knn'][row]
         assert {k: len(v['values']) for k,v in knn.items()} == {'1': 20, '5': 20, 'all': 1}
@@ -201,7 +201,7 @@ def test_bad_images_are_named_or_skipped(cli, bad_images):
 
 def test_empty_folder(command, tmp_path):
     (tmp_path/'none').mkdir()
-    assert 'no image in none' in command(clae_train, '--path', 'none')
+    assert 'There is no image in' in command(clae_train, '--path', 'none')
 
 def test_existing_run_is_not_overwritten(command, tmp_path):
     run = tmp_path/'runs'/'mine'

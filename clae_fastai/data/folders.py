@@ -93,7 +93,7 @@ class _Folder:
     files:list # Of both
     infos:list # Their `ImageInfo`s
     notes:list # Sentences for the user
-    held_out:bool # Are the test images chosen by us?
+    held_out:float # Share that is held out; 0 where none is, or where a folder of test images is there
 
 def _read_folder(path, reader, seed, skip_bad, unlabelled, valid_pct):
     files,others = find_images(path, reader.read)
@@ -128,12 +128,12 @@ def _read_folder(path, reader, seed, skip_bad, unlabelled, valid_pct):
     if len(parts) == 2:
         _check_classes(*parts, *roots) # without what was skipped
         if valid_pct is not None: notes.append(f"valid_pct is not used, as {roots[1]} is there to test on.")
-        return _Folder(*parts, all_files, all_infos, notes, False)
+        return _Folder(*parts, all_files, all_infos, notes, 0)
     train,test,share = _hold_out(parts[0], roots[0], valid_pct, seed)
     if test:
         what = f'{100*share:g} % of each class, to test on' if classes else f'{100*share:g} %, to measure valid_loss on'
         notes.append(f"Held out {what} (valid_pct=, --valid-pct): {len(test)} of {len(all_files)} images.")
-    return _Folder(train, test, all_files, all_infos, notes, bool(test))
+    return _Folder(train, test, all_files, all_infos, notes, share if test else 0)
 
 # %% ../../nbs/10_data.folders.ipynb #9191db08
 def _n_channels(infos, channels):

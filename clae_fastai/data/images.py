@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ImageItem', 'read_images', 'label_indices', 'split_items', 'ImageSet', 'MemoryImages', 'ImageDL', 'MemoryDL',
            'ResizeImages', 'image_dls', 'memory_dls', 'cached_images', 'random_box', 'largest_box', 'cut_crops',
-           'two_crops', 'FileImages', 'FileDL', 'sample_items', 'file_dls', 'TwoCrops']
+           'two_crops', 'FileImages', 'FileDL', 'sample_items', 'file_dls', 'TwoCrops', 'fingerprint', 'other_images']
 
 # %% ../../nbs/09_data.images.ipynb #f165ba1d
 from fastai.vision.all import *
+from collections import defaultdict
 from contextlib import ExitStack, suppress
 from PIL import ExifTags
 import ctypes, hashlib, torchvision.transforms.functional as TF
@@ -415,3 +416,36 @@ class TwoCrops(RandTransform):
         channels = len(x) if isinstance(x, Tensor) else 1 if x.mode == 'L' else 3
         res = cut_crops(x, ImageReader(channels), self.size, two_crops(self.size[1]/self.size[0], self.rng, self.area))
         return (TensorImageBW if channels == 1 else TensorImage)(res if len(res) > 1 else res[0])
+
+# %% ../../nbs/09_data.images.ipynb #cce8fce7
+_read_at_most = 2**26 # bytes
+
+def fingerprint(
+    sets:list, # Data sets; of others than `ImageSet`s the `items` that are paths
+    root:str|Path='.' # What names of files are relative to
+) -> dict: # Aspect: text, JSON can hold it
+    "What tells images from others"
+    aspects = defaultdict(lambda: hashlib.blake2b(digest_size=8))
+    def _add(aspect, what): aspects[aspect].update(what if isinstance(what, memoryview) else f'{what}\n'.encode(errors='surrogateescape'))
+    files = []
+    for o in sets:
+        if isinstance(o, ImageSet) and o.labels is not None: _add('classes', (list(o.vocab),o.labels.tolist()))
+        if isinstance(o, MemoryImages): _add('contents', memoryview(o.images.cpu().contiguous().numpy().reshape(-1)))
+        else: files += [Path(f) for f in (o.images if isinstance(o, FileImages) else getattr(o, 'items', ())) if isinstance(f, (str,Path))]
+    stats = [f.stat() for f in files]
+    for f,s in zip(files, stats):
+        about = dict(names=Path(os.path.relpath(f, root)).as_posix(), sizes=s.st_size, times=s.st_mtime_ns)
+        for aspect,what in about.items(): _add(aspect, what)
+    step = math.ceil(sum(s.st_size for s in stats)/_read_at_most)
+    for f in files[::max(1, step)]: _add('contents', memoryview(f.read_bytes()))
+    return dict(number=' and '.join(str(len(o)) for o in sets if hasattr(o, '__len__')), **{k: h.hexdigest() for k,h in aspects.items()})
+
+def other_images(
+    before:dict, # A `fingerprint`
+    now:dict, # Another one
+    moved:bool=False # Are other times expected, as files have been copied?
+) -> str: # '' where they are the same images
+    "In what they differ, as part of a sentence"
+    differ = [k for k in {**before, **now} if before.get(k) != now.get(k) and not (moved and k == 'times')]
+    number = [f"their number, {before['number']} then, {now['number']} now"] if 'number' in differ else []
+    return ', '.join(number + [f"their {k}" for k in differ if k != 'number'])

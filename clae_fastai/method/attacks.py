@@ -151,7 +151,7 @@ class RandomAttack(Attack):
 
     def _draw(self, f, shape, x):
         if self.generator is None or self.generator.device != x.device:
-            self.generator = torch.Generator(x.device).manual_seed(self.seed + rank_distrib())
+            self.generator = torch.Generator(x.device).manual_seed(self.seed + this_rank())
         return f(shape, generator=self.generator, device=x.device, dtype=x.dtype)
 
     def random_direction(self, x):

@@ -13,7 +13,7 @@ import pickle, safetensors, safetensors.torch
 from ..core import *
 
 # %% ../../nbs/05b_method.weights.ipynb #81cc5f39
-def _is_compiled(model): return '_orig_mod' in model._modules # asking for its class would import the compiler
+def _is_compiled(model): return '_orig_mod' in getattr(model, '_modules', ()) # asking for its class would import the compiler
 
 def plain_model(
     model:nn.Module # Any model

@@ -7,10 +7,11 @@ __all__ = ['Grid', 'grids', 'trial_name', 'sweep', 'trial_row', 'aggregate', 'pa
 
 # %% ../../nbs/25_paper.experiments.ipynb #73512316
 from fastai.vision.all import *
-import filelock, traceback
+import filelock, signal, traceback
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from ..core import *
+from ..data.images import other_images
 from ..data.catalogue import catalogue
 from ..train.learner import methods
 from ..measure.evaluate import table2
@@ -143,7 +144,7 @@ def trial_name(
 @contextmanager
 def _trial_lock(folder):
     "Is a trial's folder ours meanwhile?"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     lock = filelock.FileLock(folder/'.lock', timeout=0)
     with suppress(filelock.Timeout): lock.acquire()
     try: yield lock.is_locked
@@ -158,17 +159,29 @@ def _do_trial(folder, options, run):
     if not _is_open(folder): return False
     with _trial_lock(folder) as ours:
         if not ours or not _is_open(folder): return False # done meanwhile
-        start = time.time()
+        start = time.monotonic()
         try:
-            with (folder/'log.txt').open('a', encoding='utf-8') as f, redirect_stdout(f): run(dict(options), folder)
+            if (log := folder/'log.txt').is_symlink(): log.unlink()
+            with log.open('a', encoding='utf-8') as f, redirect_stdout(SafeStream(f)): run(dict(options), folder)
             if not _is_done(folder): raise ValueError("the trial ended without summary.json")
-            print(f"{folder.name}: done in {time.time() - start:.0f} s", flush=True)
+            print(f"{folder.name}: done in {time.monotonic() - start:.0f} s", flush=True)
         except Exception:
-            write_text(folder/'error.txt', why := traceback.format_exc())
+            why = traceback.format_exc()
+            with suppress(OSError): write_text(folder/'error.txt', why)
             print(f"\nTRIAL FAILED: {folder}\n{why}", file=sys.stderr, flush=True)
     return True
 
+def _end_with_parent():
+    "When the process that started this one is gone, stop as SIGTERM does: a training at its next checkpoint"
+    def _wait():
+        multiprocessing.parent_process().join()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        os._exit(143)
+    if multiprocessing.parent_process(): threading.Thread(target=_wait, daemon=True).start()
+
 def _do_all(trials, run, threads):
+    _end_with_parent()
     torch.set_num_threads(threads)
     # after each from the first on: another process may have died of one
     while any(_do_trial(folder, o, run) for folder,o in trials.items()): pass
@@ -254,6 +267,7 @@ def trial_row(
         train_seconds=metrics.get('train_seconds'), device=summary['settings'].get('device'),
         **{f'version_{k}': v for k,v in summary['versions'].items()})
     row.pop('path', None)
+    if 'images' in summary: row['images'] = json.dumps(summary['images'])
     return row
 
 def aggregate(
@@ -386,7 +400,7 @@ def _collect(out, trials):
 
 def _render_grid(grid, df, count):
     done = df.dropna(subset=grid.metrics, how='all')
-    own = ['data', *grid.axes, 'trial', 'seed', 'recipe', 'train_seconds', *grid.metrics]
+    own = ['data', *grid.axes, 'trial', 'seed', 'recipe', 'train_seconds', 'images', *grid.metrics]
     shared = done.drop(columns=own, errors='ignore').dropna(axis=1)
     shared = {k: v.iloc[0] for k,v in shared.items() if v.nunique() == 1}
     # where trials are missing, whole numbers have become floats
@@ -397,8 +411,21 @@ def _render_grid(grid, df, count):
         f"kNN: 200 neighbours, LR: linear probe.{same and f' All trials: {same}.'}\n\n{grid.markdown(df)}")
     return text,done,grid.draw(df) if grid.x else None
 
+def _check_images(trials, rows, images):
+    "Raises `ValueError` where results are of other images than those in the folder that is given now"
+    known,now = rows.reindex(columns=['trial','images']).dropna().set_index('trial')['images'],{}
+    for name,o in trials.items():
+        if not o.get('path') or name not in known: continue
+        key = tuple(o.get(k) for k in ('data','path','size','limit','seed'))
+        if key not in now:
+            try: now[key] = images(o)
+            except FileNotFoundError: now[key] = None # they are elsewhere, and the results are here
+        if now[key] and (differ := other_images(json.loads(known[name]), now[key], moved=True)):
+            raise ValueError(f"The results of {_data_name(o)} that are here are of other images than those in {o['path']} ({differ}): "
+                "give a folder of its own for their results (--out), or give the data another name.")
+
 def _run_and_render(
-    name, grid, scale, data=None, seeds=None, workers=1, ray=None, out='results', run=None, render=None):
+    name, grid, scale, data=None, seeds=None, workers=1, ray=None, out='results', run=None, images=None, render=None):
     "`render(folders, count)`: text, rows and picture of what trials.csv does not hold"
     seeds = ifnone(seeds, 1 if scale == 'smoke' else 3)
     _check_count('workers', workers)
@@ -406,10 +433,12 @@ def _run_and_render(
     out,cells = Path(out),grid.cells(scale, data)
     trials = [dict(o, seed=s) for s in range(seeds) for _,o in cells] # each cell's first before any's second
     trials = {out/'runs'/trial_name(o): o for o in trials}
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     by_hand = {o['data'] for o in trials.values() if catalogue[o['data']].source == 'path' and 'path' not in o}
     for o in sorted(by_hand): print(f"{o} is not run: get it at {catalogue[o].page} and give --data {o}=FOLDER.")
-    known = () if render else set(_collect(out, trials)['trial'])
+    rows = _collect(out, trials)
+    if images: _check_images({d.name: o for d,o in trials.items()}, rows, images)
+    known = () if render else set(rows['trial'])
     todo = [o for d,o in trials.items() if d.name not in known and o['data'] not in by_hand]
     try:
         if run: sweep(todo, run, out/'runs', workers, ray)
@@ -433,11 +462,12 @@ def table(
     workers:int=1, # Processes
     ray:str=None, # Address of a Ray cluster, or 'auto'
     out:str|Path='results', # Folder; the trials are in its `runs`
-    run:Callable=None # As of `sweep`; None: only render
+    run:Callable=None, # As of `sweep`; None: only render
+    images:Callable=None # `images(options)`: the `fingerprint` of a trial's images, to be compared with the results'
 ) -> Path: # The Markdown file, beside its CSV
     "Run what a table lacks, and render it"
     known = {k.removeprefix('table'): (k,g) for k,g in grids(scale).items() if g.x is None}
-    return _run_and_render(*look_up(which, known, 'table'), scale, data, seeds, workers, ray, out, run)
+    return _run_and_render(*look_up(which, known, 'table'), scale, data, seeds, workers, ray, out, run, images)
 
 # %% ../../nbs/25_paper.experiments.ipynb #e8b6430a
 def _figure2(learn):

@@ -8,10 +8,11 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'random_state', 'set_random_sta
 
 # %% ../../nbs/15_train.checkpoint.ipynb #d4e39211
 from fastai.vision.all import *
-from contextlib import nullcontext
-import json, signal, zlib
+from contextlib import nullcontext, suppress
+import json, signal, uuid, zlib
 from ..core import *
 from ..method.weights import *
+from ..data.images import *
 from .distributed import *
 
 # %% ../../nbs/15_train.checkpoint.ipynb #4c48aaf8
@@ -85,8 +86,8 @@ def set_random_state(
     "Restore every random generator; where the number of processes has changed, seed each anew, from the state"
     for dl,s in zip(dls.loaders, states[0]['loaders']): # processes share their shuffling
         if s is not None: local_dl(dl).rng.setstate(s)
-    if len(states) != world_size(): return set_seed(zlib.crc32(states[0]['torch'].numpy()) // 2 + rank_distrib())
-    own = states[rank_distrib()]
+    if len(states) != world_size(): return set_seed(zlib.crc32(states[0]['torch'].numpy()) // 2 + this_rank())
+    own = states[this_rank()]
     random.setstate(own['python'])
     np.random.set_state(own['numpy'])
     torch.set_rng_state(own['torch'])
@@ -102,6 +103,13 @@ def _memories(cbs):
         return {name: vars(cb)[name] for name in names if name in vars(cb)}
     return [(type(cb).__name__, _memory(cb)) for cb in cbs.sorted('order')]
 
+def _rates(learn):
+    "Learning rates and all that is scheduled, at some points of a fit"
+    schedules = [cb.scheds for cb in learn.cbs if isinstance(cb, ParamScheduler)]
+    hypers = {k: [h[k] for h in learn.opt.hypers] for k in ('lr','wd') if k in learn.opt.hypers[0]}
+    points = {k: [f(p) for p in (0,.1,.25,.5,.75,1)] for scheds in schedules for k,f in scheds.items()}
+    return {f'{k} over time': ' '.join(f'{o:.6g}' for o in np.concatenate([*map(np.ravel, v)])) for k,v in {**hypers, **points}.items()}
+
 def _run_identity(learn):
     "What makes a run another run, as text"
     opt,clae = learn.opt,getattr(learn, 'clae', None)
@@ -111,8 +119,14 @@ def _run_identity(learn):
         loss=learn.loss_func, optimiser=[step.__name__ for step in steps],
         parameter_groups=[len(group) for group in opt.param_lists],
         precision=nested_attr(learn, 'mixed_precision.amp_mode', 'fp32'))
+    res.update(_rates(learn))
     if clae: res.update(views=getattr(clae.views, 'aug', clae.views), attack=clae.attack, attack_bn=clae.attack_bn)
     return {k: re.sub(' at 0x[0-9a-f]+', '', str(v)) for k,v in res.items()} # not the address of an object
+
+def _of_run(learn, given, run_id):
+    "What a checkpoint knows of its run besides the state"
+    images = fingerprint([local_dl(dl).dataset for dl in learn.dls.loaders if hasattr(dl, 'dataset')], learn.dls.path)
+    return dict(settings=_run_identity(learn), given=given or {}, images=images, run_id=run_id)
 
 def _parts(learn):
     "What has a state in some runs, and none in others"
@@ -125,7 +139,7 @@ def run_state(
     "All of a run but its random generators"
     smooth = learn.recorder.smooth_loss
     return dict(
-        model=plain_state(learn.model), opt=learn.opt.state_dict(), settings=_run_identity(learn),
+        model=plain_state(learn.model), opt=learn.opt.state_dict(),
         **{k: part.state_dict() for k,part in _parts(learn).items()},
         epoch=learn.epoch, n_iter=len(learn.dls.train), train_iter=learn.train_iter, pct_train=learn.pct_train,
         smooth_loss=(smooth.count, smooth.val), callbacks=_memories(learn.cbs))
@@ -162,8 +176,6 @@ def checkpoints(
     found = {f: m for f in Path(folder).glob('epoch*') if (m := _pattern.fullmatch(f.name))}
     return L(sorted(found, key=lambda f: (int(found[f][1]), float(found[f][2] or 'inf')))) # inside an epoch, then its end
 
-def _warn(text): print(text, file=sys.stderr, flush=True)
-
 _repeats = 5 # seconds in which a signal that comes again is the same
 
 def _in_own_group(wif):
@@ -188,7 +200,7 @@ def _last_word(checkpoint, seconds=20):
     def _listen():
         while (got := os.read(ours, 1)[0]) not in (0, signal.SIGTERM, signal.SIGINT): pass
         if got and not ended.wait(seconds) and not checkpoint.stopping:
-            _warn(f"\n{signal.Signals(got).name}: process {rank_distrib()} waits for another process, which does not answer. When the "
+            alert(f"\n{signal.Signals(got).name}: process {this_rank()} waits for another process, which does not answer. When the "
                 f"launcher ends it, go on from the last checkpoint in {checkpoint.folder}: Resume, or clae_train --resume.")
     (listener := threading.Thread(target=_listen, daemon=True)).start()
     try: yield
@@ -207,7 +219,8 @@ class Checkpoint(Callback):
         folder:str|Path='checkpoints', # Made if it is not there
         every_batches:int=None, # Batches from one save to the next inside an epoch; None: at its end only
         keep:int=2, # Number of the latest files that are kept, 1 or more; the best is kept besides
-        monitor:str='valid_loss' # Column that tells the best: least 'loss' or 'error', most of all else; 'train_loss' if unknown
+        monitor:str='valid_loss', # Column that tells the best: least 'loss' or 'error', most of all else; 'train_loss' if unknown
+        settings:dict=None # What else makes it this run, such as its seed; `Resume` compares
     ):
         for name,n in dict(keep=keep, every_batches=ifnone(every_batches, 1)).items():
             if n < 1: raise ValueError(f"{name} must be 1 or more, and it is {n}.")
@@ -219,9 +232,11 @@ class Checkpoint(Callback):
         self.run = not hasattr(self.learn, 'lr_finder') # fastai's switch: False is off, for this fit
         self.is_first_save = not any(isinstance(cb, Resume) and cb.resuming for cb in self.learn.cbs)
         if self.guarding and self.agreement is None and world_size() > 1: self.agreement = Agreement()
-        if rank_distrib() or not self.run: return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for f in self.folder.glob('.epoch*.tmp'): f.unlink() # half a file of a process that was killed
+        if this_rank() or not self.run: return
+        make_folder(self.folder)
+        clear_half_files(self.folder)
+        resumed = first(cb for cb in self.learn.cbs if isinstance(cb, Resume) and cb.resuming)
+        self.of_run = resumed.of_run if resumed else _of_run(self.learn, self.settings, uuid.uuid4().hex)
 
     def before_epoch(self): self.fit_cbs = list(self.learn.cbs)
     def before_train(self): self.at_start = self._own_states()
@@ -271,20 +286,20 @@ class Checkpoint(Callback):
     ):
         "Save now"
         states = self._own_states()
-        if rank_distrib(): return
-        state = dict(**run_state(self.learn), batch=batch, random=states, at_start=self.at_start)
+        if this_rank(): return
+        state = dict(**run_state(self.learn), **self.of_run, batch=batch, random=states, at_start=self.at_start)
         bad = [k for k,v in state['model'].items() if v.is_floating_point() and not v.isfinite().all()]
         if bad:
             raise FloatingPointError(f"The weights are not finite ({len(bad)} tensors, such as {bad[0]}) in epoch {self.epoch}, "
                 "and not saved. Lower the learning rate or eps, or train in higher precision.")
         file = self._file(batch)
         try:
+            make_folder(self.folder) # somebody may have moved it away
             if self.is_first_save: self._set_aside()
             save_checkpoint(file, state)
-        except OSError as e:
-            return _warn(f"\nTHE CHECKPOINT {file} COULD NOT BE SAVED ({e}). Training goes on; earlier ones are kept.\n")
-        for f in checkpoints(self.folder)[:-self.keep]:
-            if f.name != self.best[1]: f.unlink(missing_ok=True)
+            for f in checkpoints(self.folder)[:-self.keep]:
+                if f.name != self.best[1]: f.unlink(missing_ok=True)
+        except OSError as e: alert(f"\nTHE CHECKPOINT {file} COULD NOT BE SAVED ({e}). Training goes on; earlier ones are kept.\n")
 
     def _set_aside(self):
         "An earlier fit's checkpoints, into a folder of their own: two fits in one would be mixed up"
@@ -293,13 +308,13 @@ class Checkpoint(Callback):
         to = first((self.folder/f'earlier-{i}' for i in itertools.count(1)), lambda d: not d.exists())
         to.mkdir()
         for f in files: f.rename(to/f.name)
-        _warn(f"{self.folder} held {len(files)} checkpoints of an earlier fit, which are in {to} now.")
+        alert(f"{self.folder} held {len(files)} checkpoints of an earlier fit, which are in {to} now.")
 
     def _hear(self):
         "For which signal do all processes stop here? 0: for none"
         self.stopping = self.agreement(self.signal) if self.agreement else self.signal
-        if self.stopping and self.agreement and not rank_distrib():
-            _warn(f"\n{signal.Signals(self.stopping).name}: {world_size()} processes save after this batch, and stop.")
+        if self.stopping and self.agreement and not this_rank():
+            alert(f"\n{signal.Signals(self.stopping).name}: {world_size()} processes save after this batch, and stop.")
 
     def _stop(self):
         if not self.stopping: return
@@ -308,11 +323,11 @@ class Checkpoint(Callback):
 
     def _ask_to_stop(self, signum, frame):
         "What a signal does"
-        if time.time() < self.asked + _repeats or self.stopping and num_distrib() > 1: return
+        if time.monotonic() < self.asked + _repeats or self.stopping and launched()[1] > 1: return
         if self.signal: raise SystemExit(128 + signum)
-        self.signal,self.asked = signum,time.time()
-        if num_distrib() > 1: return # `_hear` will say it
-        _warn(f"\n{signal.Signals(signum).name}: saving after this batch, then stopping "
+        self.signal,self.asked = signum,time.monotonic()
+        if launched()[1] > 1: return # `_hear` will say it
+        alert(f"\n{signal.Signals(signum).name}: saving after this batch, then stopping "
             f"(again after {_repeats} seconds: stop at once).")
 
     @contextmanager
@@ -324,7 +339,7 @@ class Checkpoint(Callback):
         main = threading.current_thread() is threading.main_thread() # no other can listen to signals
         self.guarding,self.signal,self.stopping,self.asked = True,0,0,-math.inf
         before = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)} if main else {}
-        several = num_distrib() > 1
+        several = launched()[1] > 1
         try:
             with learn.added_cbs(self), _own_groups(learn.dls), _last_word(self) if main and several else nullcontext():
                 try: yield self
@@ -353,7 +368,7 @@ def last_checkpoint(
     for f in files[::-1]:
         try: return f,load_checkpoint(f)
         except _OldVersion: raise
-        except ValueError as e: _warn(f"{e} The one before it is used.")
+        except ValueError as e: alert(f"{e} The one before it is used.")
     raise ValueError(f"None of the {len(files)} checkpoints in {folder} is whole: start anew.")
 
 class Resume(Callback):
@@ -361,23 +376,39 @@ class Resume(Callback):
     Raises `ValueError` where the run is not the one that was saved"""
     order,used,state,other_cbs = Checkpoint.order-1,False,None,None # what it restores, Checkpoint sees
     def __init__(self,
-        folder:str|Path='checkpoints' # Of a `Checkpoint`
-    ): self.folder = Path(folder)
+        folder:str|Path='checkpoints', # Of a `Checkpoint`
+        settings:dict=None, # As `Checkpoint` was given
+        moved:bool=False # Have the files of the data been copied or moved, so that their times are others?
+    ):
+        store_attr()
+        self.folder = Path(folder)
 
     def before_fit(self):
         self.resuming = not self.used and not self.learn.lock.locked() # as in `validate` and `get_preds`
         if not self.resuming: return
         self.used = True
         file,state = last_checkpoint(self.folder)
-        own,saved = _run_identity(self.learn),state['settings']
+        self.of_run = _of_run(self.learn, self.settings, state['run_id'])
+        own,saved = ({**o['given'], **o['settings']} for o in (self.of_run, state))
         if len(state['random']) != world_size(): del saved['batches_an_epoch']
         differ = [f'{k}: {was}, now {own.get(k)}' for k,was in saved.items() if was != own.get(k)]
         if model := key_difference(state['model'], self.model): differ.append(f'the saved model {model}')
         if differ:
             raise ValueError(f"{file} is of another run ({'; '.join(differ)}): give the learner and `fit` what they had then.")
+        if images := other_images(state['images'], self.of_run['images'], self.moved):
+            raise ValueError(f"{file} is of a run on other images ({images}): bring those back, or begin a new run. If the same files "
+                "were only copied or moved, say so: Resume(moved=True), or clae_train --resume NAME --path FOLDER.")
+        if (other := self._other_run(file, state)):
+            raise ValueError(f"{file} and {other} are of two runs: take away what does not belong to this one.")
         self.state,self.inside = state,state['batch'] is not None
         self.start = state['epoch'] + (not self.inside)
         if self.start: self._go_alone()
+
+    def _other_run(self, file, state):
+        "The newest of the other files that are whole, if it is of another run"
+        for f in checkpoints(self.folder)[::-1]:
+            with suppress(ValueError):
+                if f != file: return f if load_checkpoint(f)['run_id'] != state['run_id'] else None
 
     # fastai's loop cannot begin in the middle: what is done passes with this callback alone, which cancels it
     def _go_alone(self): self.other_cbs,self.learn.cbs = self.learn.cbs,L(self)
@@ -410,7 +441,7 @@ class Resume(Callback):
     def _restore(self):
         state,self.state = self.state,None
         states = state['random']
-        own = states[rank_distrib()] if len(states) == world_size() else {}
+        own = states[this_rank()] if len(states) == world_size() else {}
         if 'attack' in own: state['attack'] = own['attack']
         elif 'generator' in state.get('attack', {}) and len(states) != world_size():
             state['attack']['generator'] = None # the first one's would be the same for all: each begins at its own seed

@@ -243,7 +243,7 @@ def clae_learner(
     precision,fast = precision_cbs(precision, device)
     if channels_last: fast.append(ChannelsLast())
     clae = CLAECallback(views, attack, adv_momentum, attack_bn)
-    ours = [clae, CheckFinite(on_nonfinite), DevicePrecision(), CheckCallbacks(), LogViews(), *fast]
+    ours = [clae, CheckFinite(on_nonfinite), DevicePrecision(), CheckCallbacks(), CheckTrackers(), LogViews(), *fast]
     make = _DeterministicLearner if deterministic else _ContrastiveLearner
     learn = make(pixels, model, CLAELoss(loss, alpha), opt_func=opt_func, cbs=[*ours, *L(cbs)], **kwargs)
     learn.precision = precision

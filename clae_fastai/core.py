@@ -9,7 +9,7 @@ __all__ = ['at_least_float32', 'send', 'iter_batches', 'world_size', 'gather', '
 
 # %% ../nbs/01_core.ipynb #398f7d85
 from fastai.basics import *
-import difflib, glob, hashlib, io, safetensors, safetensors.torch
+import difflib, glob, hashlib, safetensors, safetensors.torch
 from contextlib import suppress
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable

@@ -1,4 +1,5 @@
 "Bad days: images that were exchanged, checkpoints of other runs, full disks, names that are taken, parents that die, leftovers."
+import contextlib
 import json
 import os
 import random
@@ -295,18 +296,16 @@ def wait_for(condition, seconds=120):
 
 @pytest.fixture
 def disk(tmp_path):
-    "A disk of 8 MB"
+    "A disk of 32 MB"
     (place := tmp_path/'disk').mkdir()
-    mount = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=8m', 'clae', place], capture_output=True) if os.name == 'posix' else None
+    mount = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=32m', 'clae', place], capture_output=True) if os.name == 'posix' else None
     if mount is None or mount.returncode: pytest.skip('only root may mount; the tests above raise what a full disk does')
     yield place
     subprocess.run(['umount', '-l', place], check=True)
 
 def fill(disk):
-    with (disk/'filler').open('wb') as f:
-        while True:
-            try: f.write(bytes(4096)); f.flush()
-            except OSError: return
+    with contextlib.suppress(OSError), (disk/'filler').open('wb', buffering=0) as f:
+        while True: f.write(bytes(4096))
 
 long = '--limit', 256, '--bs', 32, '--epochs', 12
 
@@ -338,17 +337,6 @@ def test_full_disk(disk, tmp_path):
             assert p.communicate(timeout=300) and p.returncode == 0
         assert same(weights(disk/'runs'/name), weights(tmp_path/'runs'/'whole'))
         shutil.rmtree(disk/'runs')
-
-@pytest.mark.slow
-def test_read_only_disk(disk, tmp_path):
-    p = start(disk, *long, '--name', 'run')
-    wait_for(lambda: len(checkpoints(disk/'runs'/'run'/'checkpoints')) > 1)
-    subprocess.run(['mount', '-o', 'remount,ro', disk], check=True)
-    out,err = p.communicate(timeout=300)
-    assert p.returncode == 2 and 'history.csv COULD NOT BE WRITTEN' in err and 'Traceback' not in err, err
-    assert 'The encoder is trained' in err and Path(err.split('Meanwhile it is ')[1].split('. Make room')[0]).exists()
-    subprocess.run(['mount', '-o', 'remount,rw', disk], check=True)
-    assert (p := start(disk, '--resume', 'run')).communicate(timeout=300) and p.returncode == 0
 
 @pytest.mark.slow
 def test_renamed_run_folder(tmp_path):
@@ -428,7 +416,7 @@ def workers_of(parent):
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='needs /proc')
 def test_killed_parents_and_children(tmp_path, pytestconfig):
     "SIGKILL or SIGTERM at random moments of a sweep: nobody is left, and the table is that of a sweep that nobody disturbed"
-    args = 'start', '--scale', 'smoke', '--workers', 2, '--data', tmp_path/'photos'
+    args = '1', '--scale', 'smoke', '--workers', 2, '--data', tmp_path/'photos'
     draw_images(tmp_path/'photos', 600, seed=3)
     (tmp_path/'calm').mkdir(); (tmp_path/'killed').mkdir()
     assert (p := start(tmp_path/'calm', *args, command='clae_table')).communicate(timeout=600) and p.returncode == 0
@@ -436,7 +424,7 @@ def test_killed_parents_and_children(tmp_path, pytestconfig):
     for i in range(moments):
         p = start(tmp_path/'killed', *args, command='clae_table', stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_for(lambda: p.poll() is not None or len(workers_of(p.pid)) == 2)
-        time.sleep(rng.uniform(2, 12))
+        time.sleep(rng.uniform(0, 20))
         if p.poll() is not None: break
         whom,sig = (('parent',signal.SIGKILL), ('child',signal.SIGKILL), ('parent',signal.SIGTERM), ('child',signal.SIGKILL))[i%4]
         if whom == 'child' and (children := workers_of(p.pid)):

@@ -183,7 +183,7 @@ mutant('train.encoder', 'header', 'any file passes as an encoder',
        ('if not ok: raise ValueError(', 'if False: raise ValueError('))
 mutant('core', 'rank-offset', "a process takes the first one's rows for its own",
        f'{processes}::test_equals_one_process_on_the_whole_batch[2]',
-       ('return 0 if world_size() == 1 else n*dist.get_rank()', 'return 0'))
+       ('return n*this_rank()', 'return 0'))
 mutant('data.catalogue', 'download-lock', 'a process reads the half of an archive that another one downloads',
        'data/test_catalogue.py::test_one_process_downloads',
        ('with one_at_a_time(path, entry.name):', 'with contextlib.nullcontext():'))

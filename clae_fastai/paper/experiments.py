@@ -160,7 +160,7 @@ def _do_trial(folder, options, run):
         if not ours or not _is_open(folder): return False # done meanwhile
         start = time.time()
         try:
-            with (folder/'log.txt').open('a', encoding='utf-8') as f, redirect_stdout(f): run(dict(options), folder)
+            with open(folder/'log.txt', 'a', encoding='utf-8', errors='replace') as f, redirect_stdout(f): run(dict(options), folder)
             if not _is_done(folder): raise ValueError("the trial ended without summary.json")
             print(f"{folder.name}: done in {time.time() - start:.0f} s", flush=True)
         except Exception:

@@ -130,8 +130,8 @@ def test_readable_images_are_remembered(tmp_path, opened):
     memo = json.loads((tmp_path/'.clae-checked.json').read_text())
     assert sorted(memo['images']) == [f'{i}.png' for i in (0,1,2,4,5,6)]
 
-@pytest.mark.parametrize('memo', [b'', b'\xff', b'[]', b'{}', b'[' * 100_000, b'{"format": "clae-checked-2"}',
-                                  b'{"format": "clae-checked-2", "background": "white", "images": [1]}',
+@pytest.mark.parametrize('memo', [b'', b'\xff', b'[]', b'{}', b'[' * 100_000, b'{"format": "clae-checked-3"}',
+                                  b'{"format": "clae-checked-3", "background": "white", "images": [1]}',
                                   b'{"format": "clae-checked-1", "images": {}}'])
 def test_a_damaged_memory_is_none(tmp_path, opened, memo):
     for i in range(3): image(tmp_path/f'{i}.png', i)
@@ -147,7 +147,7 @@ def test_damaged_entries_are_none(tmp_path, opened):
     def found(entry, background='white'):
         "Sizes and whether the image is opened, where `entry` is remembered"
         opened.clear()
-        memo = dict(format='clae-checked-2', background=background, images={'0.png': entry})
+        memo = dict(format='clae-checked-3', background=background, images={'0.png': entry})
         (tmp_path/'.clae-checked.json').write_text(json.dumps(memo))
         return [(o.width,o.height) for _ in range(2) for o in check(tmp_path)[1]],bool(opened)
     for rest in ([], right[:-1], [*right, 1], [*right[:-1], True], [[], *right[1:]], [40., *right[1:]], [*right[:4], 0, *right[5:]]):

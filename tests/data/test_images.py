@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from clae_fastai.all import (
-    MemoryImages, Normalize, TensorCategory, accuracy, cached_images, check_images, clae_learner, extract_features,
+    MemoryImages, Normalize, TensorCategory, accuracy, cached_images, check_images, check_regular, clae_learner, extract_features,
     get_dls, get_image_files, load_learner, resnet8, resnet18, vision_learner)
 
 from layouts import cifar10, image
@@ -142,7 +142,7 @@ def test_damaged_entries_are_none(tmp_path, opened):
     "Entries with the right stamp, and nonsense behind it"
     file = tmp_path/'0.png'
     image(file, 0)
-    stamp = [file.stat().st_size,file.stat().st_mtime_ns]
+    stamp = [*check_regular(file)]
     right = [40,30,3,'uint8',0.,255.,False,False,False,1]
     def found(entry, background='white'):
         "Sizes and whether the image is opened, where `entry` is remembered"

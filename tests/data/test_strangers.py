@@ -241,7 +241,7 @@ def pack(root, name):
 
 @pytest.mark.parametrize('name', ['x.zip','x.tar.gz','X.TGZ','x.7z','x.rar','x.tar','x.zip.001'])
 def test_archives(cli, command, tmp_path, name):
-    from clae_fastai.cli import clae_eval, clae_train
+    from clae_fastai.cli import clae_train
     file = pack(tmp_path, name)
     for read in (lambda: folder_dls(file), lambda: get_dls(file), lambda: get_dls(str(file)), lambda: get_dls('folder', file),
                  lambda: get_dls('cifar10', file), lambda: get_dls('dtd', file, download=False)):

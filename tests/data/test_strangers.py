@@ -120,7 +120,7 @@ def test_data_sets_that_are_no_files(tmp_path, name):
                 refused.append(file)
         file.unlink()
         aside.rename(file)
-    assert len(refused) > 3
+    assert len(refused) >= 3
 
 # what has several names
 

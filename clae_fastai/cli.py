@@ -47,7 +47,7 @@ _groups = { # titles in the help, and what stands under them
 
 def _text(value):
     if value.strip(): return value
-    raise argparse.ArgumentTypeError('it is empty: leave the option out, or say what it is')
+    raise argparse.ArgumentTypeError('it is empty: say what it is (an option may be left out)')
 
 def _add(group, param, about):
     kind,choices = param.annotation,get_args(param.annotation)

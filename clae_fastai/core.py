@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['at_least_float32', 'send', 'iter_batches', 'world_size', 'gather', 'rank_offset', 'new_file', 'write_text', 'say',
-           'check_regular', 'check_tensors', 'write_safetensors', 'OtherFormat', 'read_safetensors', 'look_up',
-           'check_choice', 'check_batches']
+           'check_regular', 'check_tensors', 'write_safetensors', 'OtherFormat', 'utf8_name', 'read_safetensors',
+           'look_up', 'check_choice', 'check_batches']
 
 # %% ../nbs/01_core.ipynb #398f7d85
 from fastai.basics import *
@@ -178,6 +178,16 @@ class OtherFormat(ValueError):
         super().__init__(f"{file} is something else: its format is {format!r}, and {expected!r} was expected.")
         self.format = format
 
+@contextmanager
+def utf8_name(
+    file:str|Path # To be read
+):
+    "A name of the file that is text, as safetensors takes no other: its own, or on Linux that of a descriptor"
+    try: str(file).encode()
+    except UnicodeEncodeError:
+        with open(file, 'rb') as f: yield f'/dev/fd/{f.fileno()}'
+    else: yield file
+
 def read_safetensors(
     file:str|Path, # Written by `write_safetensors`
     format:str # What it has to be
@@ -185,7 +195,7 @@ def read_safetensors(
     "Read such a file. Raises `FileNotFoundError` where there is none, and `ValueError` where it is damaged, or something else"
     try:
         check_regular(file)
-        with safetensors.safe_open(file, 'pt') as f:
+        with utf8_name(file) as name, safetensors.safe_open(name, 'pt') as f:
             header = f.metadata() or {}
             if header.get('format') != format: raise OtherFormat(file, header.get('format'), format)
             tensors = {k: f.get_tensor(k) for k in f.keys()}

@@ -5,8 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from PIL import Image
 
-from clae_fastai.all import check_images, folder_dls, load_encoder, write_text
+from clae_fastai.all import (
+    check_images, folder_dls, load_encoder, read_safetensors, read_weights, write_safetensors, write_text)
 
 sys.path.insert(0, f'{os.path.dirname(__file__)}/data')
 from layouts import image
@@ -73,11 +76,21 @@ def test_what_is_written_with_names(tmp_path):
         assert len(good) == 1 and '.clae-unreadable.txt' in said
     assert (tmp_path/'.clae-unreadable.txt').read_bytes().count(b'\xff') == 5
 
-def test_many_images_in_a_folder_of_any_name(tmp_path, capfd):
-    "Their cache lies beside them"
+def test_files_of_tensors_of_any_name(tmp_path):
+    root = tmp_path/os.fsdecode(b'\xff')
+    root.mkdir()
+    write_safetensors(root/'x.safetensors', dict(a=torch.ones(2)), 'x')
+    assert torch.equal(read_safetensors(root/'x.safetensors', 'x')[0]['a'], torch.ones(2))
+    assert torch.equal(read_weights(root/'x.safetensors')['a'], torch.ones(2))
+    with pytest.raises(FileNotFoundError): read_safetensors(root/'y.safetensors', 'x')
+
+def test_many_images_in_a_folder_of_any_name(tmp_path, capfd, monkeypatch):
+    "Their cache lies beside them, and is read"
     root = tmp_path/os.fsdecode(b'\xff')
     for i in range(1001): image(root/os.fsdecode(b'c\xfe%d' % (i%2))/f'{i}.png', i%50, (8,8))
-    for _ in range(2): assert len(folder_dls(root, bs=4).vocab) == 2
+    for _ in range(2):
+        assert len(folder_dls(root, bs=4).vocab) == 2
+        monkeypatch.setattr(Image, 'open', None)
     assert (root/'.clae-images.safetensors').is_file() and 'could not be kept' not in capfd.readouterr().out
 
 # options

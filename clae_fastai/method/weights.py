@@ -92,7 +92,8 @@ def read_weights(
     try:
         if file.suffix.lower() == '.safetensors':
             try: return read_safetensors(file, 'clae-encoder-1')[0] # whose checksum is looked at
-            except OtherFormat: return safetensors.torch.load_file(file)
+            except OtherFormat:
+                with utf8_name(file) as name: return safetensors.torch.load_file(name)
         state = torch.load(file, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError: # PyTorch's own message proposes to read it all the same
         raise ValueError(f"{file} is damaged, or holds more than tensors, which could execute code. Where you trust it, write its tensors "

@@ -118,6 +118,53 @@ def test_touched_files(cli, begun):
         assert cli('clae_train', '--resume', 'run', '--path', photos).returncode == 0
     assert same(weights(cli.cwd/'runs'/'run'), whole)
 
+def replace_one(photos, f): shutil.copy(photos/'b'/'03.png', f)
+def rename_one(photos, f): f.rename(f.with_name('55.png'))
+def rename_in_order(photos, f): f.rename(f.with_name(f.stem + 'x.png'))
+def link_one(photos, f):
+    f.rename(photos.parent/f'kept-{f.name}')
+    f.symlink_to(photos.parent/f'kept-{f.name}')
+def copy_hidden(photos, f): shutil.copy(f, photos/'a'/'.hidden.png')
+def write_a_note(photos, f): (f.parent/'note.txt').write_text('a')
+def second_name(photos, f): os.link(f, photos/'a'/'second.png')
+def another_mode(photos, f): f.chmod(0o444)
+def other_pixels(photos, f): Image.fromarray(255 - np.array(Image.open(f))).save(f)
+def class_named_anew(photos, f): (photos/'a').rename(photos/'c')
+def link_the_folder(photos, f):
+    photos.rename(photos.with_name('real'))
+    photos.symlink_to('real')
+def folder_from_elsewhere(photos, f):
+    shutil.copytree(photos, photos.with_name('copy'))
+    shutil.rmtree(photos)
+    photos.with_name('copy').rename(photos)
+
+changes = [replace_one, rename_one, rename_in_order, link_one, copy_hidden, write_a_note, second_name, another_mode, other_pixels,
+           class_named_anew, link_the_folder, folder_from_elsewhere]
+
+@posix
+def test_refused_or_exact(cli, begun):
+    "Random changes, one to three of them, between a run and its resumption"
+    photos,whole = begun
+    shutil.copytree(photos, cli.cwd/'before'/'photos')
+    run,outcomes = cli.cwd/'runs'/'run',[]
+    shutil.copytree(run, cli.cwd/'before'/'run')
+    for seed in range(16):
+        rng = random.Random(seed)
+        chosen = changes[seed:seed+1] or rng.sample(changes[:9], rng.choice([2,3]))
+        for o in (photos,run):
+            if o.is_symlink(): o.unlink()
+            else: shutil.rmtree(o)
+            shutil.copytree(cli.cwd/'before'/o.name, o)
+        shutil.rmtree(cli.cwd/'real', ignore_errors=True)
+        for o in chosen: o(photos, rng.choice([f for f in photos.rglob('*.png') if not f.is_symlink() and f.name[0] != '.']))
+        r = cli('clae_train', '--resume', 'run')
+        if r.returncode: assert r.returncode == 2 and r.stderr.count('\n') == 1 and 'Traceback' not in r.stderr, (chosen, r.stderr)
+        else: assert same(weights(run), whole), chosen
+        outcomes.append(r.returncode)
+    assert {*outcomes} == {0,2}
+    for o in (replace_one, other_pixels): assert outcomes[changes.index(o)] == 2
+    for o in (copy_hidden, write_a_note, another_mode, link_the_folder): assert outcomes[changes.index(o)] == 0
+
 @pytest.mark.parametrize('other,words', [
     (('--seed', 7), 'seed: 7, now 42'), (('--lr', '1e-3'), 'lr over time'), (('--attack', 'pgd'), 'attack'),
     (('--precision', 'bf16'), 'precision')])

@@ -159,18 +159,16 @@ def _default_size(folder):
             f"choose one, such as size={max(4, min(h,w))}.")
     return 224,224
 
-def _in_memory(path, files, parts, classes, reader):
+def _in_memory(path, files, train, test, classes, reader):
     "A `MemoryImages` of each part; where there are many files all are read, and kept beside them"
-    if len(files) <= 1000 or reader.read: # nobody knows when a function changes
-        train,test = parts
-        train = MemoryImages.from_items(train, classes, reader)
-        return train,MemoryImages.from_items(test, classes, reader) if test else train.new_empty()
-    files = sorted(files)
-    with one_at_a_time(path, 'images'):
-        every, = cached_images(path, files, lambda: [MemoryImages(read_images(files, reader))],
-            (reader.channels, reader.value_range, reader.background))
-    index = {f: i for i,f in enumerate(files)}
-    return [MemoryImages(every.images[[index[o.image] for o in part]], label_indices(part, classes), classes, reader) for part in parts]
+    def _set(items): return MemoryImages.from_items(items, classes, reader)
+    if len(files) > 1000 and not reader.read: # nobody knows when a function changes
+        files,options = sorted(files),(reader.channels, reader.value_range, reader.background)
+        with one_at_a_time(path, 'images'): every, = cached_images(path, files, lambda: [MemoryImages(read_images(files, reader))], options)
+        index = {f: i for i,f in enumerate(files)}
+        def _set(items): return MemoryImages(every.images[[index[o.image] for o in items]], label_indices(items, classes), classes, reader)
+    train = _set(train)
+    return train,_set(test) if test else train.new_empty()
 
 def folder_dls(
     path:str|Path, # The folder
@@ -200,7 +198,7 @@ def folder_dls(
     size = tuplify(size or _default_size(folder), match=(0,0))
     train,test,classes = sample_items(folder.train, limit, seed),folder.test,_classes(folder.train)
     if len(sizes) == 1 and max(first(sizes)) <= 64:
-        dls = memory_dls(*_in_memory(path, folder.files, [train,test], classes, reader), size, path=path, **kwargs)
+        dls = memory_dls(*_in_memory(path, folder.files, train, test, classes, reader), size, path=path, **kwargs)
     else: dls = file_dls(train, test, classes, size, reader, path=path, **kwargs)
     dls.reader,dls.notes,dls.held_out = reader,notes,folder.held_out
     if notes: say(*notes)

@@ -36,14 +36,14 @@ def export_encoder(self:Learner,
 
 def _check_header(info):
     n = info.get('channels')
-    def _numbers(name, n, kinds=(int,float), above=0):
+    def _numbers(name, n, kinds=(int,float), above=0, below=math.inf):
         values = info.get(name)
-        return isinstance(values, list) and len(values) == n and all(type(v) in kinds and above < v < math.inf for v in values)
+        return isinstance(values, list) and len(values) == n and all(type(v) in kinds and above < v < below for v in values)
     good = dict(
         arch='arch' in info,
         stem=info.get('stem') in ('cifar','imagenet'),
         channels=type(n) is int and 0 < n < 10_000,
-        size=_numbers('size', 2, (int,)))
+        size=_numbers('size', 2, (int,), below=2**15))
     if 'value_range' in info: good['value_range'] = _numbers('value_range', 2, above=-math.inf)
     if 'mean' in info or 'std' in info: good.update(mean=_numbers('mean', n, above=-math.inf), std=_numbers('std', n))
     for name,ok in good.items():

@@ -25,15 +25,19 @@ def folder_of(root, names, size=(20,20)):
     return root
 
 @contextlib.contextmanager
-def at_once(seconds=20):
-    "What waits for ever fails"
-    def _late(*_): raise TimeoutError('it waits')
+def at_once(seconds=10):
+    "What waits for ever fails, whoever catches that"
+    late = []
+    def _late(*_):
+        late.append(True)
+        raise TimeoutError('it waits')
     before = signal.signal(signal.SIGALRM, _late)
     signal.alarm(seconds)
     try: yield
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+    assert not late
 
 # what a file is
 

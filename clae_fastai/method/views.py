@@ -75,20 +75,22 @@ view_presets = dict( # augmentations, statistics, and the crops' area where a cr
 
 # %% ../../nbs/05_method.views.ipynb #2eeebf90
 def _name(tfm): return type(tfm).__name__
-def _comes_from(tfm, library): return type(tfm).__module__.startswith(library)
-_torchvision = 'torchvision.transforms'
+def _comes_from(tfm, library): return any(cls.__module__.startswith(library) for cls in type(tfm).__mro__) # or inherits from there
+_torchvision,_for_images = 'torchvision.transforms',('torchvision.transforms','albumentations')
+def _is_compose(tfm): return _name(tfm) == 'Compose' and getattr(tfm, 'p', 1) == 1 # albumentations' may be left out at random
 
 def item_tfms(
     aug # Anything that augments
 ) -> list: # None for what augments batches
-    "Transforms of single images, where `aug` is a list of them, one of torchvision's, or a `Compose`; each taken apart"
+    "Transforms of single images: a list of them, one of torchvision's or albumentations', or their `Compose`, which is taken apart"
     if isinstance(aug, nn.Sequential) and len(aug) and all(_comes_from(o, _torchvision) for o in aug): aug = [*aug]
-    if _comes_from(aug, _torchvision): aug = aug.transforms if _name(aug) == 'Compose' else [aug]
+    if _comes_from(aug, _for_images): aug = aug.transforms if _is_compose(aug) else [aug]
     elif not isinstance(aug, (list,L)): return None
     if wrong := [o for o in aug if not callable(o)]:
         raise ValueError(f"Views are made by one list of transforms, and {wrong[0]!r} is none.")
-    def _parts(tfm): return item_tfms(tfm) if _name(tfm) == 'Compose' or isinstance(tfm, nn.Sequential) else None
-    return [o for tfm in aug for o in (_parts(tfm) or [tfm])]
+    def _parts(tfm): return item_tfms(tfm) if _is_compose(tfm) or isinstance(tfm, nn.Sequential) else None
+    parts = [o for tfm in aug for o in (_parts(tfm) or [tfm])]
+    return [o for o in parts if _name(o) != 'ToTensorV2'] # what comes out is made a tensor in any case
 
 def _any_named(tfm, names): return _name(tfm) in names or any(_any_named(o, names) for o in getattr(tfm, 'transforms', ()))
 
@@ -96,9 +98,10 @@ def _split_stats(tfms):
     "Item transforms before a `Normalize` at their end, and its (mean, std) or None"
     at = L(tfms).argwhere(lambda o: _any_named(o, ['Normalize']))
     if not at: return tfms,None
-    if at != [len(tfms)-1] or _name(tfms[-1]) != 'Normalize':
-        raise ValueError("Normalize must be the last of the views' transforms, and by itself, as evaluation normalises, too: "
-            f"{', '.join(map(_name, tfms))}.")
+    of_images = getattr(tfms[-1], 'normalization', 'standard') != 'standard' # albumentations' can take each image's own statistics
+    if at != [len(tfms)-1] or _name(tfms[-1]) != 'Normalize' or of_images:
+        raise ValueError("Normalize must be the last of the views' transforms, by itself and the same for all images, "
+            f"as evaluation normalises, too: {', '.join(map(_name, tfms))}.")
     return tfms[:-1],[torch.as_tensor(o).flatten() for o in (tfms[-1].mean, tfms[-1].std)]
 
 class _OneByOne:
@@ -110,8 +113,19 @@ class _OneByOne:
         return (self.tfm(x, split_idx=0) if isinstance(self.tfm, Transform) else self.tfm(x.as_subclass(Tensor)))[0]
     def __repr__(self): return repr(self.tfm)
 
+class _ByKeyword:
+    "A transform of albumentations, which takes and gives arrays by keyword; its random numbers follow from Python's"
+    def __init__(self, tfm): self.tfm = tfm
+    def __call__(self, x):
+        if hasattr(self.tfm, 'set_random_seed'): self.tfm.set_random_seed(random.getrandbits(32)) # else it has a generator of its own
+        x = self.tfm(image=x.permute(1,2,0).numpy() if isinstance(x, Tensor) else np.array(x))['image']
+        if isinstance(x, Tensor): return x
+        return PILImage.create(x.squeeze()) if x.dtype == np.uint8 and (x.ndim == 2 or x.shape[2] in (1,3)) else image2tensor(x)
+    def __repr__(self): return repr(self.tfm)
+
 def _for_one(tfm):
     "`tfm` as something that takes a PIL image"
+    if _comes_from(tfm, 'albumentations'): return _ByKeyword(tfm)
     if _comes_from(tfm, 'kornia'): return _OneByOne(tfm)
     if not isinstance(tfm, Transform): return tfm
     try: tfm.encodes(PILImage.create(np.zeros((8,8,3), dtype=np.uint8)))
@@ -127,7 +141,7 @@ _need_tensors = 'RandomErasing','ConvertImageDtype','LinearTransformation','Gaus
 class PerImage:
     "Item transforms, applied to each image of a batch on the CPU"
     def __init__(self,
-        tfms:list # Transforms of PIL images, fastai's or torchvision's; all results must have one size
+        tfms:list # Transforms of PIL images, fastai's, torchvision's, or albumentations'; all results must have one size
     ):
         tfms = [o for o in item_tfms(tfms) if not isinstance(o, IntToFloatTensor)] # what comes out is made float in any case
         self.tfms = [_for_one(o) for o in sorted(tfms, key=lambda o: getattr(o, 'order', 0))]

@@ -219,7 +219,7 @@ def _last_word(checkpoint, seconds=20):
 class Checkpoint(Callback):
     "Save everything a run is after each epoch and, with `every_batches`, inside it"
     order,run_valid,checkpoint_attrs = 1000,False,('best',)
-    signal,stopping,agreement,guarding,between_batches = 0,0,None,False,False
+    signal,stopping,agreement,guarding,between_batches,fits = 0,0,None,False,False,()
     def __init__(self,
         folder:str|Path='checkpoints', # Made if it is not there
         every_batches:int=None, # Batches from one save to the next inside an epoch; None: at its end only
@@ -242,6 +242,8 @@ class Checkpoint(Callback):
         clear_half_files(self.folder)
         resumed = first(cb for cb in self.learn.cbs if isinstance(cb, Resume) and cb.resuming)
         self.of_run = resumed.of_run if resumed else _of_run(self.learn, self.settings, uuid.uuid4().hex)
+        if self.learn.lock.locked(): return # in `validate` and `get_preds`
+        self.of_run['earlier_fits'],self.fits = [*self.fits],[*self.fits, self.of_run['settings']]
 
     def before_epoch(self): self.fit_cbs = list(self.learn.cbs)
     def before_train(self): self.at_start = self._own_states()
@@ -379,7 +381,7 @@ def last_checkpoint(
 class Resume(Callback):
     """Go on from the newest checkpoint in `folder`, in the same call of `fit` that was interrupted, once.
     Raises `ValueError` where the run is not the one that was saved"""
-    order,used,state,other_cbs = Checkpoint.order-1,False,None,None # what it restores, Checkpoint sees
+    order,used,state,other_cbs,n_passed = Checkpoint.order-1,False,None,None,0 # what it restores, Checkpoint sees
     def __init__(self,
         folder:str|Path='checkpoints', # Of a `Checkpoint`
         settings:dict=None, # As `Checkpoint` was given
@@ -391,15 +393,20 @@ class Resume(Callback):
     def before_fit(self):
         self.resuming = not self.used and not self.learn.lock.locked() # as in `validate` and `get_preds`
         if not self.resuming: return
-        self.used = True
         file,state = last_checkpoint(self.folder)
         self.of_run = _of_run(self.learn, self.settings, state['run_id'])
+        if state.get('earlier_fits', [])[self.n_passed:][:1] == [self.of_run['settings']]: return self._pass()
+        self.used = True
         own,saved = ({**o['given'], **o['settings']} for o in (self.of_run, state))
         if len(state['random']) != world_size(): del saved['batches_an_epoch']
         differ = [f'{k}: {was}, now {own.get(k)}' for k,was in saved.items() if was != own.get(k)]
         if model := key_difference(state['model'], self.model): differ.append(f'the saved model {model}')
         if differ:
-            raise ValueError(f"{file} is of another run ({'; '.join(differ)}): give the learner and `fit` what they had then.")
+            finished = state['batch'] is None and state['epoch']+1 == int(saved['epochs'])
+            longer = (" To train a finished run longer, begin with its weights, "
+                f"load_state(learn.model, load_checkpoint('{file}')['model']), or take clae_train --extend NAME.")
+            raise ValueError(f"{file} is of another run ({'; '.join(differ)}): give the learner and `fit` what they had then."
+                f"{longer if finished else ''}")
         if images := other_images(state['images'], self.of_run['images'], self.moved):
             raise ValueError(f"{file} is of a run on other images ({images}): bring those back, or begin a new run. If the same files "
                 "were only copied or moved, say so: Resume(moved=True), or clae_train --resume NAME --path FOLDER.")
@@ -408,6 +415,12 @@ class Resume(Callback):
         self.state,self.inside = state,state['batch'] is not None
         self.start = state['epoch'] + (not self.inside)
         if self.start: self._go_alone()
+
+    def _pass(self):
+        "This fit was done before the one that was interrupted, by the same callbacks"
+        self.n_passed,self.start = self.n_passed+1,self.n_epoch
+        alert(f"Fit {self.n_passed} was done before the one that {self.folder} goes on with, and is passed over.")
+        self._go_alone()
 
     def _other_run(self, file, state):
         "The newest of the other files that are whole, if it is of another run"
@@ -426,7 +439,7 @@ class Resume(Callback):
         if not self.other_cbs or self.epoch < self.start-1: return
         self._go_on()
         if bar := nested_attr(self.learn, 'progress.mbar'): bar.update(0) # it has not seen an epoch begin
-        if not self.inside: self._restore()
+        if self.state and not self.inside: self._restore()
 
     def before_train(self):
         if not self.state: return

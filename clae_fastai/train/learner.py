@@ -8,6 +8,7 @@ __all__ = ['methods', 'clae_learner', 'seeded_clae', 'full_batches', 'views_tabl
 # %% ../../nbs/17_train.learner.ipynb #500cb2fb
 from fastai.vision.all import *
 from fastai.vision.learner import create_head as fastai_head, default_split
+from torch.utils.data import RandomSampler, SequentialSampler
 import warnings
 from contextlib import suppress
 from ..core import *
@@ -65,6 +66,46 @@ def _first_images(dls):
     if getattr(x, 'ndim', 0) in (4,5): return x
     raise ValueError("Batches must begin with images (B,C,H,W), or two crops of each (B,2,C,H,W), "
         f"not with a {type(x).__name__} {tuple(getattr(x, 'shape', ()))}.")
+
+# %% ../../nbs/17_train.learner.ipynb #4e3f9191
+class _TorchSet(GetAttr):
+    "A data set of PyTorch's, whose images can be shown"
+    n_inp,_default = 1,'dataset'
+    def __init__(self, dataset): self.dataset = dataset
+    @property
+    def c(self): return len(self.dataset.classes) # as torchvision's call them
+    def __len__(self): return len(self.dataset)
+    def __getitem__(self, i): return tuplify(self.dataset[i])
+    def decode(self, o, full=True): # embeddings, which a learner may give, stay as they are
+        classes = getattr(self.dataset, 'classes', None)
+        def _class(y): return Category(classes[int(y)] if classes else str(int(y)))
+        return (TensorImage(o[0]), *(y if getattr(y, 'ndim', 0) else _class(y) for y in o[1:]))
+    def new_empty(self): return type(self)([])
+
+def _collate(collate_fn, items): return tuplify(collate_fn(items)) # what `predict` gives has no labels, and is no tuple
+
+def _is_plain(dl):
+    "Is a loader of PyTorch's nothing but a data set, a batch size and a shuffling?"
+    sampler,batches = dl.sampler,dl.batch_sampler
+    if type(batches) is not torch.utils.data.BatchSampler or dl.worker_init_fn: return False
+    whole = getattr(sampler, 'num_samples', None) == len(dl.dataset) and not getattr(sampler, 'replacement', False)
+    return type(sampler) is SequentialSampler or type(sampler) is RandomSampler and whole
+
+def _fastai_dls(dls):
+    "`dls`, or a shallow copy whose loaders are fastai's where they were PyTorch's"
+    def _is_torch(dl): return isinstance(dl, torch.utils.data.DataLoader)
+    if not any(map(_is_torch, dls.loaders)): return dls
+    device = ifnone(getattr(dls, 'device', None), default_device())
+    def _fastai_dl(dl):
+        if not _is_torch(dl): return dl
+        return TfmdDL(_TorchSet(dl.dataset), bs=dl.batch_size, shuffle=type(dl.sampler) is RandomSampler, drop_last=dl.drop_last,
+            num_workers=dl.num_workers, pin_memory=dl.pin_memory, timeout=dl.timeout, persistent_workers=dl.persistent_workers,
+            create_batch=partial(_collate, dl.collate_fn), device=device)
+    if all(_is_plain(dl) for dl in dls.loaders if _is_torch(dl)):
+        return DataLoaders(*map(_fastai_dl, dls.loaders), path=dls.path, device=device)
+    print("PyTorch's loader has a sampler or worker_init_fn of its own, and is used as it is: training and features work; for get_preds, "
+        "summary, show_batch, export and encoder_learner give fastai's DataLoader(dataset, bs=64, shuffle=True).")
+    return dls
 
 # %% ../../nbs/17_train.learner.ipynb #8a324460
 methods = dict(
@@ -131,7 +172,12 @@ def _encoder_info(arch, encoder, n_in, size, method, stats, reader):
     if reader and reader.background != 'white': info['background'] = reader.background
     return info if stats is None else dict(info, mean=stats[0].tolist(), std=stats[1].tolist())
 
-class _DeterministicLearner(Learner):
+class _ContrastiveLearner(Learner):
+    "Has views to show, and no classes"
+    def show_results(self, ds_idx=0, dl=None, max_n=6, **kwargs):
+        return self.show_views(max_n, dl=ifnone(dl, self.dls[ds_idx]), **kwargs)
+
+class _DeterministicLearner(_ContrastiveLearner):
     "Fits with the same numbers every time"
     @delegates(Learner.fit)
     def fit(self, *args, **kwargs):
@@ -167,6 +213,7 @@ def clae_learner(
     if deterministic: prepare_cublas()
     loss,settings = _loss(method, temperature)
     attack = _attack(attack, eps)
+    dls = _fastai_dls(dls)
     pixels,stats = _pixel_dls(dls)
     images = _first_images(pixels)
     if images.ndim == 5: images = images[:,0] # of a user's `TwoCrops`
@@ -195,8 +242,9 @@ def clae_learner(
     pixels = _cropping_dls(pixels, views, size)
     precision,fast = precision_cbs(precision, device)
     if channels_last: fast.append(ChannelsLast())
-    ours = [CLAECallback(views, attack, adv_momentum, attack_bn), CheckFinite(on_nonfinite), DevicePrecision(), CheckCallbacks(), *fast]
-    make = _DeterministicLearner if deterministic else Learner
+    clae = CLAECallback(views, attack, adv_momentum, attack_bn)
+    ours = [clae, CheckFinite(on_nonfinite), DevicePrecision(), CheckCallbacks(), CheckTrackers(), LogViews(), *fast]
+    make = _DeterministicLearner if deterministic else _ContrastiveLearner
     learn = make(pixels, model, CLAELoss(loss, alpha), opt_func=opt_func, cbs=[*ours, *L(cbs)], **kwargs)
     learn.precision = precision
     learn.encoder_info = _encoder_info(arch, encoder, n_in, size, method, getattr(views, 'stats', None),
@@ -298,11 +346,12 @@ def draw_views(
 def show_views(self:Learner,
     n:int=6, # Number of images, at most a batch
     imsize:float=1.1, # Width of each, in inches
-    seed:int=0 # Of the images and their views
+    seed:int=0, # Of the images and their views
+    dl:DataLoader=None # Other images than those of training
 ) -> plt.Figure:
     "Draw training images, their views and, with an attack, adversaries and their changes"
     with seeded_clae(self, seed) as (clae,model,device):
-        x = first(full_batches(self.dls.train, device, 1))[0]
+        x = first(full_batches(ifnone(dl, self.dls.train), device, 1))[0]
         x_q,x_p = clae.views(x)
         adversary = dict(x_adv=clae.adversarial_views(x_q)) if clae.attacking else {}
         images = views_table(clae, n, x, x_q=x_q, x_p=x_p, **adversary)
@@ -333,6 +382,7 @@ def encoder_learner(
 ) -> Learner: # Its body is frozen, as `vision_learner`'s is
     "A `Learner` to fine-tune an encoder on labelled images"
     encoder,info = stock_encoder(encoder)
+    dls = _fastai_dls(dls)
     n_out = ifnone(n_out, get_c(dls))
     if not n_out: raise ValueError("The DataLoaders have no classes: give labelled images, or n_out.")
     _,n_in,*size = dls.one_batch()[0].shape

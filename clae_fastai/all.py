@@ -1,6 +1,7 @@
 "Everything a user needs. (Written by hand)"
 from fastai.vision.all import *
 from clae_fastai.core import *
+from clae_fastai.children import *
 from clae_fastai.method.losses import *
 from clae_fastai.method.dualbn import *
 from clae_fastai.method.attacks import *

@@ -49,12 +49,16 @@ _groups = { # titles in the help, and what stands under them
     'hardware': 'precision channels_last deterministic workers ray',
     'run': 'name seed every_batches resume extend dry_run format with_preprocessing out scale seeds'}
 
+def _text(value):
+    if value.strip(): return value
+    raise argparse.ArgumentTypeError('it is empty: say what it is (an option may be left out)')
+
 def _add(group, param, about):
     kind,choices = param.annotation,get_args(param.annotation)
     if kind is bool: takes = dict(action='store_true')
     elif kind is list: takes = dict(type=float, nargs=2, metavar=('LOW','HIGH'))
     elif choices: takes = dict(type=type(choices[0]), choices=choices)
-    else: takes = dict(type=kind, metavar={int: 'N', float: 'X'}.get(kind, param.name.upper()))
+    else: takes = dict(type=_text if kind is str else kind, metavar={int: 'N', float: 'X'}.get(kind, param.name.upper()))
     if param.default is param.empty: group.add_argument(param.name, help=about, **takes)
     else: group.add_argument(f"--{param.name.replace('_','-')}", default=param.default, help=about, **takes)
 
@@ -91,6 +95,7 @@ def main(
     if not sys.warnoptions: # nobody has asked for other packages' plans
         warnings.filterwarnings('ignore', category=FutureWarning)
         os.environ.setdefault('PYTHONWARNINGS', 'ignore::FutureWarning') # nor in processes that this one starts
+    os.environ['MPLBACKEND'] = 'agg' # pictures are files, and a backend that is not there would be an error
     func(**options)
 
 def _take_gpu():

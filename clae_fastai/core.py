@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['at_least_float32', 'send', 'iter_batches', 'world_size', 'gather', 'this_rank', 'rank_offset', 'clear_half_files',
-           'new_file', 'make_folder', 'write_text', 'SafeStream', 'alert', 'check_tensors', 'write_safetensors',
-           'OtherFormat', 'read_safetensors', 'look_up', 'check_choice', 'check_batches']
+           'new_file', 'make_folder', 'write_text', 'say', 'check_regular', 'SafeStream', 'alert', 'check_tensors',
+           'write_safetensors', 'OtherFormat', 'utf8_name', 'read_safetensors', 'look_up', 'check_choice',
+           'check_batches']
 
 # %% ../nbs/01_core.ipynb #398f7d85
 from fastai.basics import *
-import difflib, glob, hashlib, io, safetensors, safetensors.torch
+import difflib, glob, hashlib, safetensors, safetensors.torch, stat
 from contextlib import suppress
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
@@ -126,8 +127,23 @@ def write_text(
     file:Path, # To be written; what is there stays whole until the new text is
     text:str # As UTF-8
 ):
-    "Write a text file in one piece"
-    with new_file(file) as tmp: tmp.write_text(text, encoding='utf-8')
+    "Write a text file in one piece; names of files come back as the bytes that they are on the disk"
+    with new_file(file) as tmp: tmp.write_text(text, encoding='utf-8', errors=sys.getfilesystemencodeerrors())
+
+def say(
+    *lines:str # With names of files, classes or folders in them
+):
+    "Print lines, whatever the console can show of them"
+    encoding,text = getattr(sys.stdout, 'encoding', None) or 'utf-8','\n'.join(lines)
+    print(text.encode(encoding, errors='backslashreplace').decode(encoding))
+
+def check_regular(
+    file:str|Path # To be opened
+) -> tuple: # Its size and its times of change, by which it is known again
+    "Raises `OSError` for what is no regular file: a pipe, a socket or a device can keep whoever opens it waiting for ever"
+    status = os.stat(file)
+    if not stat.S_ISREG(status.st_mode): raise OSError(f"{Path(file).name} is no regular file")
+    return status.st_size,status.st_mtime_ns,status.st_ctime_ns
 
 # %% ../nbs/01_core.ipynb #caf4175e
 class SafeStream:
@@ -233,19 +249,32 @@ class OtherFormat(ValueError):
         super().__init__(f"{file} is something else: its format is {format!r}, and {expected!r} was expected.")
         self.format = format
 
+@contextmanager
+def utf8_name(
+    file:str|Path # To be read
+):
+    "A name of the file that is text, as safetensors takes no other: its own, or on Linux that of a descriptor"
+    try: str(file).encode()
+    except UnicodeEncodeError:
+        with open(file, 'rb') as f: yield f'/dev/fd/{f.fileno()}'
+    else: yield file
+
 def read_safetensors(
     file:str|Path, # Written by `write_safetensors`
     format:str # What it has to be
 ) -> tuple: # Tensors by name, on the CPU, and the header without format and checksum
     "Read such a file. Raises `FileNotFoundError` where there is none, and `ValueError` where it is damaged, or something else"
     try:
-        with safetensors.safe_open(file, 'pt') as f: header,tensors = f.metadata() or {},{k: f.get_tensor(k) for k in f.keys()}
-    except FileNotFoundError: raise
+        check_regular(file)
+        with utf8_name(file) as name, safetensors.safe_open(name, 'pt') as f:
+            header = f.metadata() or {}
+            if header.get('format') != format: raise OtherFormat(file, header.get('format'), format)
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+    except (FileNotFoundError, OtherFormat): raise
     except (safetensors.SafetensorError, OSError, ValueError, LookupError) as e:
         raise ValueError(f"{file} is no safetensors file, or a damaged one ({e}).") from None
-    if header.get('format') != format: raise OtherFormat(file, header.get('format'), format)
-    has_digest = 'digest' in header or format != 'clae-encoder-1' # version 0.1.0 wrote encoders without
-    if has_digest and header.get('digest') != _digest(tensors, header):
+    old = format == 'clae-encoder-1' and header.get('version', '').startswith('0.1.') # wrote encoders without
+    if not (old and 'digest' not in header) and header.get('digest') != _digest(tensors, header):
         raise ValueError(f"{file} is damaged: its checksum is wrong.")
     return tensors,{k: v for k,v in header.items() if k not in ('format','digest')}
 

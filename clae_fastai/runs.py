@@ -166,8 +166,8 @@ class RunLog(Callback):
     ): self.file,self.show,self.side = file,show,ifnone(side, SideOutput())
 
     def before_fit(self):
-        self.rows,self.seconds,self.steps = [],0.,[]
-        self.write(self.recorder.metric_names)
+        self.columns,self.rows,self.seconds,self.steps = list(self.recorder.metric_names),[],0.,[]
+        self.write(self.columns)
 
     def after_batch(self):
         "Once, how long it will take, from ten batches after the first"
@@ -191,7 +191,7 @@ class RunLog(Callback):
     ):
         "Write all that there is"
         if this_rank(): return
-        table = pd.DataFrame(self.rows, columns=list(self.recorder.metric_names))
+        table = pd.DataFrame(self.rows, columns=self.columns)
         with self.side.writing(self.file): write_text(self.file, table.to_csv(index=False))
         cells = [f'{o:>12.4f}' if isinstance(o, float) else f'{o!s:>12}' for o in new]
         if self.show and cells: print(*cells, flush=True)
@@ -421,6 +421,10 @@ def _refuse(option, given):
     names = ', '.join('--' + k.replace('_','-') for k in sorted(given))
     if names: raise ValueError(f"--{option} goes on with the run's own settings: leave out {names}.")
 
+def _check_place(options, folder, remedy):
+    if options['path'] and not Path(options['path']).is_dir():
+        raise FileNotFoundError(f"The images of {folder} were in {options['path']}, which is not there: say where they are, {remedy}.")
+
 def train(
     resume:str=None, # Name or folder of an interrupted run to go on with; takes only `path`, where its images are elsewhere now
     extend:str=None, # Name or folder of a finished run to train longer, in a new run
@@ -439,7 +443,9 @@ def train(
         _refuse('resume', given.keys() - {'path'} | ({'extend'} if extend else set()))
         folder = _find('settings.json', resume, 'run').parent
         if not (folder/'summary.json').exists():
-            return _Run(read_options(folder, to_continue=True) | given, folder, moved='path' in given).start()
+            options = read_options(folder, to_continue=True) | given
+            _check_place(options, folder, f"--resume {folder.name} --path FOLDER")
+            return _Run(options, folder, moved='path' in given).start()
         print(f"The run {resume} is finished; nothing is left to do. To train it longer: clae_train --extend {resume} --epochs N.")
 
 # %% ../nbs/26_runs.ipynb #8b2b23fb
@@ -453,6 +459,7 @@ def _own_data(file):
     if not (file.parent/'settings.json').is_file():
         raise ValueError(f"{file} is in no run's folder: say what to evaluate it on, with --data NAME or --path FOLDER.")
     settings,_ = _fill_in(read_options(file.parent))
+    _check_place(settings, file.parent, "--path FOLDER")
     seed = ['seed'] if settings['data'] == 'folder' else [] # that held images out
     return settings['data'],{k: settings[k] for k in ['path','size',*seed]} | _of_folder(settings)
 

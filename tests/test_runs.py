@@ -63,7 +63,8 @@ def test_library_has_the_same_choices(func, name, options, tmp_path, monkeypatch
 
 def test_options_are_the_commands():
     "Names, types and defaults; what came later than 0.1.0 has what 0.1.0 did"
-    params = {k: p for k,p in inspect.signature(clae_train).parameters.items() if k not in ('resume','dry_run','extend')} # `extend`'s run is kept as `extends`
+    own = 'resume','dry_run','extend' # whose run is kept as `extends`
+    params = {k: p for k,p in inspect.signature(clae_train).parameters.items() if k not in own}
     def kind(p): return type(get_args(p.annotation)[0]) if get_args(p.annotation) else p.annotation
     assert train_options == {k: (kind(p), p.default) for k,p in params.items()} | dict(extends=(str,None))
     saved = json.loads((old_runs/'finished'/'settings.json').read_text())['options']

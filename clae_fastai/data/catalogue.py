@@ -27,6 +27,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module.replace('numpy.core', 'numpy._core'), name) # its name since NumPy 2
 
 def _load_arrays(file):
+    check_regular(file)
     with open(file, 'rb') as f: return _ArrayUnpickler(f, encoding='latin1').load()
 
 def _read_cifar(root, train, test, meta, fine=''):
@@ -60,11 +61,13 @@ def _read_digits(root, size, **_):
 
 def _class_items(root, label=parent_label):
     "Images below `root` and their classes, by default their folders' names"
-    files,_ = find_images(root)
+    files = find_images(root)[0]
     if not files: raise FileNotFoundError(2, 'no folder, or no image in it', str(root))
     return [ImageItem(f, label(f)) for f in files]
 
-def _lines(file): return file.read_text().splitlines()
+def _lines(file):
+    check_regular(file)
+    return os.fsdecode(file.read_bytes()).splitlines() # they name files
 
 def _classes(items): return sorted({o.label for o in items})
 
@@ -89,6 +92,7 @@ def _read_tinyimagenet(root, **_):
 # %% ../../nbs/11_data.catalogue.ipynb #9171dd6e
 def _read_mat(file, key):
     "Values of a MATLAB file"
+    check_regular(file)
     with open(file, 'rb') as f: return np.atleast_1d(scipy.io.loadmat(f, squeeze_me=True)[key])
 
 def _read_cars(root, **_):
@@ -210,7 +214,7 @@ def _read_or_download(entry, path, download, **kwargs):
     if entry.source == 'path' and path is None:
         raise ValueError(f"{entry.name} is not downloaded automatically: "
             f"get it from {entry.page} and pass `path`, the folder that it is in.")
-    path,failed = Path(path) if path is not None else fastai_path('data'),''
+    path,failed = fastai_path('data') if path is None else path,''
     fetching = download and entry.fetch
     if fetching: path.mkdir(parents=True, exist_ok=True)
     with one_at_a_time(path, entry.name):
@@ -238,10 +242,10 @@ def get_dls(
     **kwargs # Of a folder for `folder_dls`, and for the `DataLoaders`, such as `batch_tfms`, `num_workers`, `device`
 ) -> DataLoaders: # `train`: the images to train on; `valid`: the test images
     "`DataLoaders` of a data set, by name. Raises `FileNotFoundError` or `ValueError` before any training"
-    if path is not None: path = Path(path).expanduser()
-    elif isinstance(name, (str,Path)) and name not in catalogue and Path(name).expanduser().is_dir():
-        name,path = 'folder',Path(name).expanduser()
+    if path is None and isinstance(name, (str,Path)) and name not in catalogue and os.path.exists(Path(name).expanduser()):
+        name,path = 'folder',name
     entry = look_up(name, catalogue, 'data set', 'or pass a folder of images that exists')
+    if path is not None: path = check_folder(path, must_exist=name == 'folder')
     check_batches(bs)
     sides = tuple(size) if isinstance(size, (tuple,list)) else (size,)
     if size is not None and not (len(sides) in (1,2) and all(isinstance(o, numbers.Integral) and o >= 4 for o in sides)):

@@ -10,6 +10,7 @@ from fastai.vision.all import *
 from collections import Counter
 from dataclasses import dataclass
 import hashlib, unicodedata
+from ..core import *
 from .reading import *
 from .images import *
 
@@ -96,7 +97,7 @@ class _Folder:
     held_out:float # Share that is held out; 0 where none is, or where a folder of test images is there
 
 def _read_folder(path, reader, seed, skip_bad, unlabelled, valid_pct):
-    files,others = find_images(path, reader.read)
+    files,others,again = find_images(path, reader.read)
     notes,all_files,all_infos,parts = [],[],[],[]
     if reader.read: # only the function knows which are images
         files,infos,skipped = check_images(files, path, reader, skip_bad)
@@ -107,6 +108,7 @@ def _read_folder(path, reader, seed, skip_bad, unlabelled, valid_pct):
             f"expected files such as {path}/<class>/1.png, or {path}/1.png for images without classes.")
     names = ', '.join(f'{suffix} {n}' for suffix,n in sorted(others.items(), key=lambda o: (-o[1],o[0])))
     if others: notes.append(f"Left out, as no images by their names: {names} in {path}.")
+    if again: notes.append(f"Left out: {len(again)} names of files or folders that are there already, {name_files(again)}.")
     found = _find_parts(path, files, notes)
     if not unlabelled: _check_split_first(*found[0])
     for root,own in found:
@@ -157,6 +159,17 @@ def _default_size(folder):
             f"choose one, such as size={max(4, min(h,w))}.")
     return 224,224
 
+def _in_memory(path, files, train, test, classes, reader):
+    "A `MemoryImages` of each part; where there are many files all are read, and kept beside them"
+    def _set(items): return MemoryImages.from_items(items, classes, reader)
+    if len(files) > 1000 and not reader.read: # nobody knows when a function changes
+        files,options = sorted(files),(reader.channels, reader.value_range, reader.background)
+        with one_at_a_time(path, 'images'): every, = cached_images(path, files, lambda: [MemoryImages(read_images(files, reader))], options)
+        index = {f: i for i,f in enumerate(files)}
+        def _set(items): return MemoryImages(every.images[[index[o.image] for o in items]], label_indices(items, classes), classes, reader)
+    train = _set(train)
+    return train,_set(test) if test else train.new_empty()
+
 def folder_dls(
     path:str|Path, # The folder
     size:int|tuple=None, # Side of the images in pixels, or (height, width); for the default see above
@@ -173,8 +186,7 @@ def folder_dls(
     **kwargs # Passed to `memory_dls` or `file_dls`
 ) -> DataLoaders: # Their `reader` reads more such images, their `notes` say what was done to these
     "`DataLoaders` of a folder of images. Raises `FileNotFoundError` or `ValueError` before any training"
-    path = Path(path).expanduser()
-    if not path.is_dir(): raise FileNotFoundError(f"There is no folder {path}.")
+    path = check_folder(path)
     options = dict(background=background, read=read, max_pixels=max_pixels)
     folder = _read_folder(path, ImageReader(value_range=value_range, **options), seed, skip_bad, unlabelled, valid_pct)
     found = find_value_range(folder.files, folder.infos, value_range)
@@ -186,10 +198,8 @@ def folder_dls(
     size = tuplify(size or _default_size(folder), match=(0,0))
     train,test,classes = sample_items(folder.train, limit, seed),folder.test,_classes(folder.train)
     if len(sizes) == 1 and max(first(sizes)) <= 64:
-        train = MemoryImages.from_items(train, classes, reader)
-        test = MemoryImages.from_items(test, classes, reader) if test else train.new_empty()
-        dls = memory_dls(train, test, size, path=path, **kwargs)
+        dls = memory_dls(*_in_memory(path, folder.files, train, test, classes, reader), size, path=path, **kwargs)
     else: dls = file_dls(train, test, classes, size, reader, path=path, **kwargs)
     dls.reader,dls.notes,dls.held_out = reader,notes,folder.held_out
-    if notes: print('\n'.join(notes))
+    if notes: say(*notes)
     return dls

@@ -70,6 +70,9 @@ class ImageSet:
     ):
         if labels is not None and len(labels) != len(images):
             raise ValueError(f"There are {len(images)} images, {len(labels)} labels.")
+        if vocab and labels is not None and len(labels) and labels.device.type == 'cpu': # a GPU would be waited for
+            low,high = map(int, labels.aminmax())
+            if low < 0 or high >= len(vocab): raise ValueError(f"There are {len(vocab)} classes, and labels from {low} to {high}.")
         self.images,self.labels,self.vocab,self.reader = images,labels,CategoryMap(L(vocab), sort=False),reader
 
     @property
@@ -224,28 +227,33 @@ def memory_dls(
     return image_dls(train, valid, MemoryDL, [*resize, *L(batch_tfms)], **kwargs)
 
 # %% ../../nbs/09_data.images.ipynb #670e1cf0
-def _fingerprint(files, root):
-    def _hash(data): return hashlib.blake2b(data, digest_size=16).hexdigest()
-    def _line(file): return f'{file.relative_to(root)} {_hash(file.read_bytes())}'
-    return _hash('\n'.join(map_files(_line, sorted(files))).encode())
+def _fingerprint(files, root, options):
+    h = hashlib.blake2b(repr(options).encode(errors='surrogatepass'), digest_size=16)
+    for f in sorted(files): h.update(f'{f.relative_to(root)} {check_regular(f)}\n'.encode(errors='surrogatepass'))
+    return h.hexdigest()
+
+def _to_tensors(sets):
+    return {f'{k}_{i}': t for i,o in enumerate(sets) for k,t in (('images',o.images), ('labels',o.labels)) if t is not None}
+
+def _to_sets(tensors, vocab):
+    n = sum(k.startswith('images') for k in tensors)
+    return [MemoryImages(tensors[f'images_{i}'], tensors.get(f'labels_{i}'), vocab) for i in range(n)]
 
 def cached_images(
     root:Path, # Folder that the cache is kept in
     files:list, # All that is read, below `root`
-    read:Callable # Gives a training and a test `MemoryImages`
-) -> list: # The two
-    "`read()`, or the cache if that was made of these files"
-    cache,format,fingerprint = root/'.clae-images.safetensors','clae-images-2',_fingerprint(files, root)
+    read:Callable, # Gives `MemoryImages`, all of one vocabulary
+    options='' # What else they depend on: how they are read
+) -> list: # Those that `read` gives
+    "`read()`, or the cache if that was made of these files, as they were, with these options"
+    cache,format,fingerprint = root/'.clae-images.safetensors','clae-images-3',_fingerprint(files, root, options)
     with suppress(OSError, ValueError): # no cache, or a damaged one
         tensors,header = read_safetensors(cache, format)
-        if header.get('fingerprint') == fingerprint:
-            vocab = json.loads(header['vocab'])
-            return [MemoryImages(tensors[f'{s}_images'], tensors[f'{s}_labels'], vocab) for s in ('train','valid')]
-    train,valid = read()
-    tensors = dict(train_images=train.images, train_labels=train.labels, valid_images=valid.images, valid_labels=valid.labels)
-    try: write_safetensors(cache, tensors, format, fingerprint=fingerprint, vocab=json.dumps(list(train.vocab)))
-    except OSError as e: print(f"The images could not be kept ({e}), and are read anew next time.")
-    return train,valid
+        if header.get('fingerprint') == fingerprint: return _to_sets(tensors, json.loads(header['vocab']))
+    sets = read()
+    try: write_safetensors(cache, _to_tensors(sets), format, fingerprint=fingerprint, vocab=json.dumps(list(sets[0].vocab)))
+    except OSError as e: say(f"The images could not be kept ({e}), and are read anew next time.")
+    return sets
 
 # %% ../../nbs/09_data.images.ipynb #3a500cc4
 def random_box(
@@ -285,6 +293,7 @@ def cut_crops(
     with ExitStack() as stack:
         if isinstance(image, (str,Path)) and reader.read is None and Path(image).suffix.lower() in ('.jpg','.jpeg'):
             with suppress(OSError, Image.DecompressionBombError): # whatever is wrong is said below
+                check_regular(image)
                 im = stack.enter_context(Image.open(image, formats=['JPEG']))
                 if im.format in ('JPEG','MPO') and im.mode in ('L','RGB') and im.width*im.height <= reader.limit:
                     sides = im.size[::-1] if im.getexif().get(ExifTags.Base.Orientation) in (5,6,7,8) else im.size

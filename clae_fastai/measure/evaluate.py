@@ -97,7 +97,7 @@ def evaluate(
         temperature=temperature, solver=solver, probe_bs=probe_bs, epochs=epochs)
     knn_on,probe_on = settings['knn_on'],settings['probe_on']
     which = 'both' if 'z' in (knn_on,probe_on) else 'h'
-    head = getattr(plain_model(getattr(model, 'model', model)), 'head', None)
+    head = None if isinstance(model, (str,Path)) else getattr(plain_model(getattr(model, 'model', model)), 'head', None)
     if which == 'both' and head is None:
         raise ValueError("An encoder has no head, so no embeddings z: use knn_on='h', probe_on='h' "
             "(--knn-on h --probe-on h), or the `Learner`.")

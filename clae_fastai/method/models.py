@@ -192,7 +192,7 @@ def create_encoder(
     model = arch if isinstance(arch, nn.Module) else _build(arch, name, n_in)
     if state is not None:
         state,said = match_state(state, model)
-        if said: print(said)
+        if said: say(said)
     if model is not arch and ifnone(stem, _choose_stem(model, size, name, state)) == 'cifar': _set_cifar_stem(model, arch, name)
     if state is not None: _load_state(model, state, n_in)
     elif model is not arch and not _of_timm(arch): _set_n_in(model, n_in, keep_weights=name is not None)

@@ -7,10 +7,11 @@ __all__ = ['Grid', 'grids', 'trial_name', 'sweep', 'trial_row', 'aggregate', 'pa
 
 # %% ../../nbs/25_paper.experiments.ipynb #73512316
 from fastai.vision.all import *
-import filelock, signal, traceback
+import filelock, traceback
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from ..core import *
+from ..children import child_process
 from ..data.images import other_images
 from ..data.catalogue import catalogue
 from ..train.learner import methods
@@ -171,25 +172,14 @@ def _do_trial(folder, options, run):
             print(f"\nTRIAL FAILED: {folder}\n{why}", file=sys.stderr, flush=True)
     return True
 
-def _end_with_parent():
-    "When the process that started this one is gone, stop as SIGTERM does: a training at its next checkpoint"
-    def _wait():
-        multiprocessing.parent_process().join()
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
-        os._exit(143)
-    if multiprocessing.parent_process(): threading.Thread(target=_wait, daemon=True).start()
-
 def _do_all(trials, run, threads):
-    _end_with_parent()
     torch.set_num_threads(threads)
     # after each from the first on: another process may have died of one
     while any(_do_trial(folder, o, run) for folder,o in trials.items()): pass
 
 def _do_in_processes(trials, run, workers):
     args = trials,run,max(1, torch.get_num_threads()//workers)
-    Process = multiprocessing.get_context('spawn').Process
-    processes = [Process(target=_do_all, args=args) for _ in range(workers)]
+    processes = [child_process(_do_all, *args) for _ in range(workers)]
     for p in processes: p.start()
     try:
         for p in processes: p.join()

@@ -95,12 +95,14 @@ def set_random_state(
     if 'mps' in own and torch.backends.mps.is_available(): torch.mps.set_rng_state(own['mps'])
 
 # %% ../../nbs/15_train.checkpoint.ipynb #7dc15855
-def _memories(cbs):
+def _remembers(cb):
+    "Names of what a callback's memory is"
     fastai = {Recorder: ('lrs','iters','losses','values'), ParamScheduler: ('hps',), GradientAccumulation: ('count',)}
-    def _memory(cb):
-        known = first(names for cls,names in fastai.items() if isinstance(cb, cls))
-        names = getattr(type(cb), 'checkpoint_attrs', known or ())
-        return {name: vars(cb)[name] for name in names if name in vars(cb)}
+    known = first(names for cls,names in fastai.items() if isinstance(cb, cls))
+    return getattr(type(cb), 'checkpoint_attrs', known or ())
+
+def _memories(cbs):
+    def _memory(cb): return {name: vars(cb)[name] for name in _remembers(cb) if name in vars(cb)}
     return [(type(cb).__name__, _memory(cb)) for cb in cbs.sorted('order')]
 
 def _rates(learn):
@@ -164,6 +166,9 @@ def set_run_state(
         cb = first(cbs, lambda cb: type(cb).__name__ == name)
         if cb is None: continue
         cbs.remove(cb) # two of one class get theirs in turn
+        if unknown := ', '.join(memory.keys() - {*_remembers(cb)}):
+            raise ValueError(f"The checkpoint would set {unknown} of {name}, which is not in its `checkpoint_attrs`: "
+                "it is damaged, or of another version of that class.")
         for k,v in memory.items(): setattr(cb, k, to_device(v, device) if isinstance(v, Tensor) else v)
 
 # %% ../../nbs/15_train.checkpoint.ipynb #cca11ba3

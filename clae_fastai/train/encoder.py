@@ -9,6 +9,7 @@ __all__ = ['read_encoder', 'load_encoder', 'stock_encoder', 'check_channels', 'c
 from fastai.vision.all import *
 from contextlib import suppress
 from importlib.util import find_spec
+from torch.overrides import TorchFunctionMode
 import warnings
 from .. import __version__
 from ..core import *
@@ -29,19 +30,20 @@ def export_encoder(self:Learner,
 ) -> Path:
     "Write the encoder of a `clae_learner` as safetensors. Raises `OSError` where it cannot"
     encoder,info = stock_encoder(self)
-    write_safetensors(file, plain_state(encoder), _format, **_header(info))
+    check_finite(state := plain_state(encoder), 'This encoder')
+    write_safetensors(file, state, _format, **_header(info))
     return Path(file)
 
 def _check_header(info):
     n = info.get('channels')
-    def _numbers(name, n, kinds=(int,float), above=0):
+    def _numbers(name, n, kinds=(int,float), above=0, below=math.inf):
         values = info.get(name)
-        return isinstance(values, list) and len(values) == n and all(type(v) in kinds and above < v < math.inf for v in values)
+        return isinstance(values, list) and len(values) == n and all(type(v) in kinds and above < v < below for v in values)
     good = dict(
         arch='arch' in info,
         stem=info.get('stem') in ('cifar','imagenet'),
         channels=type(n) is int and 0 < n < 10_000,
-        size=_numbers('size', 2, (int,)))
+        size=_numbers('size', 2, (int,), below=2**15))
     if 'value_range' in info: good['value_range'] = _numbers('value_range', 2, above=-math.inf)
     if 'mean' in info or 'std' in info: good.update(mean=_numbers('mean', n, above=-math.inf), std=_numbers('std', n))
     for name,ok in good.items():
@@ -60,7 +62,24 @@ def read_encoder(
         info = {k: v if k in _texts else json.loads(v) for k,v in header.items()}
         _check_header(info)
     except (ValueError, RecursionError) as e: raise ValueError(f"The header of {file} is damaged: {e}.") from None
+    check_finite(state, f'The encoder in {file}')
     return state,info
+
+class _NoLarger(TorchFunctionMode):
+    "What is built in it has no more than `room` elements"
+    makers = torch.empty,torch.zeros,torch.ones,torch.full,torch.rand,torch.randn,Tensor.new_empty
+    def __init__(self, room):
+        super().__init__()
+        self.room = room
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self.makers:
+            self.room -= func(*args, **{**kwargs, 'device': 'meta'}).numel() # of no memory
+            if self.room < 0: raise ValueError("Its architecture has far more weights than it holds: it is damaged, or none of ours.")
+        return func(*args, **kwargs)
+
+_classifier = 2**24 # elements that `create_encoder` builds and drops again, and more: no architecture's last layer has as many
 
 def load_encoder(
     file:str|Path, # Written by `export_encoder`
@@ -70,7 +89,9 @@ def load_encoder(
     state,info = read_encoder(file)
     arch = ifnone(arch, info['arch'])
     if arch == '': raise ValueError(f"{file} does not name its architecture: pass `arch`, its function or module.")
-    try: encoder = create_encoder(arch, info['stem'], info['channels'])
+    room = 2*sum(o.numel() for o in state.values()) + _classifier
+    try:
+        with _NoLarger(room): encoder = create_encoder(arch, info['stem'], info['channels'])
     except ValueError as e: raise ValueError(f"{file} cannot be loaded. {e}") from None
     if diff := key_difference(state, encoder):
         raise ValueError(f"{file}, of {info['arch'] or 'a module'}, does not fit {arch_name(arch) or 'the given one'}: it {diff}.")

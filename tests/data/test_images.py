@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from clae_fastai.all import (
-    MemoryImages, Normalize, TensorCategory, accuracy, cached_images, check_images, clae_learner, extract_features,
+    MemoryImages, Normalize, TensorCategory, accuracy, cached_images, check_images, check_regular, clae_learner, extract_features,
     get_dls, get_image_files, load_learner, resnet8, resnet18, vision_learner)
 
 from layouts import cifar10, image
@@ -130,8 +130,8 @@ def test_readable_images_are_remembered(tmp_path, opened):
     memo = json.loads((tmp_path/'.clae-checked.json').read_text())
     assert sorted(memo['images']) == [f'{i}.png' for i in (0,1,2,4,5,6)]
 
-@pytest.mark.parametrize('memo', [b'', b'\xff', b'[]', b'{}', b'[' * 100_000, b'{"format": "clae-checked-2"}',
-                                  b'{"format": "clae-checked-2", "background": "white", "images": [1]}',
+@pytest.mark.parametrize('memo', [b'', b'\xff', b'[]', b'{}', b'[' * 100_000, b'{"format": "clae-checked-3"}',
+                                  b'{"format": "clae-checked-3", "background": "white", "images": [1]}',
                                   b'{"format": "clae-checked-1", "images": {}}'])
 def test_a_damaged_memory_is_none(tmp_path, opened, memo):
     for i in range(3): image(tmp_path/f'{i}.png', i)
@@ -142,12 +142,12 @@ def test_damaged_entries_are_none(tmp_path, opened):
     "Entries with the right stamp, and nonsense behind it"
     file = tmp_path/'0.png'
     image(file, 0)
-    stamp = [file.stat().st_size,file.stat().st_mtime_ns]
+    stamp = [*check_regular(file)]
     right = [40,30,3,'uint8',0.,255.,False,False,False,1]
     def found(entry, background='white'):
         "Sizes and whether the image is opened, where `entry` is remembered"
         opened.clear()
-        memo = dict(format='clae-checked-2', background=background, images={'0.png': entry})
+        memo = dict(format='clae-checked-3', background=background, images={'0.png': entry})
         (tmp_path/'.clae-checked.json').write_text(json.dumps(memo))
         return [(o.width,o.height) for _ in range(2) for o in check(tmp_path)[1]],bool(opened)
     for rest in ([], right[:-1], [*right, 1], [*right[:-1], True], [[], *right[1:]], [40., *right[1:]], [*right[:4], 0, *right[5:]]):

@@ -47,7 +47,7 @@ _groups = { # titles in the help, and what stands under them
     'method': 'recipe arch pretrained weights method eps alpha attack attack_bn views n_out protocol k knn_on probe_on',
     'training': 'epochs bs lr on_nonfinite',
     'hardware': 'precision channels_last deterministic workers ray',
-    'run': 'name seed every_batches resume extend dry_run format with_preprocessing out scale seeds'}
+    'run': 'name seed log every_batches resume extend dry_run format with_preprocessing out scale seeds'}
 
 def _text(value):
     if value.strip(): return value
@@ -148,6 +148,7 @@ def clae_train(
     limit:int=None, # Use this many training images
     seed:int=42, # Seed of everything random
     name:str=None, # Name of the run, whose folder is runs/NAME; a free one by default
+    log:Literal['tensorboard','wandb']=None, # Log each epoch there, with a picture of views; TensorBoard's files are in the run's folder
     precision:Literal['fp32','bf16','fp16','auto']='fp32', # auto: bf16 where the device is faster with it
     channels_last:bool=False, # Channels-last memory order, faster for convolutions
     deterministic:bool=False, # Same seed, same weights, on a GPU, too; slower there

@@ -11,6 +11,7 @@ from fastai.vision.all import *
 from dataclasses import replace
 from torch.optim.swa_utils import update_bn
 from fastprogress.fastprogress import format_time
+from importlib.util import find_spec
 import contextlib, fastai, filelock, json, kornia, platform, shutil, tempfile, torchvision
 from . import __version__
 from .core import *
@@ -77,7 +78,7 @@ _versions = dict(clae_fastai=__version__, python=platform.python_version(),
 
 # %% ../nbs/26_runs.ipynb #2ca05aad
 train_options = { # type, and value where a run says nothing: what version 0.1.0 did
-    **dict.fromkeys('path data arch weights method attack views recipe name extends'.split(), (str,None)),
+    **dict.fromkeys('path data arch weights method attack views recipe name extends log'.split(), (str,None)),
     **dict.fromkeys('n_out epochs bs size channels limit workers every_batches max_pixels'.split(), (int,None)),
     **dict.fromkeys('eps alpha lr valid_pct'.split(), (float,None)), 'value_range': (list,None), 'background': (str,'white'),
     'seed': (int,42), 'precision': (str,'fp32'), 'attack_bn': (str,'adv'), 'on_nonfinite': (str,'stop'),
@@ -233,6 +234,24 @@ def _table_features(learn, untrained):
     split = [(x.split(rows.sizes, 1),y) for x,y in parts]
     return {name: [(xs[k],y) for xs,y in split] for k,name in enumerate(('raw','untrained','encoder'))}
 
+# %% ../nbs/26_runs.ipynb #f6286499
+def _check_log(log):
+    if log is None: return
+    look_up(log, ('tensorboard','wandb'), 'log')
+    if not find_spec(log): raise ValueError(f"--log {log} needs a package that is not installed: pip install 'clae_fastai[{log}]'.")
+
+@contextmanager
+def _logging(log, folder):
+    "Yields callbacks that log elsewhere, of several processes from the first one"
+    if log is None or this_rank(): yield []
+    elif log == 'tensorboard':
+        from fastai.callback.tensorboard import TensorBoardCallback
+        yield [TensorBoardCallback(log_dir=folder/'tensorboard')]
+    else:
+        import wandb
+        from fastai.callback.wandb import WandbCallback
+        with wandb.init(project='clae_fastai', name=folder.name, dir=folder): yield [WandbCallback()]
+
 # %% ../nbs/26_runs.ipynb #87b25e1a
 def _images(dls): return fingerprint([dl.dataset for dl in dls.loaders], dls.path)
 
@@ -280,6 +299,7 @@ class _Run:
 
     def start(self):
         "Do it, from the folder on; the first of several processes makes and fills it, and goes on alone after training"
+        _check_log(self.settings['log'])
         with contextlib.ExitStack() as held:
             if self.settings['deterministic']: held.enter_context(deterministic_algorithms())
             with processes():
@@ -356,14 +376,14 @@ class _Run:
         terminal = sys.stdout.isatty()
         quiet = [] if terminal else [learn.no_bar(), learn.no_logging()]
         learn.path,checkpoints_of = self.folder,self.folder/'checkpoints'
-        settings = {k: v for k,v in self.settings.items() if k not in ('name','path','workers','every_batches')}
+        settings = {k: v for k,v in self.settings.items() if k not in ('name','path','workers','every_batches','log')}
         self.log = RunLog(self.folder/'history.csv', not terminal, self.side)
         cbs = [self.log] + ([Resume(checkpoints_of, settings, self.moved)] if checkpoints(checkpoints_of) else [])
         guard = Checkpoint(checkpoints_of, self.settings['every_batches'], settings=settings).guard(learn)
         try:
-            with learn.distributed(), ContextManagers(quiet), guard:
-                if self.recipe: self.recipe.fit(learn, cbs=cbs)
-                else: learn.fit_one_cycle(self.settings['epochs'], self.settings['lr'], cbs=cbs)
+            with learn.distributed(), ContextManagers(quiet), guard, _logging(self.settings['log'], self.folder) as logs:
+                if self.recipe: self.recipe.fit(learn, cbs=cbs+logs)
+                else: learn.fit_one_cycle(self.settings['epochs'], self.settings['lr'], cbs=cbs+logs)
         except (RuntimeError, EOFError, ConnectionError) as e: # the last two: while a batch was handed over
             go_on = f"go on with --resume {self.folder.name}."
             if is_lost_process(e):
@@ -408,7 +428,7 @@ class _Run:
             raise OSError(f"The encoder is trained, and could not be written to {file} ({e}).{elsewhere} "
                 f"Make room, then clae_train --resume {self.folder.name} does what is left.") from e
 
-_of_extension = 'epochs lr seed name workers every_batches'.split()
+_of_extension = 'epochs lr seed name workers every_batches log'.split()
 
 def _extended(run, given):
     "Options of a run that begins where a finished one has ended"

@@ -51,7 +51,7 @@ def test_precisions():
 @pytest.mark.parametrize('func,name,options', [
     (clae_eval,'protocol',dict(data='digits')), (clae_eval,'knn_on',dict(data='digits')), (clae_eval,'probe_on',dict(data='digits')),
     (clae_export,'format',{}), (clae_train,'attack_bn',dict(limit=64)), (clae_train,'on_nonfinite',dict(limit=64)),
-    (clae_train,'channels',dict(limit=64, data='folder', path='.'))])
+    (clae_train,'log',dict(limit=64)), (clae_train,'channels',dict(limit=64, data='folder', path='.'))])
 def test_library_has_the_same_choices(func, name, options, tmp_path, monkeypatch, capsys):
     "It names them where the command is called from Python, with something else"
     monkeypatch.chdir(shutil.copytree(old_runs, tmp_path/'runs'))

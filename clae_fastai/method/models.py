@@ -76,6 +76,8 @@ def arch_name(
     name = getattr(arch, '__name__', '')
     return name if arch is _functions().get(name) else ''
 
+def _of_timm(arch): return isinstance(arch, str) and arch not in _functions() # whose models are built for the channels at hand
+
 def _timm_model(name, weights, n_in):
     try:
         import timm
@@ -92,7 +94,7 @@ def _timm_model(name, weights, n_in):
 
 def _build(arch, weights, n_in):
     if isinstance(arch, str):
-        if arch not in _functions(): return _timm_model(arch, weights, n_in)
+        if _of_timm(arch): return _timm_model(arch, weights, n_in)
         arch = _functions()[arch]
     if not callable(arch):
         raise ValueError(f"An architecture is a function, a name or an nn.Module, and no {type(arch).__name__}.")
@@ -193,7 +195,7 @@ def create_encoder(
         if said: say(said)
     if model is not arch and ifnone(stem, _choose_stem(model, size, name, state)) == 'cifar': _set_cifar_stem(model, arch, name)
     if state is not None: _load_state(model, state, n_in)
-    elif model is not arch: _set_n_in(model, n_in, keep_weights=name is not None)
+    elif model is not arch and not _of_timm(arch): _set_n_in(model, n_in, keep_weights=name is not None)
     return model
 
 # %% ../../nbs/06_method.models.ipynb #476ec300

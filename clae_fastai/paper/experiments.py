@@ -380,7 +380,7 @@ def draw(self:Grid,
 def _collect(out, trials):
     file = out/'trials.csv'
     with filelock.FileLock(out/'.trials.lock'):
-        rows = pd.read_csv(file, float_precision='round_trip') if file.exists() else pd.DataFrame(columns=['trial'])
+        rows = pd.read_csv(file, engine='python') if file.exists() else pd.DataFrame(columns=['trial']) # whose floats are exact
         done = {d/'summary.json': o for d,o in trials.items() if _is_done(d)}
         if done:
             new = pd.DataFrame([trial_row(o, json.loads(f.read_bytes())) for f,o in done.items()])

@@ -1,0 +1,31 @@
+"`--log`: TensorBoard's files are in the run's folder, also of a run that goes on; a package that is missing is asked for before any work."
+import importlib.util
+import json
+
+import pytest
+
+def test_tensorboard(cli):
+    events = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
+    args = ['clae_train', '--limit', 64, '--bs', 32, '--epochs', 2, '--log', 'tensorboard']
+    assert cli(*args, '--name', 'a').returncode == 0
+    acc = events.EventAccumulator(str(cli.cwd/'runs'/'a'/'tensorboard')).Reload()
+    assert [o.step for o in acc.Scalars('loss_adv')] == [2,4] and len(acc.Images('views')) == 2
+    assert json.loads((cli.cwd/'runs'/'a'/'settings.json').read_text())['options']['log'] == 'tensorboard'
+    def encoder(name): return (cli.cwd/'runs'/name/'encoder.safetensors').read_bytes()
+    assert cli(*args[:-2], '--name', 'b').returncode == 0 # nothing else is different
+    assert encoder('a') == encoder('b')
+
+def test_wandb(cli, monkeypatch):
+    pytest.importorskip('wandb')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    r = cli('clae_train', '--limit', 64, '--bs', 32, '--epochs', 1, '--log', 'wandb', '--name', 'a')
+    assert r.returncode == 0 and 'WandbCallback' not in r.stdout, r.stderr
+    assert list((cli.cwd/'runs'/'a'/'wandb').glob('offline-run-*/*.wandb'))
+
+@pytest.mark.parametrize('package', ['tensorboard','wandb'])
+def test_a_package_that_is_not_there(package, command, monkeypatch):
+    from clae_fastai import runs
+    from clae_fastai.cli import clae_train
+    monkeypatch.setattr(runs, 'find_spec', lambda name: None if name == package else importlib.util.find_spec(name))
+    assert f"pip install 'clae_fastai[{package}]'" in command(clae_train, '--limit', 64, '--log', package)

@@ -253,7 +253,7 @@ mutant('train.checkpoint', 'twins', 'a checkpoint of another run of the same set
        ("return f if load_checkpoint(f)['run_id'] != state['run_id'] else None", 'return None'))
 mutant('runs', 'given-settings', 'a checkpoint does not know its seed',
        f'{bad}::test_checkpoint_of_another_run',
-       ("if k not in ('name','path','workers','every_batches')", 'if not k'))
+       ("if k not in ('name','path','workers','every_batches','log')", 'if not k'))
 mutant('runs', 'resolved', 'defaults are left open',
        f'{bad}::test_another_version_has_other_defaults',
        ('dict(options=self.settings, images=images', "dict(options={**self.settings, 'lr': None}, images=images"))

@@ -87,9 +87,9 @@ def load_encoder(
 ) -> nn.Module: # The stock model without its classifier, in evaluation mode; `info` is its header
     "The encoder of a file"
     state,info = read_encoder(file)
+    room = 2*sum(o.numel() for o in state.values()) + _classifier if arch is None else math.inf
     arch = ifnone(arch, info['arch'])
     if arch == '': raise ValueError(f"{file} does not name its architecture: pass `arch`, its function or module.")
-    room = 2*sum(o.numel() for o in state.values()) + _classifier
     try:
         with _NoLarger(room): encoder = create_encoder(arch, info['stem'], info['channels'])
     except ValueError as e: raise ValueError(f"{file} cannot be loaded. {e}") from None

@@ -36,7 +36,6 @@ def test_any_bit(encoder_file, tmp_path, where):
             else: assert equal(state, plain_state(got) if isinstance(got, nn.Module) else got), (at,bit)
 
 def test_every_bit_of_the_checksum_s_name(encoder_file, tmp_path):
-    "Only a file that says that it is of version 0.1 may have none"
     whole = encoder_file.read_bytes()
     at = whole.index(b'"digest"') + 1
     f = tmp_path/'e.safetensors'
@@ -52,6 +51,12 @@ def write(file, state, **header):
     header = dict(dict(format='clae-encoder-1', version='0.1.0', arch='resnet8', stem='cifar', channels=1, size=[16,16]), **header)
     safetensors.torch.save_file(state, file, {k: v if isinstance(v, str) else json.dumps(v) for k,v in header.items()})
     return file
+
+def test_a_checksum_is_missed(tmp_path):
+    state = plain_state(create_encoder('resnet8', 'cifar', 1))
+    load_encoder(write(tmp_path/'e.safetensors', state))
+    for version in ('0.2.0', '0.10.0', '1.0.1', ''):
+        with pytest.raises(ValueError, match='checksum'): load_encoder(write(tmp_path/'e.safetensors', state, version=version))
 
 @pytest.mark.parametrize('arch', ['vit_h_14','regnet_y_128gf','vit_giant_patch14_clip_224','swinv2_cr_giant_384','convnext_xxlarge'])
 def test_giants(tmp_path, arch):

@@ -19,7 +19,7 @@ families = { # the smallest model of each, by the size of its images
     160: '''
         test_coatnet test_vit test_vit_relpos''',
     224: '''
-        convit_tiny deit_tiny_patch16_224 efficientformer_l1 efficientformerv2_s0 efficientvit_m0 eva02_tiny_patch14_224
+        coat_tiny convit_tiny deit_tiny_patch16_224 efficientformer_l1 efficientformerv2_s0 efficientvit_m0 eva02_tiny_patch14_224
         gcvit_xxtiny gmixer_12_224 levit_128 pit_xs_224 swiftformer_xs visformer_tiny vit_tiny_r_s16_p8_224
         xcit_nano_12_p8_224''',
     240: '''

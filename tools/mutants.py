@@ -117,7 +117,7 @@ mutant('core', 'came-along', 'a memory or cache that came with a data set is bel
 mutant('data.reading', 'any-format', 'PostScript by another name starts Ghostscript',
        'data/test_strangers.py::test_no_program_is_started',
        (', formats=[o for o in Image.ID if o in formats])', ')'))
-mutant('data.reading', 'twice', 'an image is found by each of its names',
+mutant('data.reading', 'other-names', 'an image is found by each of its names',
        'data/test_strangers.py::test_many_names_of_one_file',
        ('files.setdefault(_identity(file) or file, file)', 'files.setdefault(file, file)'))
 mutant('data.catalogue', 'label-order', 'classes are numbered from the end',

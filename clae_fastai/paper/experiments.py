@@ -348,7 +348,7 @@ def _draw_metric(ax, grid, df, metric):
     at = dict(zip(labels, labels if numbers else range(len(labels))))
     for i,key in enumerate(itertools.product(*others.values())):
         names = ['baseline' if o == grid.baseline else 'CLAE, {} {}'.format(*o) for o in zip(others, key)]
-        own = df[(df[list(others)] == key).all(axis=1)]
+        own = df[(df[list(others)] == list(key)).all(axis=1)]
         cells = aggregate(own, [x], metric)
         ax.errorbar(
             cells[x].map(at), 100*cells['mean'], 100*cells['std'].fillna(0), marker='o', capsize=3,

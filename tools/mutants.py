@@ -111,6 +111,15 @@ mutant('data.reading', 'deep-colour', 'colours of 16 bits lose eight of them',
 mutant('data.reading', 'stale', 'an image that has changed counts as checked',
        'data/test_images.py::test_readable_images_are_remembered',
        ('if old and old[:3] == stamp and', 'if old and'))
+mutant('core', 'came-along', 'a memory or cache that came with a data set is believed',
+       'data/test_strangers.py::test_a_memory_that_came_along data/test_strangers.py::test_images_that_came_along',
+       ('status.st_mtime_ns,status.st_ctime_ns', 'status.st_mtime_ns,0'))
+mutant('data.reading', 'any-format', 'PostScript by another name starts Ghostscript',
+       'data/test_strangers.py::test_no_program_is_started',
+       (', formats=[o for o in Image.ID if o in formats])', ')'))
+mutant('data.reading', 'other-names', 'an image is found by each of its names',
+       'data/test_strangers.py::test_many_names_of_one_file',
+       ('files.setdefault(_identity(file) or file, file)', 'files.setdefault(file, file)'))
 mutant('data.catalogue', 'label-order', 'classes are numbered from the end',
        'data/test_catalogue.py::test_catalogue',
        ('index = {c:i for i,c in enumerate(vocab)}', 'index = {c:i for i,c in enumerate(vocab[::-1])}'),
@@ -181,6 +190,12 @@ mutant('train.finite', 'two-waits', 'the gradients are waited for one by one',
 mutant('train.encoder', 'header', 'any file passes as an encoder',
        'test_fuzz.py::test_wrong_headers',
        ('if not ok: raise ValueError(', 'if False: raise ValueError('))
+mutant('train.encoder', 'giant', 'a few bytes that name a giant architecture have it built',
+       'train/test_damaged_encoders.py::test_many_channels',
+       ('with _NoLarger(room): ', ''))
+mutant('train.checkpoint', 'undeclared', 'a checkpoint sets of callbacks what it likes',
+       'train/test_damaged_encoders.py::test_callbacks_get_what_they_declare',
+       ("if unknown := ', '.join(memory.keys() - {*_remembers(cb)}):", "if unknown := '':"))
 mutant('core', 'rank-offset', "a process takes the first one's rows for its own",
        f'{processes}::test_equals_one_process_on_the_whole_batch[2]',
        ('return n*this_rank()', 'return 0'))

@@ -100,6 +100,8 @@ def main(
 
 def _take_gpu():
     "Of several processes each takes its own, before fastai is imported, which takes the first one for all that have none"
+    if os.environ.get('WORLD_SIZE', '') in ('','0','1'):
+        for k in ('RANK','LOCAL_RANK'): os.environ.pop(k, None) # left over from something else; fastai would believe them
     if not (rank := _local_rank()): return
     import torch
     if rank < torch.cuda.device_count(): torch.cuda.set_device(rank) # if not, `runs.train` says so

@@ -240,13 +240,25 @@ def _check_log(log):
     look_up(log, ('tensorboard','wandb'), 'log')
     if not find_spec(log): raise ValueError(f"--log {log} needs a package that is not installed: pip install 'clae_fastai[{log}]'.")
 
+class _SideWriter:
+    "TensorBoard's writer, which loses what it cannot write"
+    def __init__(self, writer, side, folder): self.writer,self.side,self.folder = writer,side,folder
+    def __getattr__(self, name):
+        def _call(*args, **kwargs):
+            with self.side.writing(self.folder): getattr(self.writer, name)(*args, **kwargs)
+        return _call
+
 @contextmanager
-def _logging(log, folder):
+def _logging(log, folder, side):
     "Yields callbacks that log elsewhere, of several processes from the first one"
     if log is None or this_rank(): yield []
     elif log == 'tensorboard':
         from fastai.callback.tensorboard import TensorBoardCallback
-        yield [TensorBoardCallback(log_dir=folder/'tensorboard')]
+        class _SideTensorBoard(TensorBoardCallback):
+            def _setup_writer(self):
+                super()._setup_writer()
+                self.writer = _SideWriter(self.writer, side, self.log_dir)
+        yield [_SideTensorBoard(log_dir=folder/'tensorboard')]
     else:
         import wandb
         from fastai.callback.wandb import WandbCallback
@@ -381,7 +393,7 @@ class _Run:
         cbs = [self.log] + ([Resume(checkpoints_of, settings, self.moved)] if checkpoints(checkpoints_of) else [])
         guard = Checkpoint(checkpoints_of, self.settings['every_batches'], settings=settings).guard(learn)
         try:
-            with learn.distributed(), ContextManagers(quiet), guard, _logging(self.settings['log'], self.folder) as logs:
+            with learn.distributed(), ContextManagers(quiet), guard, _logging(self.settings['log'], self.folder, self.side) as logs:
                 if self.recipe: self.recipe.fit(learn, cbs=cbs+logs)
                 else: learn.fit_one_cycle(self.settings['epochs'], self.settings['lr'], cbs=cbs+logs)
         except (RuntimeError, EOFError, ConnectionError) as e: # the last two: while a batch was handed over
@@ -590,4 +602,4 @@ def print_results(
     "Run what is missing of a table or a figure, render it and print it"
     make = table if kind == 'table' else partial(figure, load=trained)
     file = make(data=data and data.split(','), run=trial, images=trial_images, **kwargs)
-    print(f"{file.read_text()}\nThis is {file}.")
+    print(f"{file.read_text(encoding='utf-8')}\nThis is {file}.")

@@ -434,6 +434,9 @@ def test_no_folder_where_one_is_needed(cli, command, make):
         err = command(func, *args)
         assert 'is no folder' in err and 'move it away' in err, err
 
+def test_no_folder_is_named(command):
+    for data in ('cifar10=','photos='): assert f'{data}FOLDER' in command(clae_table, 'random', '--scale', 'smoke', '--data', data)
+
 def test_no_room_to_begin(cli, full_for):
     "The name is free again"
     full_for.add('settings.json')
@@ -497,8 +500,9 @@ def test_killed_parents_and_children(tmp_path, pytestconfig):
                                   dict(WORLD_SIZE='1', RANK='0')], ids=str)
 def test_leftovers_of_a_launcher(cli, monkeypatch, left):
     for k,v in left.items(): monkeypatch.setenv(k, v)
-    r = cli('clae_train', '--limit', 64, '--epochs', 1, '--name', 'run')
+    r = cli('clae_train', '--limit', 64, '--epochs', 1, '--name', 'run', '--log', 'tensorboard') # fastai's callback asks, too
     assert r.returncode == 0 and 'training images' in r.stdout, r.stderr
+    assert [*(cli.cwd/'runs'/'run'/'tensorboard').iterdir()]
     assert checkpoints(cli.cwd/'runs'/'run'/'checkpoints') and (cli.cwd/'runs'/'run'/'summary.json').exists()
 
 @pytest.mark.parametrize('left', [dict(WORLD_SIZE='2'), dict(WORLD_SIZE='2', RANK='abc'), dict(WORLD_SIZE='x')], ids=str)

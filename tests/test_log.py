@@ -15,6 +15,15 @@ def test_tensorboard(cli):
     assert cli(*args[:-2], '--name', 'b').returncode == 0 # nothing else is different
     assert encoder('a') == encoder('b')
 
+def test_a_log_that_cannot_be_written(cli, monkeypatch):
+    "It costs no run"
+    writers = pytest.importorskip('torch.utils.tensorboard.writer')
+    def _fails(*args, **kwargs): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(writers.SummaryWriter, 'add_scalar', _fails)
+    r = cli('clae_train', '--limit', 64, '--bs', 32, '--epochs', 2, '--log', 'tensorboard', '--name', 'a')
+    assert r.returncode == 0 and 'tensorboard COULD NOT BE WRITTEN' in r.stderr, r.stderr
+    assert (cli.cwd/'runs'/'a'/'summary.json').exists()
+
 def test_wandb(cli, monkeypatch):
     pytest.importorskip('wandb')
     monkeypatch.setenv('WANDB_MODE', 'offline')

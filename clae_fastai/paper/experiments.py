@@ -95,7 +95,8 @@ def grids(
 # %% ../../nbs/25_paper.experiments.ipynb #91b712d4
 def _data_set(data):
     "Label and options of a data set"
-    name,_,path = str(data).partition('=')
+    name,gives,path = str(data).partition('=')
+    if gives and not path: raise ValueError(f"{data} names no folder: give {data}FOLDER, or {name} alone.")
     names = [k for k in catalogue if k != 'folder']
     folder = Path(path or name).resolve()
     if not path and name not in names and folder.is_dir(): return folder.name,dict(data='folder', path=str(folder))
@@ -151,7 +152,7 @@ def _trial_lock(folder):
     try: yield lock.is_locked
     finally: lock.release()
 
-def _is_done(folder): return (folder/'summary.json').exists()
+def _is_done(folder): return (folder/'summary.json').is_file()
 
 def _is_open(folder): return not _is_done(folder) and not (folder/'error.txt').exists()
 

@@ -1,4 +1,10 @@
 "`fine_tune`, two fits in one call, is resumed in whichever of them it was interrupted; a finished run says how it is trained longer."
+import random
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 from fastai.vision.all import Callback, set_seed
@@ -86,3 +92,44 @@ def test_a_finished_run(quiet, tmp_path):
     with pytest.raises(InterruptedError): fit(3, Checkpoint(tmp_path/'b'), Stop(5))
     with pytest.raises(ValueError, match='epochs: 3, now 4') as e: fit(4, Resume(tmp_path/'b'))
     assert '--extend' not in str(e.value) # it is not finished
+
+script = '''
+import sys
+from fastai.vision.all import Callback, ProgressCallback, noop, set_seed
+import safetensors.torch
+from clae_fastai.all import *
+folder,out,pause = Path(sys.argv[1]),Path(sys.argv[2]),float(sys.argv[3])
+class Slow(Callback):
+    run_valid = False
+    def after_batch(self): time.sleep(pause)
+torch.set_num_threads(1)
+set_seed(0)
+dls = get_dls('digits', bs=32, limit=256)
+learn = encoder_learner(dls, clae_learner(dls, resnet8, views='digits'))
+learn.remove_cb(ProgressCallback)
+learn.logger = noop
+set_seed(1)
+learn.fine_tune(2, freeze_epochs=2, cbs=[Checkpoint(folder, every_batches=1), Slow(), *([Resume(folder)] if checkpoints(folder) else [])])
+safetensors.torch.save_file(learn.model.state_dict(), out)
+'''
+
+@pytest.mark.slow
+def test_killed(tmp_path):
+    "SIGKILL at random moments, twice in each of the two fits; the end is that of a process that nobody killed, byte by byte"
+    (file := tmp_path/'tune.py').write_text(script)
+    def start(name, pause):
+        return subprocess.Popen([sys.executable, '-W', 'ignore', file, tmp_path/name, tmp_path/f'{name}.safetensors', str(pause)])
+    assert start('whole', 0).wait(300) == 0
+    rng,folder = random.Random(0),tmp_path/'killed'
+    for i in range(4): # 16 batches in the first fit, 16 in the second
+        p = start('killed', .05)
+        def in_fit(): return len([*folder.glob('earlier-*')]) if folder.exists() else 0
+        def newest(): return checkpoints(folder)[-1].name if folder.exists() and checkpoints(folder) else ''
+        before,end = newest(),time.monotonic() + 120
+        while (newest() == before or in_fit() < i//2) and p.poll() is None: assert time.monotonic() < end; time.sleep(.005)
+        time.sleep(rng.uniform(0, .2))
+        p.kill()
+        assert p.wait() == -signal.SIGKILL, 'it was faster'
+    assert in_fit() == 1
+    assert start('killed', 0).wait(300) == 0
+    assert (tmp_path/'killed.safetensors').read_bytes() == (tmp_path/'whole.safetensors').read_bytes()

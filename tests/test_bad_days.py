@@ -227,7 +227,7 @@ def test_another_version_has_other_defaults(cli, monkeypatch):
     stopped(cli, monkeypatch, *args, '--name', 'run')
     settings = json.loads((cli.cwd/'runs'/'run'/'settings.json').read_text())['options']
     assert {k for k,v in settings.items() if v is None} <= set(
-        'path weights recipe value_range every_batches workers max_pixels extends channels valid_pct'.split())
+        'path weights recipe value_range every_batches workers max_pixels extends channels valid_pct log'.split())
     other = dict(arch='resnet18', method='plain', eps=.3, alpha=9., attack='pgd', epochs=1, bs=8, lr=1.)
     monkeypatch.setattr('clae_fastai.runs._defaults', other)
     monkeypatch.setattr('clae_fastai.runs._digits', {})

@@ -749,7 +749,7 @@ def test_all_good_cases_at_once(cli):
     r = cli('clae_train', '--path', 'all', '--arch', 'resnet8', '--epochs', 1, '--bs', 8)
     assert r.returncode == 0, r.stderr
     head = r.stdout[:r.stdout.index('28 training images')]
-    for words in ('Left out: all/extra', '.txt 1', 'Turned upright', 'transparent', '0 to 4095', 'pages', 'one colour'):
+    for words in ('all/extra, as Train', '.txt 1', 'Turned upright', 'transparent', '0 to 4095', 'pages', 'one colour'):
         assert words in head, head
     run = cli.cwd/'runs'/'all-simclr-1'
     settings = json.loads((run/'summary.json').read_text())['settings']

@@ -163,7 +163,7 @@ def test_without_accelerate():
         learn = Learner(dls, nn.Linear(3,1), MSELossFlat())
         with learn.distributed(), learn.no_bar(), learn.no_logging(): learn.fit(1)
         print('alone', local_dl(dls.train) is dls.train)
-        os.environ.update(WORLD_SIZE='2', RANK='1')
+        os.environ.update(WORLD_SIZE='2', RANK='1', LOCAL_RANK='1', MASTER_ADDR='localhost', MASTER_PORT='29500')
         try:
             with learn.distributed(): pass
         except ImportError as e: print(e)
@@ -178,19 +178,23 @@ def test_each_process_takes_its_gpu_first(rank, message):
     "Before fastai is imported, which takes the first one, and before there is data; one process too many hears what to do"
     code = """if 1:
         import sys, torch
+        from contextlib import nullcontext
         said = []
         def get_dls(*args, **kwargs): raise OSError(f'data, after {said}')
         def take(i): # the first time fastai is not there, and from then on there are GPUs
             said.append((i, 'fastai' in sys.modules))
         def n_gpus():
-            if 'clae_fastai.runs' in sys.modules: sys.modules['clae_fastai.runs'].get_dls = get_dls
+            if 'clae_fastai.runs' in sys.modules:
+                sys.modules['clae_fastai.runs'].get_dls = get_dls
+                rooms = sys.modules['clae_fastai.train.distributed']
+                rooms._process_group,rooms.default_device = nullcontext,lambda: torch.device('cpu') # nobody else is there
             return 2
         torch.cuda.device_count,torch.cuda.set_device = n_gpus,take
         torch.cuda.is_available = lambda: 'clae_fastai.runs' in sys.modules and hasattr(sys.modules['clae_fastai.runs'], 'train')
         from clae_fastai.cli import clae_train
         clae_train()
     """
-    env = {k: v for k,v in os.environ.items() if k not in ('WORLD_SIZE','RANK')} | dict(LOCAL_RANK=str(rank))
+    env = os.environ | dict(WORLD_SIZE='3', RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR='localhost', MASTER_PORT='29500')
     p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300, env=env)
     assert p.returncode == 2 and message in p.stderr, p.stderr
 

@@ -1,5 +1,6 @@
 "Photographs in files: two sharp crops of each, the same whoever cuts them, and what fastai expects of their loader."
 import contextlib
+import shutil
 import subprocess
 import sys
 import time

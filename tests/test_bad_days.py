@@ -18,8 +18,12 @@ from fastai.vision.all import working_directory
 from PIL import Image
 
 from clae_fastai.cli import clae_table, clae_train
-from clae_fastai.core import new_file, write_text
+from clae_fastai.core import new_file, this_rank, write_text
+from clae_fastai.data.catalogue import get_dls
+from clae_fastai.method.models import resnet8
 from clae_fastai.train.checkpoint import Checkpoint, checkpoints, load_checkpoint
+from clae_fastai.train.distributed import launched
+from clae_fastai.train.learner import clae_learner
 
 posix = pytest.mark.skipif(os.name != 'posix', reason='links and signals of POSIX')
 
@@ -504,6 +508,14 @@ def test_leftovers_of_a_launcher(cli, monkeypatch, left):
     assert r.returncode == 0 and 'training images' in r.stdout, r.stderr
     assert [*(cli.cwd/'runs'/'run'/'tensorboard').iterdir()]
     assert checkpoints(cli.cwd/'runs'/'run'/'checkpoints') and (cli.cwd/'runs'/'run'/'summary.json').exists()
+
+def test_leftovers_in_python(monkeypatch, quiet, tmp_path):
+    "A script of one process is one, and saves"
+    monkeypatch.setenv('RANK', '1')
+    assert launched() == (0,1) and this_rank() == 0
+    dls = get_dls('digits', limit=64, bs=32)
+    quiet(clae_learner(dls, resnet8, cbs=Checkpoint(tmp_path))).fit(1)
+    assert len(checkpoints(tmp_path)) == 1
 
 @pytest.mark.parametrize('left', [dict(WORLD_SIZE='2'), dict(WORLD_SIZE='2', RANK='abc'), dict(WORLD_SIZE='x')], ids=str)
 def test_half_of_a_launcher(command, monkeypatch, left):

@@ -288,7 +288,7 @@ mutant('runs', 'link-names', "a link's name is free",
        f'{bad}::test_names',
        ('return not folder.is_symlink() and folder.is_dir() and all(', 'return not folder.is_dir() or all('))
 mutant('train.distributed', 'leftovers', 'RANK alone makes a second process',
-       f'{bad}::test_leftovers_of_a_launcher',
+       f'{bad}::test_leftovers_in_python',
        ("if found['WORLD_SIZE'] in ('','0','1'): return 0,1", "if found['WORLD_SIZE'] in ('','0','1'): return int(found['RANK'] or 0),1"))
 mutant('core', 'closed-pipe', 'a reader that has gone ends the run',
        f'{bad}::test_nobody_reads',

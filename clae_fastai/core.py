@@ -134,8 +134,7 @@ def say(
     *lines:str # With names of files, classes or folders in them
 ):
     "Print lines, whatever the console can show of them"
-    encoding,text = getattr(sys.stdout, 'encoding', None) or 'utf-8','\n'.join(lines)
-    print(text.encode(encoding, errors='backslashreplace').decode(encoding))
+    print(*lines, sep='\n', file=SafeStream(sys.stdout))
 
 def check_regular(
     file:str|Path # To be opened
@@ -156,7 +155,7 @@ class SafeStream:
 
     def write(self, text):
         with suppress(OSError, ValueError): # the latter if it is closed
-            encoding = self.stream.encoding or 'utf-8'
+            encoding = getattr(self.stream, 'encoding', None) or 'utf-8'
             self.stream.write(text.encode(encoding, 'backslashreplace').decode(encoding))
         return len(text)
 
@@ -173,7 +172,7 @@ def alert(
     text:str # To be said
 ):
     "Say on `sys.stderr`, at once, what a user should not miss"
-    print(text, file=sys.stderr, flush=True)
+    print(text, file=SafeStream(sys.stderr), flush=True)
 
 # %% ../nbs/01_core.ipynb #751517cb
 def _digest(tensors, header):

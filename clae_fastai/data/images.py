@@ -227,7 +227,7 @@ def memory_dls(
     return image_dls(train, valid, MemoryDL, [*resize, *L(batch_tfms)], **kwargs)
 
 # %% ../../nbs/09_data.images.ipynb #670e1cf0
-def _fingerprint(files, root, options):
+def _stamps(files, root, options):
     h = hashlib.blake2b(repr(options).encode(errors='surrogatepass'), digest_size=16)
     for f in sorted(files): h.update(f'{f.relative_to(root)} {check_regular(f)}\n'.encode(errors='surrogatepass'))
     return h.hexdigest()
@@ -246,7 +246,7 @@ def cached_images(
     options='' # What else they depend on: how they are read
 ) -> list: # Those that `read` gives
     "`read()`, or the cache if that was made of these files, as they were, with these options"
-    cache,format,fingerprint = root/'.clae-images.safetensors','clae-images-3',_fingerprint(files, root, options)
+    cache,format,fingerprint = root/'.clae-images.safetensors','clae-images-3',_stamps(files, root, options)
     with suppress(OSError, ValueError): # no cache, or a damaged one
         tensors,header = read_safetensors(cache, format)
         if header.get('fingerprint') == fingerprint: return _to_sets(tensors, json.loads(header['vocab']))

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from fastai.vision.all import working_directory
+from fastai.vision.all import Callback, working_directory
 from PIL import Image
 
 from clae_fastai.cli import clae_table, clae_train
@@ -188,6 +188,17 @@ def test_checkpoint_of_a_twin(cli, monkeypatch):
     shutil.copy(checkpoints(cli.cwd/'runs'/'twin'/'checkpoints')[-1], newest)
     r = cli('clae_train', '--resume', 'run')
     assert r.returncode == 2 and 'are of two runs' in r.stderr, r.stderr
+
+def test_validation_inside_a_fit(quiet, tmp_path):
+    "Belongs to the fit, and begins none"
+    class Validates(Callback):
+        order = Checkpoint.order+1
+        def after_epoch(self):
+            if not self.learn.lock.locked(): self.learn.validate()
+    dls = get_dls('digits', limit=64, bs=32)
+    quiet(clae_learner(dls, resnet8, cbs=[Checkpoint(tmp_path, keep=3), Validates()])).fit(3)
+    assert [f.stem for f in checkpoints(tmp_path)] == ['epoch0000','epoch0001','epoch0002']
+    assert len({load_checkpoint(f)['run_id'] for f in checkpoints(tmp_path)}) == 1
 
 def test_evaluation_of_exchanged_images(cli):
     draw_images(cli.cwd/'photos', 24)

@@ -233,6 +233,7 @@ class Checkpoint(Callback):
         self.folder = Path(folder)
 
     def before_fit(self):
+        if self.learn.lock.locked(): return # in `validate` and `get_preds`, perhaps inside a fit
         self.best,self.between_batches = (math.inf, None),False # score, the smaller the better, and file
         self.run = not hasattr(self.learn, 'lr_finder') # fastai's switch: False is off, for this fit
         self.is_first_save = not any(isinstance(cb, Resume) and cb.resuming for cb in self.learn.cbs)
@@ -242,7 +243,6 @@ class Checkpoint(Callback):
         clear_half_files(self.folder)
         resumed = first(cb for cb in self.learn.cbs if isinstance(cb, Resume) and cb.resuming)
         self.of_run = resumed.of_run if resumed else _of_run(self.learn, self.settings, uuid.uuid4().hex)
-        if self.learn.lock.locked(): return # in `validate` and `get_preds`
         self.of_run['earlier_fits'],self.fits = [*self.fits],[*self.fits, self.of_run['settings']]
 
     def before_epoch(self): self.fit_cbs = list(self.learn.cbs)

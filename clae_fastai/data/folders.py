@@ -166,7 +166,9 @@ def _in_memory(path, files, train, test, classes, reader):
         files,options = sorted(files),(reader.channels, reader.value_range, reader.background)
         with one_at_a_time(path, 'images'): every, = cached_images(path, files, lambda: [MemoryImages(read_images(files, reader))], options)
         index = {f: i for i,f in enumerate(files)}
-        def _set(items): return MemoryImages(every.images[[index[o.image] for o in items]], label_indices(items, classes), classes, reader)
+        def _set(items):
+            own = [o.image for o in items]
+            return MemoryImages(every.images[[index[f] for f in own]], label_indices(items, classes), classes, reader, own)
     train = _set(train)
     return train,_set(test) if test else train.new_empty()
 

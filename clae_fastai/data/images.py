@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ImageItem', 'read_images', 'label_indices', 'split_items', 'ImageSet', 'MemoryImages', 'ImageDL', 'MemoryDL',
            'ResizeImages', 'image_dls', 'memory_dls', 'cached_images', 'random_box', 'largest_box', 'cut_crops',
-           'two_crops', 'FileImages', 'FileDL', 'sample_items', 'file_dls', 'TwoCrops', 'fingerprint', 'other_images']
+           'two_crops', 'FileImages', 'WholeImages', 'FileDL', 'sample_items', 'file_dls', 'TwoCrops', 'fingerprint',
+           'other_images']
 
 # %% ../../nbs/09_data.images.ipynb #f165ba1d
 from fastai.vision.all import *
@@ -385,6 +386,10 @@ class FileImages(ImageSet):
         other = self._copy(*split_items(items, self.vocab))
         other.split_idx = 1
         return other
+
+class WholeImages(FileImages):
+    "Images in files, each read whole and brought to one size: the pixels of a `MemoryImages`, a batch at a time"
+    def crops(self, idxs, seed=None): return read_images([self.images[i] for i in idxs], self.reader, self.size)
 
 class FileDL(ImageDL):
     "`DataLoader` of a `FileImages`; its batches come pinned where there is a GPU"

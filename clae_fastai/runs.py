@@ -8,7 +8,7 @@ __all__ = ['train_options', 'read_options', 'SideOutput', 'RunLog', 'train', 'ev
 
 # %% ../nbs/26_runs.ipynb #99f12768
 from fastai.vision.all import *
-from dataclasses import replace
+from dataclasses import asdict, replace
 from torch.optim.swa_utils import update_bn
 from fastprogress.fastprogress import format_time
 from importlib.util import find_spec
@@ -25,6 +25,7 @@ from .train.encoder import *
 from .train.learner import *
 from .measure.features import *
 from .measure.evaluate import *
+from .measure.monitors import *
 from .measure.report import *
 from .paper.recipes import *
 from .paper.experiments import figure, table
@@ -194,7 +195,8 @@ class RunLog(Callback):
         if this_rank(): return
         table = pd.DataFrame(self.rows, columns=self.columns)
         with self.side.writing(self.file): write_text(self.file, table.to_csv(index=False))
-        cells = [f'{o:>12.4f}' if isinstance(o, float) else f'{o!s:>12}' for o in new]
+        widths = [max(len(o), 7) for o in self.columns]
+        cells = [f'{o:>{n}.4f}' if isinstance(o, float) else f'{o!s:>{n}}' for o,n in zip(new, widths)]
         if self.show and cells: print(*cells, flush=True)
 
 # %% ../nbs/26_runs.ipynb #2f0d7035
@@ -389,8 +391,8 @@ class _Run:
         quiet = [] if terminal else [learn.no_bar(), learn.no_logging()]
         learn.path,checkpoints_of = self.folder,self.folder/'checkpoints'
         settings = {k: v for k,v in self.settings.items() if k not in ('name','path','workers','every_batches','log')}
-        self.log = RunLog(self.folder/'history.csv', not terminal, self.side)
-        cbs = [self.log] + ([Resume(checkpoints_of, settings, self.moved)] if checkpoints(checkpoints_of) else [])
+        self.log,self.monitor = RunLog(self.folder/'history.csv', not terminal, self.side),CollapseMonitor()
+        cbs = [self.log, self.monitor] + ([Resume(checkpoints_of, settings, self.moved)] if checkpoints(checkpoints_of) else [])
         guard = Checkpoint(checkpoints_of, self.settings['every_batches'], settings=settings).guard(learn)
         try:
             with learn.distributed(), ContextManagers(quiet), guard, _logging(self.settings['log'], self.folder, self.side) as logs:
@@ -419,6 +421,7 @@ class _Run:
             metrics['knn'] = {k: few_label_knn(*train, *test, ns=(1,5)) for k,(train,test) in features.items()}
             print(f"\n{knn_table(metrics['knn'], features['encoder'][1][1])}\n")
         metrics.update(more(learn))
+        if verdict := self.monitor.verdict: metrics['verdict'] = asdict(verdict)
         settings = dict(s, name=folder.name, size=learn.encoder_info['size'], device=str(learn.dls.device),
             tf32=takes_tf32(learn.dls.device, learn.precision), processes=launched()[1], images=getattr(learn.dls, 'notes', []))
         # this says that the run is finished, so it comes last

@@ -172,4 +172,4 @@ class CollapseMonitor(_Columns):
         return Verdict(state, sentence, numbers)
 
     def after_fit(self):
-        if self.curve and not this_rank() and not hasattr(self.learn, 'lr_finder'): print(self.verdict)
+        if self.curve and not this_rank() and not hasattr(self.learn, 'lr_finder'): print(f'\n{self.verdict}')

@@ -78,11 +78,12 @@ def judge(
     start,end,k = first.mean(),last.mean(),max(1, len(curve)//3)
     noise = np.std(np.diff(curve))/math.sqrt(len(last)) if len(curve) > 2 else 0. # of the difference of two such means
     fall,late = start - end,curve[-2*k:-k].mean() - curve[-k:].mean() if len(curve) > 1 else 0.
-    went = f"the loss went from {start:.2f} to {end:.2f} (all embeddings equal: {collapse_level:.2f})"
+    went = f"the loss went from {start:.2f} to {end:.2f}"
+    if math.isfinite(collapse_level): went += f" (all embeddings equal: {collapse_level:.2f})"
     if narrow < .01 or narrow < .2 and narrow < wide/2:
         return 'collapsed',(f"all images have nearly the same embedding, spread {100*narrow:.0f} % as far as they could be: "
             "lower the learning rate, and see that the loss has negatives")
-    if fall < max(.02*abs(start), 2*noise):
+    if fall < max(.02*abs(start), 3*noise):
         return 'not learning',(f"{went}, so it does not leave its first value: look for a learning rate with learn.lr_find(), "
             "and at learn.show_views() whether images can still be told apart")
     if late > .2*fall:
@@ -168,7 +169,8 @@ class CollapseMonitor(_Columns):
         if not self.curve: return None
         losses,z_stds = np.array(self.curve).T
         state,sentence = judge(losses, z_stds/self.last['even'], self.last['collapse_level'])
-        numbers = {k: dict(value=self.last[k], scale=scale.format(**self.last)) for k,scale in _scales.items() if math.isfinite(self.last[k])}
+        scales = {k: scale.format(**self.last) for k,scale in _scales.items()}
+        numbers = {k: dict(value=self.last[k], scale=scale) for k,scale in scales.items() if 'nan' not in scale}
         return Verdict(state, sentence, numbers)
 
     def after_fit(self):

@@ -120,7 +120,7 @@ def _do(work, options):
 _data = tuple('digits fashion_mnist cifar10 cifar100 tinyimagenet imagenet100 cars aircraft dtd pets caltech101 flowers '
     'folder'.split())
 _methods = 'plain','uel','simclr'
-_views = *_methods,'imagenet','digits'
+_views = *_methods,'imagenet','gentle','digits'
 _recipes = *(f'{m}-{d}' for d in ('cifar10','cifar100','tinyimagenet') for m in _methods),'simclr-imagenet100'
 
 @command
@@ -135,7 +135,7 @@ def clae_train(
     eps:float=None, # Strength of the attack in normalised pixels, .03 by default; 0: no adversarial examples
     alpha:float=None, # Weight of the adversarial loss, 1 by default
     attack:Literal['fgsm','rfgsm','ffgsm','pgd','random']=None, # Attack, fgsm by default
-    views:Literal[_views]=None, # Augmentations, the method's by default; digits: not mirrored or recoloured, as for X-rays
+    views:Literal[_views]=None, # Augmentations, the method's by default; gentle (or digits): not mirrored or recoloured, as for X-rays
     epochs:int=None, # Passes over the training images, 20 by default
     bs:int=None, # Images a batch, 64 by default
     lr:float=None, # Largest learning rate of the one-cycle schedule, or first of a recipe's own; 3e-3 by default

@@ -63,7 +63,8 @@ def test_numbers(quiet):
     row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
     for name,expected in zip(('z_std','alignment','uniformity','own_view'), np.mean([numbers_of(*o[:2]) for o in spy.seen], 0)):
         assert row[name] == pytest.approx(expected, rel=1e-4), name
-    assert row['collapse_level'] == pytest.approx(math.log(63)) and monitor.last['loss_aug'] == pytest.approx(np.mean([o[2] for o in spy.seen]))
+    assert row['collapse_level'] == pytest.approx(math.log(63))
+    assert monitor.last['loss_aug'] == pytest.approx(np.mean([o[2] for o in spy.seen]))
     held_out = extract_features(learn, learn.dls.valid)[0].numpy()
     some = held_out[np.linspace(0, 449, 128).round().astype(int)] # spread over all of them
     s = np.linalg.svd(some, compute_uv=False)

@@ -91,23 +91,23 @@ def judge(
     return 'learning',went
 
 # %% ../../nbs/21_measure.monitors.ipynb #26d9f05f
-_scales = dict( # of B images in a batch, D dimensions, n held-out images of F features
-    loss_aug='{collapse_level:.3g} if all embeddings were equal',
-    z_std='0 collapsed, {even:.3f} evenly spread',
-    alignment='0 equal views, 2 unrelated ones',
-    uniformity='0 collapsed, -4 evenly spread',
-    own_view='{chance:.3f} by chance, 1 always',
-    rankme='1 to {most_rank:.0f}')
+_numbers = dict( # meaning and scale
+    loss_aug=('loss of two views', '{collapse_level:.3g} if all embeddings were equal'),
+    z_std=('spread of the embeddings', '0 collapsed, {even:.3f} at most'),
+    alignment=('squared distance of two views', '0 for equal ones, 2 for unrelated ones'),
+    uniformity=('evenness of the embeddings', '0 collapsed, near -4 at best'),
+    own_view=("how often an image's own other view is its nearest", '{chance:.3f} by chance, 1 at most'),
+    rankme=("effective rank of held-out images' features", '1 collapsed, {most_rank:.0f} at most'))
 
 @dataclass
 class Verdict:
     "What a training without labels says about itself"
     state:str # 'learning', 'still falling', 'not learning' or 'collapsed'
     sentence:str # Why, and what to do
-    numbers:dict # Name: `{'value', 'scale'}`, of the last epoch
+    numbers:dict # Name: `{'value', 'meaning', 'scale'}`, of the last epoch
 
     def __str__(self):
-        rows = [f"{name:>12} {o['value']:8.3f}   {o['scale']}" for name,o in self.numbers.items()]
+        rows = [f"{name:>12} {o['value']:8.3f}   {o['meaning']}: {o['scale']}" for name,o in self.numbers.items()]
         return '\n'.join([f"Without labels, {self.state}: {self.sentence}.", *rows])
 
 class CollapseMonitor(_Columns):
@@ -169,9 +169,9 @@ class CollapseMonitor(_Columns):
         if not self.curve: return None
         losses,z_stds = np.array(self.curve).T
         state,sentence = judge(losses, z_stds/self.last['even'], self.last['collapse_level'])
-        scales = {k: scale.format(**self.last) for k,scale in _scales.items()}
-        numbers = {k: dict(value=self.last[k], scale=scale) for k,scale in scales.items() if 'nan' not in scale}
-        return Verdict(state, sentence, numbers)
+        def _number(name, meaning, scale): return dict(value=self.last[name], meaning=meaning, scale=scale.format(**self.last))
+        numbers = {name: _number(name, *about) for name,about in _numbers.items()}
+        return Verdict(state, sentence, {k: o for k,o in numbers.items() if 'nan' not in o['scale']}) # what is unknown is left out
 
     def after_fit(self):
         if self.curve and not this_rank() and not hasattr(self.learn, 'lr_finder'): print(f'\n{self.verdict}')

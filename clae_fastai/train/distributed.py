@@ -13,7 +13,9 @@ from importlib.util import find_spec
 import pickle
 from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
-try: from fastai.distributed import DistributedDL, DistributedTrainer
+try:
+    from accelerate.utils import DistributedDataParallelKwargs
+    from fastai.distributed import DistributedDL, DistributedTrainer
 except (ImportError, NameError): # there is no accelerate, and `learn.distributed` says so
     class DistributedDL: pass
     class DistributedTrainer: pass
@@ -159,6 +161,8 @@ def distributed(self:Learner,
         set_rank_device()
         self.dls.to(default_device())
     options = merge({} if gpu else dict(cpu=True, sync_bn=False), kwargs)
+    if getattr(getattr(self, 'clae', None), 'every', 1) > 1: # in most steps the adversarial batch norms take no part
+        options['kwargs_handlers'] = [DistributedDataParallelKwargs(find_unused_parameters=True), *options.get('kwargs_handlers', [])]
     own,logger = launched()[0],self.logger
     progress = self.cbs.filter(risinstance(ProgressCallback)) if own else [] # one log
     with _process_group(device_type):

@@ -30,7 +30,8 @@ class Record(Callback):
     def before_step(self):
         params = OrderedDict((k.removeprefix('module.'), p) for k,p in self.model.named_parameters())
         grads = {k: p.grad.clone() for k,p in params.items()}
-        self.seen.append(dict(x_q=self.learn.xb[0], x_adv=self.learn.xb[-1], n_views=len(self.learn.xb), loss=self.learn.loss.detach(), grads=grads))
+        xs,loss = self.learn.xb,self.learn.loss.detach()
+        self.seen.append(dict(x_q=xs[0], x_adv=xs[-1], n_views=len(xs), loss=loss, grads=grads))
     def after_step(self):
         self.seen[-1]['params'] = {k.removeprefix('module.'): p.detach().clone() for k,p in self.model.named_parameters()}
 

@@ -161,11 +161,12 @@ def distributed(self:Learner,
         set_rank_device()
         self.dls.to(default_device())
     options = merge({} if gpu else dict(cpu=True, sync_bn=False), kwargs)
-    if getattr(getattr(self, 'clae', None), 'every', 1) > 1: # in most steps the adversarial batch norms take no part
-        options['kwargs_handlers'] = [DistributedDataParallelKwargs(find_unused_parameters=True), *options.get('kwargs_handlers', [])]
     own,logger = launched()[0],self.logger
     progress = self.cbs.filter(risinstance(ProgressCallback)) if own else [] # one log
     with _process_group(device_type):
+        if getattr(getattr(self, 'clae', None), 'every', 1) > 1: # in most steps the adversarial batch norms take no part
+            handlers = [DistributedDataParallelKwargs(find_unused_parameters=True), *options.get('kwargs_handlers', [])]
+            options = merge(options, dict(kwargs_handlers=handlers))
         trainer = _RankTrainer(**options)
         if own: set_seed((torch.initial_seed() + own) % 2**32) # random numbers of its own
         with self.removed_cbs(progress), self.added_cbs(trainer):

@@ -80,7 +80,7 @@ def every_second(out):
         def before_fit(self): self.seen = []
         def after_batch(self): self.seen.append([p.detach().clone() for bn in dual_bns(self.model) for p in bn.adv.parameters()])
     learn = digits_learner(every=2)
-    with learn.distributed(): learn.fit(2, 1e-3, cbs=(norms := Norms()))
+    with learn.distributed(), learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3, cbs=(norms := Norms()))
     moved = [any(not torch.equal(p, q) for p,q in zip(a, b)) for a,b in zip(norms.seen, norms.seen[1:])]
     save(out, 'second', moved=moved, state=state(learn))
 

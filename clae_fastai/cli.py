@@ -44,7 +44,7 @@ def command(
 _groups = { # titles in the help, and what stands under them
     'positional arguments': 'run which',
     'data': 'data path size channels value_range background max_pixels skip_bad valid_pct unlabelled limit',
-    'method': 'recipe arch pretrained weights method eps alpha attack attack_bn views n_out protocol k knn_on probe_on',
+    'method': 'recipe arch pretrained weights method eps alpha attack attack_bn every views n_out protocol k knn_on probe_on',
     'training': 'epochs bs lr on_nonfinite',
     'hardware': 'precision channels_last deterministic workers ray',
     'run': 'name seed log every_batches resume extend dry_run format with_preprocessing out scale seeds'}
@@ -157,6 +157,7 @@ def clae_train(
     workers:int=None, # Processes that load images; by default one a core, for digits none
     skip_bad:bool=False, # Leave out files that are no images, and count them
     attack_bn:Literal['adv','clean']='adv', # Batch norm that the attack looks through; adv is the paper's
+    every:int=1, # Steps from one attack to the next; 4 leaves three steps of four without adversarial examples
     on_nonfinite:Literal['stop','skip']='stop', # Where a loss or gradient is not finite; skip: at most ten steps in a row
     every_batches:int=None, # Batches between checkpoints; by default only one after each epoch
     resume:str=None, # Go on with this interrupted run (name or folder); with --path, if its images are elsewhere now, and no other option

@@ -82,7 +82,7 @@ train_options = { # type, and value where a run says nothing: what version 0.1.0
     **dict.fromkeys('path data arch weights method attack views recipe name extends log'.split(), (str,None)),
     **dict.fromkeys('n_out epochs bs size channels limit workers every_batches max_pixels'.split(), (int,None)),
     **dict.fromkeys('eps alpha lr valid_pct'.split(), (float,None)), 'value_range': (list,None), 'background': (str,'white'),
-    'seed': (int,42), 'precision': (str,'fp32'), 'attack_bn': (str,'adv'), 'on_nonfinite': (str,'stop'),
+    'seed': (int,42), 'precision': (str,'fp32'), 'attack_bn': (str,'adv'), 'every': (int,1), 'on_nonfinite': (str,'stop'),
     **dict.fromkeys('channels_last deterministic pretrained skip_bad unlabelled'.split(), (bool,False))}
 _of_folders = 'channels value_range background max_pixels skip_bad valid_pct unlabelled'.split()
 _not_given = {name: default for name,(_,default) in train_options.items()}
@@ -119,7 +119,7 @@ def read_options(
 _defaults = dict(arch='resnet18', method='simclr', eps=.03, alpha=1., attack='fgsm', epochs=20, bs=64, lr=3e-3)
 _digits = dict(arch='resnet8', views='digits')
 _limits = dict(
-    epochs=(1,math.inf), n_out=(1,math.inf), every_batches=(1,math.inf), limit=(2,math.inf), size=(8,4096),
+    epochs=(1,math.inf), n_out=(1,math.inf), every=(1,math.inf), every_batches=(1,math.inf), limit=(2,math.inf), size=(8,4096),
     max_pixels=(1,math.inf), workers=(0,256), seed=(0,2**32-1), lr=(math.ulp(0.),sys.float_info.max))
 
 def _check_limits(values):
@@ -300,7 +300,7 @@ class _Run:
         set_seed(s['seed'])
         dls = get_dls(s['data'], **_given(num_workers=s['workers'], **_some('path bs size limit seed')), **_of_folder(s))
         own = self.recipe.learner_kwargs() if self.recipe else _some('arch method eps alpha attack n_out views')
-        learn = clae_learner(dls, **own, **_some('pretrained weights precision channels_last deterministic attack_bn on_nonfinite'))
+        learn = clae_learner(dls, **own, **_some('pretrained weights precision channels_last deterministic attack_bn every on_nonfinite'))
         begun = self.folder and checkpoints(self.folder/'checkpoints') # then `Resume` brings the weights
         if s['extends'] and not begun: load_state(learn.model, last_checkpoint(Path(s['extends'])/'checkpoints')[1]['model'])
         return learn
@@ -363,14 +363,17 @@ class _Run:
     def describe(self, learn):
         "One line about what is trained on what"
         s = self.settings
-        attack = f" with {learn.clae.attack}" if learn.clae.attacking else ''
+        clae = learn.clae
+        attack = f" with {clae.attack}" if clae.attacking else ''
+        if clae.attacking and clae.every > 1: attack += f" in one step of {clae.every}"
         tf32 = " (convolutions in TF32)" if takes_tf32(learn.dls.device, learn.precision) else ''
         n = launched()[1]
         processes = f", in {n} processes" if n > 1 else ''
         parent = f", from the weights of {Path(s['extends']).name}" if s['extends'] else ''
         classes = f" of {learn.dls.c} classes" if getattr(learn.dls, 'c', 0) else ''
         return (f"{s['arch']} on {len(learn.dls.train_ds)} training images{classes} of {self.data}, "
-            f"{s['method']}{attack}{parent}, on {learn.dls.device}{tf32}{processes}; {n_batches(learn.dls.train)} steps an epoch")
+            f"{s['method']}{attack}{parent}, on {learn.dls.device}{tf32}{processes}; "
+            f"{n_batches(learn.dls.train)} steps an epoch, each the work of {clae.units:g} forwards")
 
     def dry_run(self):
         "Say what would be trained, and what a step takes; nothing is left behind"

@@ -29,7 +29,7 @@ from clae_fastai.train.precision import has_bf16
 
 columns = ['epoch','train_loss','valid_loss','loss_aug','loss_adv',*CollapseMonitor.names,'time']
 quick = ['--epochs', 1, '--limit', 128]
-names = ['clae_train','clae_eval','clae_export','clae_table','clae_figure']
+names = ['clae_train','clae_eval','clae_embed','clae_export','clae_table','clae_figure']
 
 def summary(run): return json.loads((run/'summary.json').read_text())
 def header(run):

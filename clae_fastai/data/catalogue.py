@@ -74,7 +74,9 @@ def _classes(items): return sorted({o.label for o in items})
 def _cached_items(root, train, test, *notes):
     "Their images in memory; `notes` are the files that name the classes"
     files = [*(o.image for o in train + test), *notes]
-    return cached_images(root, files, lambda: [MemoryImages.from_items(o, _classes(train)) for o in (train,test)])
+    sets = cached_images(root, files, lambda: [MemoryImages.from_items(o, _classes(train)) for o in (train,test)])
+    for o,items in zip(sets, (train,test)): o.files = L(items).attrgot('image')
+    return sets
 
 def _read_two_folders(root):
     train,test = _class_items(root/'train'),_class_items(root/'test')

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ImageItem', 'read_images', 'label_indices', 'split_items', 'ImageSet', 'MemoryImages', 'ImageDL', 'MemoryDL',
            'ResizeImages', 'image_dls', 'memory_dls', 'cached_images', 'random_box', 'largest_box', 'cut_crops',
-           'two_crops', 'FileImages', 'FileDL', 'sample_items', 'file_dls', 'TwoCrops', 'fingerprint', 'other_images']
+           'two_crops', 'FileImages', 'WholeImages', 'FileDL', 'sample_items', 'file_dls', 'TwoCrops', 'fingerprint',
+           'other_images']
 
 # %% ../../nbs/09_data.images.ipynb #f165ba1d
 from fastai.vision.all import *
@@ -58,10 +59,15 @@ def split_items(
     if not items or not all(isinstance(o, ImageItem) for o in items): return items,None
     return items.attrgot('image'),label_indices(items, classes) if all(o.label is not None for o in items) else None
 
+def _paths(images):
+    "Those of the files that they are, or None where any is no file"
+    return L(images).map(Path) if all(isinstance(o, (str,Path)) for o in images) else None
+
 class ImageSet:
     "A data set of images, with or without labels, of which a `DataLoader` asks for whole batches"
     n_inp = 1
     split_idx = None # whose transforms a `DataLoader` applies: 0 training's, 1 validation's, None both's
+    files = None # paths that the images were read from, in their order, as an `L`; None where they are from no files
     def __init__(self,
         images, # What they are read from
         labels:Tensor, # (N,), indices into `vocab`, or None
@@ -110,8 +116,12 @@ class MemoryImages(ImageSet):
         images:Tensor, # (N,C,H,W), uint8
         labels:Tensor=None, # (N,), indices into `vocab`
         vocab:list=(), # Names of the classes
-        reader:ImageReader=None # How further images are read, by default as 8 bits
-    ): super().__init__(images, labels, vocab, ifnone(reader, ImageReader(images.shape[1])))
+        reader:ImageReader=None, # How further images are read, by default as 8 bits
+        files:list=None # Where they were read from
+    ):
+        super().__init__(images, labels, vocab, ifnone(reader, ImageReader(images.shape[1])))
+        if files is not None and len(files) != len(images): raise ValueError(f"There are {len(images)} images, {len(files)} files.")
+        self.files = None if files is None else L(files)
 
     @classmethod
     def from_items(cls,
@@ -120,8 +130,8 @@ class MemoryImages(ImageSet):
         reader:ImageReader=None # How they are read, by default as RGB
     ):
         "Decode images of one size"
-        reader = ifnone(reader, ImageReader())
-        return cls(read_images([o.image for o in items], reader), label_indices(items, classes), classes or (), reader)
+        reader,images = ifnone(reader, ImageReader()),[o.image for o in items]
+        return cls(read_images(images, reader), label_indices(items, classes), classes or (), reader, _paths(images))
 
     def __getitem__(self, i): return self.with_labels(self.images[i], i)
     def __getstate__(self): return {k: v for k,v in vars(self).items() if k != 'elsewhere'}
@@ -136,7 +146,7 @@ class MemoryImages(ImageSet):
             self.elsewhere = None # its memory is free before the next is asked for
             tensors = [o for o in (self.images,self.labels) if o is not None]
             fits = _fits(sum(o.nbytes for o in tensors), device)
-            there = type(self)(*send(tensors, device), vocab=self.vocab, reader=self.reader) if fits else None
+            there = type(self)(*send(tensors, device), vocab=self.vocab, reader=self.reader, files=self.files) if fits else None
             self.elsewhere = device,there
         return self if self.elsewhere is None else ifnone(self.elsewhere[1], self)
 
@@ -146,16 +156,16 @@ class MemoryImages(ImageSet):
         return tuple(o.pin_memory() for o in b) if there is self and getattr(device, 'type', '') == 'cuda' else b
 
     def take(self, idxs):
-        labels = None if self.labels is None else self.labels[idxs]
-        return type(self)(self.images[idxs], labels, self.vocab, self.reader)
+        labels,files = (None if o is None else o[idxs] for o in (self.labels,self.files))
+        return type(self)(self.images[idxs], labels, self.vocab, self.reader, files)
 
     def like(self,
         items:list # Files, PIL images, arrays, tensors, or `ImageItem`s
     ):
         "Other images, brought to this data set's size and channels; labelled if they are items with labels"
         images,labels = split_items(items, self.vocab)
-        images = read_images(images, self.reader, self.images.shape[2:]) if len(images) else self.images[[]]
-        other = type(self)(images, labels, self.vocab, self.reader)
+        pixels = read_images(images, self.reader, self.images.shape[2:]) if len(images) else self.images[[]]
+        other = type(self)(pixels, labels, self.vocab, self.reader, _paths(images))
         other.split_idx = 1
         return other
 
@@ -244,7 +254,7 @@ def cached_images(
     files:list, # All that is read, below `root`
     read:Callable, # Gives `MemoryImages`, all of one vocabulary
     options='' # What else they depend on: how they are read
-) -> list: # Those that `read` gives
+) -> list: # Those that `read` gives; their `files` are not kept
     "`read()`, or the cache if that was made of these files, as they were, with these options"
     cache,format,fingerprint = root/'.clae-images.safetensors','clae-images-3',_stamps(files, root, options)
     with suppress(OSError, ValueError): # no cache, or a damaged one
@@ -337,6 +347,9 @@ class FileImages(ImageSet):
         super().__init__(images, labels, vocab, ifnone(reader, ImageReader()))
         self.size,self.area = tuplify(size, match=(0,0)),area
 
+    @property
+    def files(self): return _paths(self.images)
+
     def crops(self,
         idxs:list, # Indices of images
         seed:int=None # Of the epoch; None: no random numbers
@@ -373,6 +386,10 @@ class FileImages(ImageSet):
         other = self._copy(*split_items(items, self.vocab))
         other.split_idx = 1
         return other
+
+class WholeImages(FileImages):
+    "Images in files, each read whole and brought to one size: the pixels of a `MemoryImages`, a batch at a time"
+    def crops(self, idxs, seed=None): return read_images([self.images[i] for i in idxs], self.reader, self.size)
 
 class FileDL(ImageDL):
     "`DataLoader` of a `FileImages`; its batches come pinned where there is a GPU"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plot_losses', 'knn_table', 'spelled', 'evenly_spread', 'nearest', 'to_rgb', 'plot_neighbours', 'near_duplicates',
-           'image_map', 'SeenImages', 'report_page']
+           'image_map', 'SeenImages', 'look_at', 'report_page']
 
 # %% ../../nbs/22_measure.report.ipynb #e7c19a69
 from fastai.vision.all import *
@@ -12,12 +12,14 @@ from base64 import b64encode
 from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from PIL import ImageOps
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 import warnings
 from ..core import *
+from .features import *
 
 # %% ../../nbs/22_measure.report.ipynb #7f1087e9
 def plot_losses(
@@ -206,11 +208,57 @@ class SeenImages:
     small:Tensor # (N,C,h,w), uint8 or from 0 to 1, for the map and near-duplicates; 64 pixels will do
     images:Any # `images[i]` is image i, (C,H,W) or a tuple that begins with it
     names:list # Names of their files; '' where there is none
-    parts:list=None # Of each, such as 'training' or 'held-out'
+    parts:list=None # Of each 'training', 'held-out', or ''
     labels:Tensor=None # (N,), indices into `vocab`
     vocab:list=() # Names of the classes
     n_all:int=None # How many there are, if these are some of them
-    where:str='' # Where they are, for the sentence that says what was looked at
+
+class _WithSmall:
+    "A loader that keeps a small copy of each image that it gives"
+    def __init__(self, dl): self.dl,self.device,self.dataset,self.after_batch,self.small = dl,dl.device,dl.dataset,dl.after_batch,[]
+    def __len__(self): return len(self.dl)
+    def __iter__(self):
+        for b in self.dl:
+            x = b[0].as_subclass(Tensor)
+            shrink = max(1, max(x.shape[2:])/64)
+            if shrink > 1: x = F.interpolate(x, [max(1, round(o/shrink)) for o in x.shape[2:]], mode='area')
+            self.small.append((x*255).round().byte().cpu())
+            yield b
+
+def _names(files, n):
+    "Of `n` images the names in the folder that holds all of them; '' where they are in no files"
+    if any(o is None for o in files): return ['']*n
+    files = [str(f) for o in files for f in o]
+    root = os.path.commonpath([os.path.dirname(f) for f in files])
+    return [os.path.relpath(f, root) for f in files]
+
+class _SomeOf:
+    "Items of several data sets, as one"
+    def __init__(self, places): self.places = places # (set, index)
+    def __getitem__(self, i): return self.places[i][0][self.places[i][1]]
+
+def look_at(
+    model:Learner|nn.Module|str|Path, # As in `extract_features`
+    loaders:dict, # Name of a part, 'training' or 'held-out', or '': its loader, of an `ImageSet`; all are of images of one size
+    most:int=10_000 # How many images are looked at, of all parts together, evenly spread
+) -> SeenImages:
+    "Images as an encoder sees them: each is read once, and kept as features and as a thumbnail"
+    loaders = {k: dl for k,dl in loaders.items() if len(dl.dataset)}
+    sizes = [len(dl.dataset) for dl in loaders.values()]
+    chosen,start,seen = np.array(evenly_spread(sum(sizes), most), dtype=int),0,[]
+    for (part,dl),n in zip(loaders.items(), sizes):
+        idxs = (chosen[(chosen >= start) & (chosen < start+n)] - start).tolist()
+        start += n
+        if not idxs: continue
+        data = dl.dataset if len(idxs) == n else dl.dataset.take(idxs)
+        with no_random(reproducible=False): small = _WithSmall(dl.new(data, shuffle=False, drop_last=False))
+        x,y = extract_features(model, small)
+        seen.append((x, torch.cat(small.small), [(data,i) for i in range(len(idxs))], data.files, [part]*len(idxs), y, data))
+    if not seen: raise ValueError("There are no images to look at.")
+    x,small,places,files,parts,ys,sets = zip(*seen)
+    labels = None if any(y is None for y in ys) else torch.cat(ys)
+    return SeenImages(torch.cat(x), torch.cat(small), _SomeOf(sum(places, [])), _names(files, sum(map(len, x))), sum(parts, []),
+        labels, sets[0].vocab, sum(sizes))
 
 # %% ../../nbs/22_measure.report.ipynb #e00ea6d1
 def _picture(im, alt, format='PNG', **kwargs):
@@ -237,8 +285,10 @@ class _Pictures:
         im.thumbnail((192,192))
         name = spelled(s.names[i]) or f'image {i+1}'
         res = _picture(im, name) if self.pixels else _picture(im, name, 'JPEG', quality=85)
-        label = None if s.labels is None else s.vocab[int(s.labels[i])]
-        return res | dict(name=name, label=label, part=s.parts[i] if s.parts else '')
+        label = None if s.labels is None else spelled(s.vocab[int(s.labels[i])])
+        in_class = label and name.startswith(f'{label}/')
+        return res | dict(name=name, label=label, caption=name[len(label)+1:] if in_class else name,
+            held_out=bool(s.parts) and s.parts[i] == 'held-out')
 
 def _neighbours_part(seen, picture):
     queries,labels = evenly_spread(len(seen.features), 12),seen.labels
@@ -247,19 +297,20 @@ def _neighbours_part(seen, picture):
     rows = [[picture(q), *(picture(i, cosine=c, other=_other(q, i)) for i,c in zip(near, cs))]
         for q,near,cs in zip(queries, idxs.tolist(), cosines.tolist())]
     res = dict(neighbours=rows, labelled=labels is not None, same_class='')
-    if labels is not None:
-        near = nearest(seen.features, every := evenly_spread(len(labels), 1000), 1)[1][:,0]
-        share,chance = (labels[near] == labels[every]).float().mean(),(labels.bincount()/len(labels)).square().sum()
-        res.update(same_class=f"The nearest image is of the same class for {100*share:.0f} % of the images; by chance it would be {100*chance:.0f} %.")
-    return res
+    if labels is None: return res
+    near = nearest(seen.features, every := evenly_spread(len(labels), 1000), 1)[1][:,0]
+    share,chance = (labels[near] == labels[every]).float().mean(),(labels.bincount()/len(labels)).square().sum()
+    return dict(res, same_class=f"The nearest image is of the same class for {100*share:.0f} % of the images; "
+        f"by chance it would be for {100*chance:.0f} %.")
 
 def _map_part(seen):
-    if len(seen.features) < 10: return None
-    idxs = evenly_spread(len(seen.features), 2000)
+    if (n := len(seen.features)) < 10: return None
+    idxs = evenly_spread(n, 2000)
     labels = None if seen.labels is None or len(seen.vocab) > len(_class_colours) else seen.labels[idxs]
     im = image_map(seen.features[idxs], seen.small[idxs], labels)
     classes = {} if labels is None else dict(zip(seen.vocab, _class_colours))
-    return _picture(im, f'Map of {len(idxs)} images', 'JPEG', quality=82) | dict(n=f'{len(idxs):,}', classes=classes)
+    return _picture(im, f'Map of {len(idxs)} images', 'JPEG', quality=82) | dict(classes=classes,
+        n=f'All {n:,} images,' if n == len(idxs) else f'{len(idxs):,} of them, evenly chosen,')
 
 def _duplicates_part(seen, picture):
     pairs,n,n_images,level = near_duplicates(seen.features, seen.small)
@@ -269,9 +320,9 @@ def _duplicates_part(seen, picture):
         if n > len(pairs): sentence += f" These are the {len(pairs)} most similar ones."
         if seen.parts and any(seen.parts[i] != seen.parts[j] for i,j,_ in pairs):
             sentence += " Where one is held out and the other was trained on, accuracies are too good."
-    meaning = (f"Pairs whose features have a cosine of {level:.4f} or more, and whose pixels, made small, hardly differ: copies, also ones that "
-        "were scaled or saved again. Crops and mirror images are not among them. The level is that of images which are four times nearer "
-        "than an image of this set usually is to its tenth neighbour.")
+    meaning = (f"Pairs whose features have a cosine of {level:.4f} or more, and whose pixels, made small, hardly differ: copies, "
+        "also ones that were scaled or saved again. Crops and mirror images are not among them. The level is that of images which are "
+        f"{1/_small_gap:g} times nearer to each other than an image of this set usually is to its tenth neighbour.")
     return dict(sentence=sentence, meaning=meaning, pairs=[(picture(i), picture(j), c) for i,j,c in pairs])
 
 def _facts(settings, metrics):
@@ -282,20 +333,19 @@ def _facts(settings, metrics):
     took = f"{s('epochs')} epochs, batches of {s('bs')}, learning rate {s('lr')}, seed {s('seed')}"
     if (seconds := metrics.get('train_seconds')) is not None: took += f"; {seconds/60:.1f} minutes on {s('device')}"
     if s('extends'): took += f"; from the weights of {s('extends')}"
-    return {'Encoder': s('arch'), 'Images': f"{images}, at {_sides(s('size'))} pixels", 'Method': s('method'), 'Views': ifnone(s('views'), s('method')),
-        'Adversary': attack, 'Training': took}
+    return {'Encoder': s('arch'), 'Images': f"{images}, at {_sides(s('size'))} pixels", 'Method': s('method'),
+        'Views': ifnone(s('views'), s('method')), 'Adversary': attack, 'Training': took}
 
 def _percent(o): return '' if o is None else f'{100*o:.1f}'
 
 def _evaluation_row(file, o):
-    probe = o['probe']
-    return (file, o['dataset'], o['protocol'], *map(_percent, (o['knn'], o.get('knn_mean_per_class'), probe['final'] if probe.get('best_on_test') is None
-        else probe['best_on_test'])))
+    return file,o['dataset'],o['protocol'],*map(_percent, (o['knn'], o.get('knn_mean_per_class'), o['result']))
 
 def report_page(
     name:str, # Of the run
     summary:dict, # Its `summary.json`
     seen:SeenImages, # Images to look at, two or more
+    where:str='', # After the number of images, what they are, such as ' of the folder photos'
     losses:plt.Figure=None, # By `plot_losses`
     views:Path=None, # The run's `views.png`
     evaluations:dict=None # Its `eval-*.json`, by their names
@@ -303,11 +353,12 @@ def report_page(
     "A run as one page, which needs nothing besides"
     if len(seen.features) < 2: raise ValueError("A report takes two images or more.")
     settings,metrics,picture = summary['settings'],summary['metrics'],_Pictures(seen)
-    page = dict(name=name, facts=_facts(settings, metrics), notes=settings.get('images', ()), settings=settings, versions=summary['versions'])
+    page = dict(name=name, facts=_facts(settings, metrics), notes=settings.get('images', ()), settings=settings,
+        versions=summary['versions'])
     page.update(_neighbours_part(seen, picture), map=_map_part(seen), duplicates=_duplicates_part(seen, picture), pixels=picture.pixels)
     n,n_all = len(seen.features),ifnone(seen.n_all, len(seen.features))
-    page['looked_at'] = f"{n:,} images{seen.where}." if n == n_all else f"{n:,} of {n_all:,} images{seen.where}, evenly chosen."
-    page['about'] = f"{settings.get('arch')}, trained without labels by {settings.get('method')}"
+    page.update(looked_at=f"All {n:,} images{where}." if n == n_all else f"{n:,} of the {n_all:,} images{where}, evenly chosen.",
+        about=f"{settings.get('arch')}, trained without labels by {settings.get('method')}")
     verdict = metrics.get('verdict')
     if verdict:
         rows = [(k, f"{o['value']:.4g}", o['scale'], o['meaning']) for k,o in verdict['numbers'].items()]

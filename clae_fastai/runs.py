@@ -595,8 +595,11 @@ def _read_evaluations(folder):
     "Name and content of its evaluations, but of those that are not whole"
     res = {}
     for file in sorted(folder.glob('eval-*.json')):
-        try: res[file.name] = json.loads(file.read_bytes())
-        except (ValueError, OSError) as e: say(f"{file} is left out: {e}.")
+        try:
+            content = json.loads(file.read_bytes())
+            for k in ('dataset','protocol','knn','result'): content[k]
+            res[file.name] = content
+        except (ValueError, OSError, LookupError, TypeError) as e: say(f"{file} is left out, as it is not whole ({e!r}).")
     return res
 
 def _loaders_of(folder, file, path, workers, skip_bad):

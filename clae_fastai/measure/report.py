@@ -121,7 +121,7 @@ def plot_neighbours(
             canvas.paste(im, (x,y))
             other = labels is not None and labels[i] != labels[q]
             if other: ax.add_patch(plt.Rectangle((x-1,y-1), im.width+1, im.height+1, fill=False, ec='tab:red', lw=2))
-            text = _name(i) if col == 0 else f'{cos[col-1]:.2f} {_name(i)}'
+            text = _name(i) if col == 0 else f'{_name(i)} ({cos[col-1]:.2f})'.strip()
             ax.text(x + im.width/2, dy*row + side + 3, text, ha='center', va='top', fontsize=7, parse_math=False,
                 color='tab:red' if other else 'black')
     ax.imshow(canvas)
@@ -134,7 +134,7 @@ def plot_neighbours(
     return fig
 
 # %% ../../nbs/22_measure.report.ipynb #4d40233f
-_most_different = .15 # root mean square of what two near-duplicates differ by, as a part of their contrast, at 8x8 pixels
+_most_different = .12 # root mean square of what two near-duplicates differ by, as a part of their contrast, at 8x8 pixels
 _small_gap = .25 # of the usual distance, 1-cosine, to the tenth neighbour
 
 def _small_pixels(images):
@@ -320,22 +320,26 @@ def _duplicates_part(seen, picture):
         if n > len(pairs): sentence += f" These are the {len(pairs)} most similar ones."
         if seen.parts and any(seen.parts[i] != seen.parts[j] for i,j,_ in pairs):
             sentence += " Where one is held out and the other was trained on, accuracies are too good."
+        if seen.labels is not None and any(seen.labels[i] != seen.labels[j] for i,j,_ in pairs):
+            sentence += " Red: of two classes, so one of the labels is wrong, or both classes hold such images."
     meaning = (f"Pairs whose features have a cosine of {level:.4f} or more, and whose pixels, made small, hardly differ: copies, "
         "also ones that were scaled or saved again. Crops and mirror images are not among them. The level is that of images which are "
         f"{1/_small_gap:g} times nearer to each other than an image of this set usually is to its tenth neighbour.")
     return dict(sentence=sentence, meaning=meaning, pairs=[(picture(i), picture(j), c) for i,j,c in pairs])
 
-def _facts(settings, metrics):
-    s = settings.get
+def _facts(summary):
+    s,metrics,number = summary['settings'].get,summary['metrics'],summary.get('images', {}).get('number', '')
     def _sides(o): return 'x'.join(map(str, o)) if isinstance(o, list) else o
     attack = f"{s('attack')}, eps {s('eps')}, alpha {s('alpha')}" if s('attack') and s('eps') and s('alpha') else 'none'
     images = s('path') if s('data') == 'folder' else s('data')
+    if ' and ' in number: images += '; {} to train on, {} held out'.format(*number.split(' and '))
     took = f"{s('epochs')} epochs, batches of {s('bs')}, learning rate {s('lr')}, seed {s('seed')}"
     if (seconds := metrics.get('train_seconds')) is not None: took += f"; {seconds/60:.1f} minutes on {s('device')}"
     if s('extends'): took += f"; from the weights of {s('extends')}"
-    return {'Encoder': s('arch'), 'Images': f"{images}, at {_sides(s('size'))} pixels", 'Method': s('method'),
+    return {'Encoder': s('arch'), 'Images': f"{images}; at {_sides(s('size'))} pixels", 'Method': s('method'),
         'Views': ifnone(s('views'), s('method')), 'Adversary': attack, 'Training': took}
 
+def _number(o): return f'{o:.4g}' if isinstance(o, float) else o
 def _percent(o): return '' if o is None else f'{100*o:.1f}'
 
 def _evaluation_row(file, o):
@@ -353,7 +357,7 @@ def report_page(
     "A run as one page, which needs nothing besides"
     if len(seen.features) < 2: raise ValueError("A report takes two images or more.")
     settings,metrics,picture = summary['settings'],summary['metrics'],_Pictures(seen)
-    page = dict(name=name, facts=_facts(settings, metrics), notes=settings.get('images', ()), settings=settings,
+    page = dict(name=name, facts=_facts(summary), notes=settings.get('images', ()), settings=settings,
         versions=summary['versions'])
     page.update(_neighbours_part(seen, picture), map=_map_part(seen), duplicates=_duplicates_part(seen, picture), pixels=picture.pixels)
     n,n_all = len(seen.features),ifnone(seen.n_all, len(seen.features))
@@ -361,7 +365,7 @@ def report_page(
         about=f"{settings.get('arch')}, trained without labels by {settings.get('method')}")
     verdict = metrics.get('verdict')
     if verdict:
-        rows = [(k, f"{o['value']:.4g}", o['scale'], o['meaning']) for k,o in verdict['numbers'].items()]
+        rows = [(k, _number(o['value']), o['scale'], o['meaning']) for k,o in verdict['numbers'].items()]
         verdict = dict(state=verdict['state'], sentence=verdict['sentence'], rows=rows)
     knn = metrics.get('knn')
     if knn:

@@ -238,9 +238,9 @@ def test_many_images(places, cli, monkeypatch):
 def test_what_was_looked_at_is_what_is_shown():
     "Thumbnails, images, labels and features belong together, whichever part they come from"
     x = (torch.rand(30, 3, 8, 8)*255).byte()
-    sets = [MemoryImages(o, y, 'abc') for o,y in zip(x.split([20,10]), (torch.arange(30)%3).split([20,10]))]
+    sets = [MemoryImages(o, y, list('abc')) for o,y in zip(x.split([20,10]), (torch.arange(30)%3).split([20,10]))]
     dls = memory_dls(*sets, bs=4)
-    model = create_encoder('resnet8', 'cifar', 3)
+    model = create_encoder('resnet8', 'cifar', 3).eval()
     states = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), dls.train.rng.getstate()]
     for most in (100,13):
         seen = look_at(model, dict(zip(('training','held-out'), dls.loaders)), most=most)

@@ -27,7 +27,7 @@ from clae_fastai.train.checkpoint import checkpoints, load_checkpoint
 from clae_fastai.train.precision import has_bf16
 
 quick = ['--epochs', 1, '--limit', 128]
-names = ['clae_train','clae_eval','clae_report','clae_export','clae_table','clae_figure']
+names = ['clae_train','clae_eval','clae_embed','clae_report','clae_export','clae_table','clae_figure']
 
 def summary(run): return json.loads((run/'summary.json').read_text())
 def header(run):

@@ -410,6 +410,7 @@ def describe_images(
         ("Scaled from the range {:g} to {:g} to 8 bits (value_range=, --value-range)".format(*reader.value_range or (0,255)),
             lambda o: o.kind != 'uint8', 1),
         ("Read without the pages or frames behind the first", lambda o: o.pages > 1, 3),
+        ("In colour, and read as grey (channels=, --channels)", lambda o: o.channels == 3 and reader.channels == 1, 1),
         ("Of one colour throughout", lambda o: o.constant, 10)]
     notes = []
     for text,test,n in tests:

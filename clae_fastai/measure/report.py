@@ -174,10 +174,11 @@ def _places(features):
     "Row and column of each image in a square grid, and the grid's side"
     x = F.normalize(at_least_float32(features), dim=1).numpy()
     n = len(x)
-    if x.shape[1] > 50 and n > 50: x = PCA(50, random_state=0).fit_transform(x)
-    with warnings.catch_warnings(), np.errstate(all='ignore'): # features that are all the same
+    with warnings.catch_warnings(), np.errstate(all='ignore'): # of features that are all the same
         warnings.simplefilter('ignore')
-        x = np.nan_to_num(TSNE(perplexity=min(30, (n-1)/3), random_state=0).fit_transform(x))
+        x = PCA(min(50, *x.shape), random_state=0).fit_transform(x)
+    start = x[:,:2]/max(x[:,0].std(), 1e-12) + np.random.default_rng(0).normal(size=(n,2))/100 # TSNE's own may divide by 0, and crashes
+    x = TSNE(perplexity=min(30, (n-1)/3), init=1e-4*start, random_state=0).fit_transform(x)
     side = math.ceil(math.sqrt(1.5*n))
     low,high = x.min(0),x.max(0)
     x = (x-low)/np.maximum(high-low, 1e-12)*(side-1)

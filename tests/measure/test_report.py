@@ -1,6 +1,7 @@
 "A run as one page, and its pictures: of runs with labels and without, of files with hostile names, in a browser."
 import contextlib
 import html
+import inspect
 import io
 import json
 import os
@@ -8,19 +9,23 @@ import random
 import re
 import shutil
 import sys
+from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from clae_fastai import cli as commands, runs as rooms
 from clae_fastai.data.catalogue import get_dls
 from clae_fastai.data.folders import folder_dl
 from clae_fastai.data.images import MemoryImages, memory_dls
+from clae_fastai.measure.evaluate import Evaluation
 from clae_fastai.measure.features import extract_features
 from clae_fastai.measure.report import look_at, near_duplicates, plot_neighbours, report_page
 from clae_fastai.method.models import create_encoder
@@ -159,7 +164,9 @@ def test_verdict_evaluations_and_a_second_report(places, cli):
     summary['metrics']['verdict'] = dict(state='still falling', sentence='A <b>longer</b> training pays.',
         numbers=dict(spread=dict(value=.123456, scale='0 to 1', meaning='1 & more')))
     (run/'summary.json').write_text(json.dumps(summary))
-    assert cli('clae_eval', 'labelled').returncode == 0
+    found = dict(dataset='digits', protocol='honest', knn=.8123, knn_mean_per_class=.7456, result=.9)
+    assert found.keys() - {f.name for f in fields(Evaluation)} == {'result'}
+    (run/'eval-digits-honest.json').write_text(json.dumps(found))
     (run/'eval-half.json').write_text('')
     first = (run/'report.html').read_bytes()
     r = cli('clae_report', 'labelled')
@@ -167,8 +174,7 @@ def test_verdict_evaluations_and_a_second_report(places, cli):
     text = (run/'report-2.html').read_text()
     for o in ('<strong>Still falling.</strong> A &lt;b&gt;longer&lt;/b&gt; training pays.','0.1235','0 to 1','1 &amp; more'):
         assert o in text, o
-    found = json.loads((run/'eval-digits-honest.json').read_text())
-    for o in ('eval-digits-honest.json', f"{100*found['knn']:.1f}", f"{100*found['result']:.1f}"): assert f'>{o}</td>' in text, o
+    for o in ('eval-digits-honest.json','81.2','74.6','90.0'): assert f'>{o}</td>' in text, o
     assert 'eval-half' not in text and not Strict(text).bad
     assert (run/'report.html').read_bytes() == first
 
@@ -208,7 +214,7 @@ def test_photographs_saved_again(cifar_dir, tmp_path, quality, share):
     x = MemoryImages(torch.tensor(np.stack(images)).permute(0,3,1,2))
     torch.manual_seed(0)
     features = extract_features(create_encoder('resnet8', 'cifar', 3), memory_dls(x, x).valid)[0]
-    assert torch.nn.functional.normalize(features.mean(0), dim=0) @ torch.nn.functional.normalize(features, dim=1).mean(0) > .9 # all alike
+    assert F.normalize(features.mean(0), dim=0) @ F.normalize(features, dim=1).mean(0) > .9 # all alike
     pairs,n,n_images,_ = near_duplicates(features, x.images, 10**6)
     right = {(i, i+len(files)) for i in range(len(files))}
     assert n == len(pairs) and {(i,j) for i,j,_ in pairs} <= right and n_images == 2*n >= 2*share*len(files)
@@ -224,6 +230,7 @@ def test_pairs_are_counted_and_few_are_shown():
 
 def test_many_images(places, cli, monkeypatch):
     "Some of them, evenly spread over training and held-out images; the page says so"
+    assert inspect.signature(look_at).parameters['most'].default <= 10_000
     shutil.copytree(places/'runs', cli.cwd/'runs')
     seen = []
     def few(*args):
@@ -249,7 +256,15 @@ def test_what_was_looked_at_is_what_is_shown():
         assert all((seen.images[i][0] == x[j]).all() for i,j in enumerate(idxs))
         assert seen.parts == ['training' if i < 20 else 'held-out' for i in idxs] and seen.names == ['']*len(idxs)
         assert torch.allclose(seen.features, model(x[idxs].float()/255).flatten(1), atol=1e-4)
-        plot_neighbours(seen.images, seen.features, seen.labels, seen.vocab)
+        fig = plot_neighbours(seen.images, seen.features, seen.labels, seen.vocab)
+        cosines = F.normalize(seen.features, dim=1) @ F.normalize(seen.features, dim=1).T
+        queries = np.linspace(0, len(idxs)-1, 12).round().astype(int)
+        near = (cosines - 9*torch.eye(len(idxs)))[queries].topk(6)[1]
+        others = int((seen.labels[near] != seen.labels[queries][:,None]).sum())
+        assert 0 < others < 72 and len(fig.axes[0].patches) == others
+        before,_,after = report_page('x', bare, seen).partition('<h2>Near-duplicates')
+        assert before.count('<figure class="other"') == others
+        plt.close('all')
     assert states == [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), dls.train.rng.getstate()]
 
 @pytest.mark.parametrize('channels', [1,2,4,12])
@@ -368,7 +383,8 @@ def test_no_script_runs(places, visit, tmp_path):
     few = [i for i,name in enumerate(seen.names) if not re.fullmatch(r'\d{4}\.png|(copy of|saved) .*', name)]
     seen = look_at(places/'runs'/'flat'/'encoder.safetensors', {'': dl.new(dl.dataset.take(few))})
     evil = '</title><script>document.title="owned"</script>'
-    text = report_page(f'x{evil}', dict(bare, settings={evil: evil}), seen, evil)
+    text = report_page(f'x{evil}', dict(bare, settings={evil: evil, 'images': [f'{evil}\udcff\0']}), seen, evil)
+    assert rf'{html.escape(evil, quote=False).replace(chr(34), "&#34;")}\udcff\x00' in text
     policy = re.search('<meta http-equiv="Content-Security-Policy"[^>]*>', text)[0]
     unsafe = text.replace('</main>', '<img src="x" onerror="document.title=\'owned\'"><script>document.title="owned"</script></main>')
     for page,title in ((text, f'Run x{evil}'), (text.replace(policy, ''), f'Run x{evil}'), (unsafe, f'Run x{evil}'),

@@ -41,10 +41,15 @@ def _make_new(paths, make):
             make(path)
             return path
 
-def _touch_new(file):
-    "A new, empty file: `file`, or where that is taken file-2, file-3, ..."
+def _write_new(file, text):
+    "Write `file`, or where that is taken file-2, file-3, ...; returns which"
     ends = itertools.chain([''], map('-{}'.format, itertools.count(2)))
-    return _make_new((file.with_name(f'{file.stem}{end}{file.suffix}') for end in ends), partial(Path.touch, exist_ok=False))
+    new = _make_new((file.with_name(f'{file.stem}{end}{file.suffix}') for end in ends), partial(Path.touch, exist_ok=False))
+    try: write_text(new, text)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    return new
 
 def _holds_nothing(folder):
     "Is this a folder of a run that never began, but for its lock and half files?"
@@ -78,7 +83,8 @@ def _find(file, run, what):
     if found: return found
     raise FileNotFoundError(f"There is no {what} {run}: neither it nor runs/{run} is a folder with {file}.")
 
-def _write_json(file, content): write_text(file, json.dumps(content, indent=2))
+def _to_json(content): return json.dumps(content, indent=2)
+def _write_json(file, content): write_text(file, _to_json(content))
 
 _versions = dict(clae_fastai=__version__, python=platform.python_version(),
     **{package.__name__: package.__version__ for package in (fastai, torch, torchvision, kornia)})
@@ -562,8 +568,7 @@ def evaluate_run(
         dataset,own = get_dls(data, drop_last=False, **own),{}
         _check_own_data(dataset, file.parent)
     res = replace(evaluate(file, dataset, **kwargs, **own), dataset=data)
-    new = _touch_new(file.parent/f'eval-{data}-{res.protocol}.json')
-    _write_json(new, {**res.to_dict(), 'versions': _versions})
+    new = _write_new(file.parent/f'eval-{data}-{res.protocol}.json', _to_json({**res.to_dict(), 'versions': _versions}))
     print(f"{res}\n\nAll of it is in {new}.")
 
 def _check_new(out):
@@ -628,16 +633,19 @@ def _read_summary(folder):
     except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{file} is damaged ({e!r}): there is nothing to report.") from None
     return summary
 
-def _read_evaluations(folder):
-    "Name and content of its evaluations, but of those that are not whole"
-    res = {}
-    for file in sorted(folder.glob('eval-*.json')):
-        try:
-            content = json.loads(file.read_bytes())
-            for k in ('dataset','protocol','knn','result'): content[k]
-            res[file.name] = content
-        except (ValueError, OSError, LookupError, TypeError) as e: say(f"{file} is left out, as it is not whole ({e!r}).")
-    return res
+def _unless_damaged(file, read):
+    "What `read` makes of a file; None where it is not there, or not whole, which is said"
+    try: return read(file) if file.is_file() else None
+    except Exception as e: say(f"{file} is left out, as it cannot be read ({e!r}).") # pandas and Pillow have many
+
+def _read_evaluation(file):
+    content = json.loads(file.read_bytes())
+    for k in ('dataset','protocol','knn','result'): content[k]
+    return content
+
+def _read_picture(file):
+    with Image.open(file) as im: im.verify()
+    return file
 
 def _loaders_of(folder, file, path, workers, skip_bad):
     "`{part: loader}` of the run's own images, or of all of another folder, and words about them"
@@ -664,11 +672,11 @@ def report_run(
     loaders,where = _loaders_of(folder, file, path, workers, skip_bad)
     seen = look_at(file, loaders)
     print(f"Looked at {len(seen.features):,} of {seen.n_all:,} images. Their map takes up to half a minute.", flush=True)
-    losses = plot_losses(history) if (history := folder/'history.csv').is_file() else None
-    views = views if (views := folder/'views.png').is_file() else None
-    page = report_page(folder.name, summary, seen, where, losses, views, _read_evaluations(folder))
+    losses,views = _unless_damaged(folder/'history.csv', plot_losses),_unless_damaged(folder/'views.png', _read_picture)
+    evaluations = {f.name: found for f in sorted(folder.glob('eval-*.json')) if (found := _unless_damaged(f, _read_evaluation))}
+    page = report_page(folder.name, summary, seen, where, losses, views, evaluations)
     plt.close('all')
-    write_text(new := _touch_new(folder/'report.html'), page)
+    new = _write_new(folder/'report.html', page)
     print(f"The report is {new}: open it in a browser.")
 
 # %% ../nbs/26_runs.ipynb #684d7236

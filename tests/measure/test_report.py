@@ -293,7 +293,23 @@ def test_every_run_has_neighbours(places, monkeypatch, cli):
         assert (runs/name/'neighbours.png').read_bytes() == (places/'runs'/name/'neighbours.png').read_bytes()
     assert titles == [('450 held-out images', 450, False), ('500 of 532 training images', 500, True)]
 
-# Refusals, and runs of other versions
+# Refusals, what is damaged, and runs of other versions
+
+def test_what_is_damaged_is_left_out(cli):
+    "Each is said, and the page has all else; of a report that finds no room nothing stays"
+    run = shutil.copytree(old_runs, cli.cwd/'runs')/'finished'
+    for name,text in (('history.csv','epoch,train_loss\n'), ('views.png','no picture'), ('eval-digits-authors.json','[]')):
+        (run/name).write_text(text)
+    r = cli('clae_report', 'finished')
+    assert r.returncode == 0 and [o.split()[0] for o in r.stdout.splitlines() if 'is left out' in o] == [
+        'runs/finished/history.csv','runs/finished/views.png','runs/finished/eval-digits-authors.json'], r.stderr
+    text = (run/'report.html').read_text()
+    assert 'trained encoder' in text and not any(o in text for o in ('Losses','What training saw','clae_eval')) and not Strict(text).bad
+    with pytest.MonkeyPatch.context() as m:
+        def no_room(self, target): raise OSError(28, 'No space left on device')
+        m.setattr(Path, 'replace', no_room)
+        r = cli('clae_report', 'finished')
+    assert r.returncode == 2 and 'No space left' in r.stderr and sorted(o.name for o in run.glob('*report*')) == ['report.html']
 
 def test_refusals(places, cli, command):
     shutil.copytree(old_runs, cli.cwd/'runs')

@@ -51,6 +51,7 @@ from clae_fastai.cli import *
 clae_train.main(['--path', sys.argv[1], '--skip-bad', '--arch', 'resnet8', '--epochs', '1', '--bs', '4', '--name', 'x'])
 clae_eval.main(['x'])
 clae_eval.main(['x', '--path', sys.argv[1], '--skip-bad'])
+clae_embed.main(['x', '--path', sys.argv[1], '--skip-bad'])
 clae_train.main(['--resume', 'x'])
 clae_export.main(['x', '--out', sys.argv[2]])
 """
@@ -62,6 +63,8 @@ def test_a_run_on_any_name(odd, tmp_path, console):
     summary = json.loads((tmp_path/'runs'/'x'/'summary.json').read_text())
     assert any('Left out: 6 of 24' in o for o in summary['settings']['images'])
     load_encoder(tmp_path/os.fsdecode(b'out\xff.safetensors'))
+    rows = (tmp_path/'features.csv').read_bytes().decode().splitlines()
+    assert len(rows) == 37 and rows[1:] == sorted(rows[1:])
     listed = (odd/'train'/'.clae-unreadable.txt').read_bytes()
     assert all(b'/bad' + o in listed for o in names)
 

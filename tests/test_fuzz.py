@@ -16,7 +16,7 @@ from fastcore.all import working_directory
 from PIL import Image
 
 from clae_fastai.train.checkpoint import checkpoints, load_checkpoint
-from clae_fastai.cli import clae_eval, clae_export, clae_train
+from clae_fastai.cli import clae_embed, clae_eval, clae_export, clae_train
 from clae_fastai.runs import read_options, train_options
 from clae_fastai.data.catalogue import get_dls
 from clae_fastai.train.learner import clae_learner
@@ -48,6 +48,7 @@ def test_names(command, name):
     command(clae_train, f'--name={name}', '--epochs=1')
     command(clae_eval, f'./{name}')
     command(clae_export, f'./{name}')
+    command(clae_embed, f'./{name}', '--path', '.')
 
 @pytest.mark.parametrize('args', ['--k=0', '--k=-5', '--k=99999999999', '--bs=0', '--data=x', '--protocol=x', '--knn-on=x',
                                   '--probe-on=x', '--path=nowhere --data=folder', '--workers=-1', '--k=½', '--bs=--'])
@@ -58,6 +59,13 @@ def test_eval_options(command, encoder_file, tmp_path, args):
 def test_eval_without_data(command, encoder_file, tmp_path):
     shutil.copy(encoder_file, tmp_path/'e.safetensors')
     assert '--data NAME' in command(clae_eval, 'e.safetensors')
+
+@pytest.mark.parametrize('arg', ['--out=e.safetensors', '--out=no/folder/x.csv', '--out=.', '--out=.csv', '--out=', '--path=', '--bs=0',
+                                 '--path=nowhere', '--path=e.safetensors', '--workers=-1', '--max-pixels=0', '--background=x',
+                                 '--value-range=1', '--channels=2'])
+def test_embed_options(command, encoder_file, tmp_path, arg):
+    shutil.copy(encoder_file, tmp_path/'e.safetensors')
+    command(clae_embed, 'e.safetensors', '--path=.', arg)
 
 @pytest.mark.parametrize('arg', ['--out=e.safetensors', '--out=no/folder/x', '--out=.', '--format=pickle', '--out=e.safetensors/x',
                                  '--out=' + 'x'*300])

@@ -152,7 +152,7 @@ def write_features(
     file,width = Path(file),0
     rows = look_up(file.suffix.lower(), feature_files, 'ending')
     if dl.dataset.files is None: raise ValueError("These images are from no files, and have no names.")
-    names = [f.relative_to(root).as_posix().encode(errors='backslashreplace').decode() for f in dl.dataset.files]
+    names = [os.fsencode(f.relative_to(root).as_posix()).decode(errors='backslashreplace') for f in dl.dataset.files]
     with new_file(file) as tmp, rows(tmp, names) as write:
         def _write_batch(h, *_):
             nonlocal width

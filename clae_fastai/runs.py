@@ -650,7 +650,8 @@ def _read_picture(file):
 def _loaders_of(folder, file, path, workers, skip_bad):
     "`{part: loader}` of the run's own images, or of all of another folder, and words about them"
     if path is not None:
-        return {'': _as_in_training(file, path, num_workers=workers, skip_bad=skip_bad)},f' in {Path(path).resolve()}'
+        path = check_folder(path)
+        return {'': _as_in_training(file, path, num_workers=workers, skip_bad=skip_bad)},f' in {path.resolve()}'
     run = _Run(read_options(folder))
     _check_place(run.settings, folder, '--path FOLDER')
     run.settings.update(_given(workers=workers, skip_bad=skip_bad or None))
@@ -670,8 +671,8 @@ def report_run(
     folder = _find('settings.json', run, 'run').parent
     summary,file = _read_summary(folder),_encoder_file(folder)
     loaders,where = _loaders_of(folder, file, path, workers, skip_bad)
+    print("Looking at the images; their map takes up to half a minute after that.", flush=True)
     seen = look_at(file, loaders)
-    print(f"Looked at {len(seen.features):,} of {seen.n_all:,} images. Their map takes up to half a minute.", flush=True)
     losses,views = _unless_damaged(folder/'history.csv', plot_losses),_unless_damaged(folder/'views.png', _read_picture)
     evaluations = {f.name: found for f in sorted(folder.glob('eval-*.json')) if (found := _unless_damaged(f, _read_evaluation))}
     page = report_page(folder.name, summary, seen, where, losses, views, evaluations)

@@ -153,7 +153,8 @@ def near_duplicates(
     pixels,bias = pixels - pixels.mean(), (2/255)**2
     squares = pixels.square().mean(1)
     usual = nearest_neighbours(x, evenly_spread(n, 500), 10)[0][:,-1].median()
-    level,pairs,total,paired = float(1 - _small_gap*(1-usual)),[],0,torch.zeros(n, dtype=torch.bool)
+    level = min(float(1 - _small_gap*(1-usual)), .9999) # where all are there ten times, copies differ by rounding alone
+    pairs,total,paired = [],0,torch.zeros(n, dtype=torch.bool)
     for at in range(0, n, 512): # images `at` and on with all that come later
         a,b = slice(at, at+512),slice(at, None)
         cosines = x[a] @ x[b].T
@@ -208,7 +209,7 @@ class SeenImages:
     features:Tensor # (N,F)
     small:Tensor # (N,C,h,w), uint8 or from 0 to 1, for the map and near-duplicates; 64 pixels will do
     images:Any # `images[i]` is image i, (C,H,W) or a tuple that begins with it
-    names:list # Names of their files; '' where there is none
+    names:list # Of their files, or what else they are called; '': by their numbers
     parts:list=None # Of each 'training', 'held-out', or ''
     labels:Tensor=None # (N,), indices into `vocab`
     vocab:list=() # Names of the classes
@@ -226,12 +227,12 @@ class _WithSmall:
             self.small.append((x*255).round().byte().cpu())
             yield b
 
-def _names(files, n):
-    "Of `n` images the names in the folder that holds all of them; '' where they are in no files"
-    if any(o is None for o in files): return ['']*n
-    files = [str(f) for o in files for f in o]
-    root = os.path.commonpath([os.path.dirname(f) for f in files])
-    return [os.path.relpath(f, root) for f in files]
+def _below_one_folder(names):
+    "Names of files relative to the folder that holds all of them; others as they are"
+    names = [o for some in names for o in some]
+    if not all(isinstance(o, Path) for o in names): return [*map(str, names)]
+    root = os.path.commonpath([o.parent for o in names])
+    return [os.path.relpath(o, root) for o in names]
 
 class _SomeOf:
     "Items of several data sets, as one"
@@ -240,7 +241,7 @@ class _SomeOf:
 
 def look_at(
     model:Learner|nn.Module|str|Path, # As in `extract_features`
-    loaders:dict, # Name of a part, 'training' or 'held-out', or '': its loader, of an `ImageSet`; all are of images of one size
+    loaders:dict, # Name of a part, 'training' or 'held-out', or '': its loader, of an `ImageSet`, whose batches are from 0 to 1 and of one size
     most:int=10_000 # How many images are looked at, of all parts together, evenly spread
 ) -> SeenImages:
     "Images as an encoder sees them: each is read once, and kept as features and as a thumbnail"
@@ -254,11 +255,12 @@ def look_at(
         data = dl.dataset if len(idxs) == n else dl.dataset.take(idxs)
         with no_random(reproducible=False): small = _WithSmall(dl.new(data, shuffle=False, drop_last=False))
         x,y = extract_features(model, small)
-        seen.append((x, torch.cat(small.small), [(data,i) for i in range(len(idxs))], data.files, [part]*len(idxs), y, data))
+        names = ifnone(data.files, [f'image {i+1}' for i in idxs])
+        seen.append((x, torch.cat(small.small), [(data,i) for i in range(len(idxs))], names, [part]*len(idxs), y, data))
     if not seen: raise ValueError("There are no images to look at.")
-    x,small,places,files,parts,ys,sets = zip(*seen)
+    x,small,places,names,parts,ys,sets = zip(*seen)
     labels = None if any(y is None for y in ys) else torch.cat(ys)
-    return SeenImages(torch.cat(x), torch.cat(small), _SomeOf(sum(places, [])), _names(files, sum(map(len, x))), sum(parts, []),
+    return SeenImages(torch.cat(x), torch.cat(small), _SomeOf(sum(places, [])), _below_one_folder(names), sum(parts, []),
         labels, sets[0].vocab, sum(sizes))
 
 # %% ../../nbs/22_measure.report.ipynb #e00ea6d1

@@ -254,7 +254,8 @@ def test_what_was_looked_at_is_what_is_shown():
         idxs = np.linspace(0, 29, min(30, most)).round().astype(int)
         assert (seen.small == x[idxs]).all() and seen.labels.tolist() == (idxs%3).tolist() and seen.n_all == 30
         assert all((seen.images[i][0] == x[j]).all() for i,j in enumerate(idxs))
-        assert seen.parts == ['training' if i < 20 else 'held-out' for i in idxs] and seen.names == ['']*len(idxs)
+        assert seen.parts == ['training' if i < 20 else 'held-out' for i in idxs]
+        assert seen.names == [f'image {i%20 + 1}' for i in idxs]
         assert torch.allclose(seen.features, model(x[idxs].float()/255).flatten(1), atol=1e-4)
         fig = plot_neighbours(seen.images, seen.features, seen.labels, seen.vocab)
         cosines = F.normalize(seen.features, dim=1) @ F.normalize(seen.features, dim=1).T

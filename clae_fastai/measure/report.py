@@ -231,7 +231,7 @@ def _below_one_folder(names):
     "Names of files relative to the folder that holds all of them; others as they are"
     names = [o for some in names for o in some]
     if not all(isinstance(o, Path) for o in names): return [*map(str, names)]
-    root = os.path.commonpath([o.parent for o in names])
+    root = os.path.commonpath([o.parent for o in names]) or '.'
     return [os.path.relpath(o, root) for o in names]
 
 class _SomeOf:
@@ -241,7 +241,7 @@ class _SomeOf:
 
 def look_at(
     model:Learner|nn.Module|str|Path, # As in `extract_features`
-    loaders:dict, # Name of a part, 'training' or 'held-out', or '': its loader, of an `ImageSet`, whose batches are from 0 to 1 and of one size
+    loaders:dict, # Name of a part, 'training' or 'held-out', or '': its loader, of an `ImageSet`; batches are from 0 to 1, of one size
     most:int=10_000 # How many images are looked at, of all parts together, evenly spread
 ) -> SeenImages:
     "Images as an encoder sees them: each is read once, and kept as features and as a thumbnail"

@@ -263,7 +263,7 @@ def full_for(cli, monkeypatch):
     monkeypatch.setattr(Path, 'replace', _replace)
     return full
 
-@pytest.mark.parametrize('file', ['history.csv','loss.png','views.png'])
+@pytest.mark.parametrize('file', ['history.csv','loss.png','views.png','neighbours.png'])
 def test_side_output_costs_no_run(cli, full_for, file):
     "It is said at once, once, and listed at the end"
     full_for.add(file)
@@ -314,7 +314,7 @@ def test_never_through_a_link(cli, tmp_path):
     precious.write_text('gold')
     run = cli.cwd/'runs'/'run'
     begin = Checkpoint.before_fit
-    files = 'history.csv','loss.png','views.png','encoder.safetensors','summary.json'
+    files = 'history.csv','loss.png','views.png','neighbours.png','encoder.safetensors','summary.json'
     def _links(self):
         begin(self)
         for name in files: (run/name).unlink(missing_ok=True),(run/name).symlink_to(precious)

@@ -29,7 +29,7 @@ from clae_fastai.train.precision import has_bf16
 
 columns = ['epoch','train_loss','valid_loss','loss_aug','loss_adv',*CollapseMonitor.names,'time']
 quick = ['--epochs', 1, '--limit', 128]
-names = ['clae_train','clae_eval','clae_embed','clae_export','clae_table','clae_figure']
+names = ['clae_train','clae_eval','clae_embed','clae_report','clae_export','clae_table','clae_figure']
 
 def summary(run): return json.loads((run/'summary.json').read_text())
 def header(run):
@@ -131,7 +131,8 @@ def test_runs_twice_and_leaves_the_run_folder(cli):
         assert r.returncode == 0, r.stderr
         run = cli.cwd/'runs'/f'digits-simclr-{i}'
         assert sorted(o.name for o in run.iterdir()) == [
-            '.lock','checkpoints','encoder.safetensors','history.csv','loss.png','settings.json','summary.json','views.png']
+            '.lock','checkpoints','encoder.safetensors','history.csv','loss.png','neighbours.png','settings.json',
+            'summary.json','views.png']
     assert 'trained encoder' in r.stdout and 'raw pixels' in r.stdout and '\r' not in r.stdout
     s = summary(run)
     assert set(s) == {'settings','seed','images','versions','metrics','not_written'} and s['settings']['name'] == 'digits-simclr-2'

@@ -100,7 +100,7 @@ def test_many_images_in_a_folder_of_any_name(tmp_path, capfd, monkeypatch):
 
 def _texts():
     from clae_fastai import cli
-    for name in ('clae_train','clae_eval','clae_embed','clae_export','clae_table','clae_figure'):
+    for name in ('clae_train','clae_eval','clae_embed','clae_report','clae_export','clae_table','clae_figure'):
         for action in cli.parser(getattr(cli, name))._actions:
             if action.nargs is None and not action.choices and action.type not in (int,float): yield name,action
 

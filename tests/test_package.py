@@ -30,11 +30,12 @@ def test_contents(dist):
     wheel, = dist.glob('*.whl')
     names = zipfile.ZipFile(wheel).namelist()
     modules = {f.relative_to(root).as_posix() for f in (root/'clae_fastai').rglob('*.py')}
+    extras = {'clae_fastai/imagenet100.txt','clae_fastai/measure/report.html'}
     assert len(modules) > 25
-    assert {o for o in names if '.dist-info/' not in o} == modules | {'clae_fastai/imagenet100.txt'}
+    assert {o for o in names if '.dist-info/' not in o} == modules | extras
     sdist, = dist.glob('*.tar.gz')
     inside = {o.partition('/')[2] for o in tarfile.open(sdist).getnames()}
-    assert modules | {'clae_fastai/imagenet100.txt','settings.ini','setup.py','README.md','LICENSE'} <= inside
+    assert modules | extras | {'settings.ini','setup.py','README.md','LICENSE'} <= inside
     assert not [o for o in inside if o.startswith(('tests/','results/','benchmarks/','nbs/')) or o.endswith(('.npz','.png','.csv'))]
 
 @pytest.mark.slow

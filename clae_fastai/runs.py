@@ -220,8 +220,8 @@ def _can_evaluate(dls):
     if all(map(has_labels, dls.loaders)):
         known,asked = ({*dl.dataset.labels.tolist()} for dl in dls.loaders)
         if asked <= known: return True
-    print("The encoder will be trained, and not evaluated: "
-          "there are no classes, no test images, or classes without training images.")
+    print("There will be no accuracies, as there are no classes, no test images, or classes without training images: "
+          "a verdict without labels, and neighbours.png, say what was learnt.")
     return False
 
 class _Rows(nn.Module):

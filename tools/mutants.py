@@ -140,6 +140,18 @@ mutant('data.folders', 'stray', 'a stray image takes all labels away, unsaid',
 mutant('core', 'blocking', 'each copy to a GPU is waited for',
        f'{paper}::test_images_live_on_the_device {paper}::test_photographs {paper}::test_ways_to_train[pixels]',
        ("non_blocking=kind not in ('cpu','mps')", 'non_blocking=False'))
+mutant('data.folders', 'mixed-up', 'images that are kept beside a folder have the names of others',
+       'data/test_names.py::test_folders',
+       ('label_indices(items, classes), classes, reader, own)', 'label_indices(items, classes), classes, reader, own[::-1])'))
+mutant('data.folders', 'cut', 'small images are cut out of their files as photographs are',
+       'data/test_folder_dl.py::test_pixels_of_validation',
+       ('WholeImages(folder.files, own, reader=reader)', 'FileImages(folder.files, own, reader=reader)'))
+mutant('measure.features', 'unquoted', 'a line break in a name is one in the table',
+       'measure/test_embed.py::test_hostile_names',
+       ('if {*name} & {', 'if {*name} - {*name} & {'))
+mutant('measure.features', 'half-table', 'a table that was not finished stays',
+       'measure/test_embed.py::test_nothing_half',
+       ('with new_file(file) as tmp, rows(tmp, names) as write:', 'with rows(file, names) as write:'))
 mutant('data.images', 'away', 'images in memory are copied to the device in every step',
        f'{paper}::test_images_live_on_the_device',
        ('self.device if self.from_device else None', 'None'))

@@ -12,7 +12,7 @@ from dataclasses import replace
 from torch.optim.swa_utils import update_bn
 from fastprogress.fastprogress import format_time
 from importlib.util import find_spec
-import contextlib, fastai, filelock, json, kornia, platform, shutil, tempfile, torchvision
+import contextlib, fastai, filelock, json, kornia, platform, shutil, tempfile, torchvision, warnings
 from . import __version__
 from .core import *
 from .method.weights import *
@@ -437,7 +437,8 @@ class _Run:
     def draw(self, name, draw):
         "Write a picture"
         file = self.folder/f'{name}.png'
-        with self.side.writing(file), new_file(file) as tmp:
+        with self.side.writing(file), new_file(file) as tmp, warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Glyph') # a font may lack letters of a class's name
             fig = draw()
             fig.savefig(tmp, format='png', dpi=120)
             plt.close(fig)

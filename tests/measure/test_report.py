@@ -294,6 +294,20 @@ def test_every_run_has_neighbours(places, monkeypatch, cli):
         assert (runs/name/'neighbours.png').read_bytes() == (places/'runs'/name/'neighbours.png').read_bytes()
     assert titles == [('450 held-out images', 450, False), ('500 of 532 training images', 500, True)]
 
+def test_names_of_classes(cli, recwarn):
+    "Formulas, letters that no font has, and bytes that are no text: in pictures and in the page"
+    for i in range(40):
+        file = os.fsencode(cli.cwd/'images') + (b'/$\\frac{', '/中'.encode(), b'/\xff<b>')[i%3] + b'/%02d.png' % i
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (16,16,3), dtype=np.uint8)).save(cli.cwd/'x.png')
+        os.rename(cli.cwd/'x.png', file)
+    r = cli('clae_train', '--path', 'images', '--arch', 'resnet8', '--bs', 8, '--epochs', 1, '--workers', 0, '--name', 'names')
+    assert r.returncode == 0 and 'WRITTEN' not in r.stderr and not any('Glyph' in str(o.message) for o in recwarn), r.stderr
+    r = cli('clae_report', 'names')
+    text = (cli.cwd/'runs'/'names'/'report.html').read_bytes().decode()
+    assert r.returncode == 0 and not Strict(text).bad
+    for o in ('$\\frac{','中',r'\udcff&lt;b&gt;'): assert f'</span>{o}</li>' in text and f'<b>{o}</b>' in text, o
+
 # Refusals, what is damaged, and runs of other versions
 
 def test_what_is_damaged_is_left_out(cli):

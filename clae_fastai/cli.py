@@ -45,7 +45,7 @@ def command(
 _groups = { # titles in the help, and what stands under them
     'positional arguments': 'run which',
     'data': 'data path size channels value_range background max_pixels skip_bad valid_pct unlabelled limit',
-    'method': 'recipe arch pretrained weights method eps alpha attack attack_bn views n_out protocol k knn_on probe_on',
+    'method': 'recipe arch pretrained weights method eps alpha attack attack_bn every views n_out protocol k knn_on probe_on',
     'training': 'epochs bs lr on_nonfinite',
     'hardware': 'precision channels_last deterministic workers ray',
     'run': 'name seed log every_batches resume extend dry_run format with_preprocessing out scale seeds'}
@@ -121,7 +121,7 @@ def _do(work, options):
 _data = tuple('digits fashion_mnist cifar10 cifar100 tinyimagenet imagenet100 cars aircraft dtd pets caltech101 flowers '
     'folder'.split())
 _methods = 'plain','uel','simclr'
-_views = *_methods,'imagenet','digits'
+_views = *_methods,'imagenet','gentle','digits'
 _recipes = *(f'{m}-{d}' for d in ('cifar10','cifar100','tinyimagenet') for m in _methods),'simclr-imagenet100'
 
 @command
@@ -136,7 +136,7 @@ def clae_train(
     eps:float=None, # Strength of the attack in normalised pixels, .03 by default; 0: no adversarial examples
     alpha:float=None, # Weight of the adversarial loss, 1 by default
     attack:Literal['fgsm','rfgsm','ffgsm','pgd','random']=None, # Attack, fgsm by default
-    views:Literal[_views]=None, # Augmentations, the method's by default; digits: not mirrored or recoloured, as for X-rays
+    views:Literal[_views]=None, # Augmentations, the method's by default; gentle (or digits): not mirrored or recoloured, as for X-rays
     epochs:int=None, # Passes over the training images, 20 by default
     bs:int=None, # Images a batch, 64 by default
     lr:float=None, # Largest learning rate of the one-cycle schedule, or first of a recipe's own; 3e-3 by default
@@ -158,6 +158,7 @@ def clae_train(
     workers:int=None, # Processes that load images; by default one a core, for digits none
     skip_bad:bool=False, # Leave out files that are no images, and count them
     attack_bn:Literal['adv','clean']='adv', # Batch norm that the attack looks through; adv is the paper's
+    every:int=1, # Steps from one attack to the next; 4 leaves three steps of four without adversarial examples
     on_nonfinite:Literal['stop','skip']='stop', # Where a loss or gradient is not finite; skip: at most ten steps in a row
     every_batches:int=None, # Batches between checkpoints; by default only one after each epoch
     resume:str=None, # Go on with this interrupted run (name or folder); with --path, if its images are elsewhere now, and no other option

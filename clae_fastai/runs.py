@@ -8,7 +8,7 @@ __all__ = ['train_options', 'read_options', 'SideOutput', 'RunLog', 'train', 'ev
 
 # %% ../nbs/26_runs.ipynb #99f12768
 from fastai.vision.all import *
-from dataclasses import replace
+from dataclasses import asdict, replace
 from torch.optim.swa_utils import update_bn
 from fastprogress.fastprogress import format_time
 from importlib.util import find_spec
@@ -27,6 +27,7 @@ from .train.encoder import *
 from .train.learner import *
 from .measure.features import *
 from .measure.evaluate import *
+from .measure.monitors import *
 from .measure.report import *
 from .paper.recipes import *
 from .paper.experiments import figure, table
@@ -94,7 +95,7 @@ train_options = { # type, and value where a run says nothing: what version 0.1.0
     **dict.fromkeys('path data arch weights method attack views recipe name extends log'.split(), (str,None)),
     **dict.fromkeys('n_out epochs bs size channels limit workers every_batches max_pixels'.split(), (int,None)),
     **dict.fromkeys('eps alpha lr valid_pct'.split(), (float,None)), 'value_range': (list,None), 'background': (str,'white'),
-    'seed': (int,42), 'precision': (str,'fp32'), 'attack_bn': (str,'adv'), 'on_nonfinite': (str,'stop'),
+    'seed': (int,42), 'precision': (str,'fp32'), 'attack_bn': (str,'adv'), 'every': (int,1), 'on_nonfinite': (str,'stop'),
     **dict.fromkeys('channels_last deterministic pretrained skip_bad unlabelled'.split(), (bool,False))}
 _of_folders = 'channels value_range background max_pixels skip_bad valid_pct unlabelled'.split()
 _not_given = {name: default for name,(_,default) in train_options.items()}
@@ -131,8 +132,8 @@ def read_options(
 _defaults = dict(arch='resnet18', method='simclr', eps=.03, alpha=1., attack='fgsm', epochs=20, bs=64, lr=3e-3)
 _digits = dict(arch='resnet8', views='digits')
 _limits = dict(
-    epochs=(1,math.inf), bs=(1,math.inf), n_out=(1,math.inf), every_batches=(1,math.inf), limit=(2,math.inf), size=(8,4096),
-    max_pixels=(1,math.inf), workers=(0,256), seed=(0,2**32-1), lr=(math.ulp(0.),sys.float_info.max))
+    epochs=(1,math.inf), bs=(1,math.inf), n_out=(1,math.inf), every=(1,math.inf), every_batches=(1,math.inf), limit=(2,math.inf),
+    size=(8,4096), max_pixels=(1,math.inf), workers=(0,256), seed=(0,2**32-1), lr=(math.ulp(0.),sys.float_info.max))
 
 def _check_limits(values):
     for name,(low,high) in _limits.items():
@@ -207,7 +208,8 @@ class RunLog(Callback):
         if this_rank(): return
         table = pd.DataFrame(self.rows, columns=self.columns)
         with self.side.writing(self.file): write_text(self.file, table.to_csv(index=False))
-        cells = [f'{o:>12.4f}' if isinstance(o, float) else f'{o!s:>12}' for o in new]
+        widths = [max(len(o), 7) for o in self.columns]
+        cells = [f'{o:>{n}.4f}' if isinstance(o, float) else f'{o!s:>{n}}' for o,n in zip(new, widths)]
         if self.show and cells: print(*cells, flush=True)
 
 # %% ../nbs/26_runs.ipynb #2f0d7035
@@ -218,8 +220,8 @@ def _can_evaluate(dls):
     if all(map(has_labels, dls.loaders)):
         known,asked = ({*dl.dataset.labels.tolist()} for dl in dls.loaders)
         if asked <= known: return True
-    print("The encoder will be trained, and not evaluated: "
-          "there are no classes, no test images, or classes without training images.")
+    print("There will be no accuracies, as there are no classes, no test images, or classes without training images: "
+          "a verdict without labels, and neighbours.png, say what was learnt.")
     return False
 
 class _Rows(nn.Module):
@@ -328,7 +330,7 @@ class _Run:
         set_seed(s['seed'])
         dls = self.dls()
         own = self.recipe.learner_kwargs() if self.recipe else _some('arch method eps alpha attack n_out views')
-        learn = clae_learner(dls, **own, **_some('pretrained weights precision channels_last deterministic attack_bn on_nonfinite'))
+        learn = clae_learner(dls, **own, **_some('pretrained weights precision channels_last deterministic attack_bn every on_nonfinite'))
         begun = self.folder and checkpoints(self.folder/'checkpoints') # then `Resume` brings the weights
         if s['extends'] and not begun: load_state(learn.model, last_checkpoint(Path(s['extends'])/'checkpoints')[1]['model'])
         return learn
@@ -391,14 +393,17 @@ class _Run:
     def describe(self, learn):
         "One line about what is trained on what"
         s = self.settings
-        attack = f" with {learn.clae.attack}" if learn.clae.attacking else ''
+        clae = learn.clae
+        attack = f" with {clae.attack}" if clae.attacking else ''
+        if clae.attacking and clae.every > 1: attack += f" in one step of {clae.every}"
         tf32 = " (convolutions in TF32)" if takes_tf32(learn.dls.device, learn.precision) else ''
         n = launched()[1]
         processes = f", in {n} processes" if n > 1 else ''
         parent = f", from the weights of {Path(s['extends']).name}" if s['extends'] else ''
         classes = f" of {learn.dls.c} classes" if getattr(learn.dls, 'c', 0) else ''
         return (f"{s['arch']} on {len(learn.dls.train_ds)} training images{classes} of {self.data}, "
-            f"{s['method']}{attack}{parent}, on {learn.dls.device}{tf32}{processes}; {n_batches(learn.dls.train)} steps an epoch")
+            f"{s['method']}{attack}{parent}, on {learn.dls.device}{tf32}{processes}; "
+            f"{n_batches(learn.dls.train)} steps an epoch, each the work of {clae.units:g} forwards")
 
     def dry_run(self):
         "Say what would be trained, and what a step takes; nothing is left behind"
@@ -419,8 +424,8 @@ class _Run:
         quiet = [] if terminal else [learn.no_bar(), learn.no_logging()]
         learn.path,checkpoints_of = self.folder,self.folder/'checkpoints'
         settings = {k: v for k,v in self.settings.items() if k not in ('name','path','workers','every_batches','log')}
-        self.log = RunLog(self.folder/'history.csv', not terminal, self.side)
-        cbs = [self.log] + ([Resume(checkpoints_of, settings, self.moved)] if checkpoints(checkpoints_of) else [])
+        self.log,self.monitor = RunLog(self.folder/'history.csv', not terminal, self.side),CollapseMonitor()
+        cbs = [self.log, self.monitor] + ([Resume(checkpoints_of, settings, self.moved)] if checkpoints(checkpoints_of) else [])
         guard = Checkpoint(checkpoints_of, self.settings['every_batches'], settings=settings).guard(learn)
         try:
             with learn.distributed(), ContextManagers(quiet), guard, _logging(self.settings['log'], self.folder, self.side) as logs:
@@ -457,6 +462,7 @@ class _Run:
             print(f"\n{knn_table(metrics['knn'], features['encoder'][1][1])}\n")
         self.draw('neighbours', partial(_draw_neighbours, learn, features))
         metrics.update(more(learn))
+        if verdict := self.monitor.verdict: metrics['verdict'] = asdict(verdict)
         settings = dict(s, name=folder.name, size=learn.encoder_info['size'], device=str(learn.dls.device),
             tf32=takes_tf32(learn.dls.device, learn.precision), processes=launched()[1], images=getattr(learn.dls, 'notes', []))
         # this says that the run is finished, so it comes last

@@ -231,8 +231,9 @@ def test_monitors_and_epochs(paper):
     first,second = [by_function(o) for o in learn.watch.epochs]
     n_batches = n_valid//bs # of validation
     assert first == second == Counter({recorder: n_batches, means: 2,
-        ('copy to the CPU','measure/monitors.py after_train'): 1, # the three means
-        ('_local_scalar_dense','method/views.py check_pixels'): 4, # kNN: least and greatest value of two sets
+        ('copy to the CPU','measure/monitors.py after_train'): 1, # all that it has seen
+        ('copy to the CPU','measure/features.py move'): 2, # features and labels for the effective rank
+        ('_local_scalar_dense','method/views.py check_pixels'): 6, # least and greatest value, of two sets for kNN, one for the rank
         ('nonzero','measure/features.py check_data'): 4, ('copy to the CPU','measure/features.py check_data'): 2,
         ('_unique2','measure/features.py knn_predict'): 1,
         ('_local_scalar_dense','measure/features.py share_correct'): 1})

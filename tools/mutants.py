@@ -223,6 +223,23 @@ mutant('train.precision', 'deterministic', 'what is forbidden in a deterministic
 
 # measure
 
+mutant('measure.monitors', 'shrunk', 'embeddings that shrink to a point are no collapse',
+       'measure/test_verdict.py::test_only_drawn_together',
+       ('if narrow < .01 or narrow < .2 and narrow < wide/2:', 'if narrow < .001:'))
+mutant('measure.monitors', 'first-ones', 'the effective rank is that of the first held-out images',
+       'measure/test_verdict.py::test_numbers',
+       ('idxs = np.linspace(0, n-1, min(n, 1024, max(128, n_train//20))).round().astype(int).tolist()',
+        'idxs = list(range(min(n, 1024, max(128, n_train//20))))'))
+mutant('measure.monitors', 'asked', 'a loss is asked about equal embeddings itself, and remembers them',
+       'measure/test_verdict.py::test_a_loss_that_cannot_say',
+       ("loss = deepcopy(getattr(self.loss_func, 'pair', self.loss_func))", "loss = getattr(self.loss_func, 'pair', self.loss_func)"))
+mutant('measure.monitors', 'forgotten', 'a resumed training does not know how it began',
+       'measure/test_verdict.py::test_resumed',
+       ("checkpoint_attrs = ('batches','curve','last')", "checkpoint_attrs = ('batches','last')"))
+mutant('measure.monitors', 'too-soon', 'a training that still falls is called finished',
+       'measure/test_verdict.py::test_states',
+       ('if late > .2*fall:', 'if late > 2*fall:'))
+
 mutant('measure.features', 'votes', 'all neighbours weigh the same',
        f'{golden}::test_knn',
        ('votes = ((sim - sim[:,:1])/temperature).exp_()', 'votes = torch.ones_like(sim)'))

@@ -10,7 +10,7 @@ __all__ = ['Embedding', 'feature_files', 'extract_features', 'write_features', '
 from fastai.vision.all import *
 from contextlib import ExitStack, nullcontext
 from sklearn.base import BaseEstimator, ClassifierMixin
-import zipfile
+import csv, zipfile
 from ..core import *
 from ..data.reading import *
 from ..method.views import check_pixels, split_normalize, TwoViews
@@ -114,11 +114,11 @@ def embed(self:Learner,
 def _csv_rows(file, names):
     "Yields what writes the features of the next images"
     names = iter(names)
-    def _quoted(name): return '"{}"'.format(name.replace('"', '""')) if {*name} & {*',"\r\n'} else name
     with open(file, 'w', encoding='utf-8', newline='') as f:
+        table = csv.writer(f)
         def _write(h):
-            if not f.tell(): f.write(','.join(['file', *map('h{}'.format, range(h.shape[1]))]) + '\n')
-            for row in h.tolist(): f.write(','.join([_quoted(next(names)), *map('{:.9g}'.format, row)]) + '\n')
+            if not f.tell(): table.writerow(['file', *map('h{}'.format, range(h.shape[1]))])
+            for row in h.tolist(): table.writerow([next(names), *map('{:.9g}'.format, row)]) # all of a float32
         yield _write
 
 @contextmanager

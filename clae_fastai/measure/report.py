@@ -22,19 +22,25 @@ from ..core import *
 from .features import *
 
 # %% ../../nbs/22_measure.report.ipynb #7f1087e9
+_curves = dict(
+    loss_aug='loss_aug: two views', loss_adv='loss_adv: a view and its adversary', valid_loss='valid_loss: two views of held-out images')
+
 def plot_losses(
     history:pd.DataFrame|str|Path # Training table of a run, a row an epoch, or its `history.csv`
 ) -> plt.Figure:
-    "Draw the losses of a run over its epochs, those that it has"
+    "Draw the losses of a run over its epochs, those that it has, and the level of collapse"
     if not isinstance(history, pd.DataFrame): history = pd.read_csv(history)
-    losses = history.reindex(columns=['train_loss','valid_loss','loss_aug','loss_adv']).astype(float)
-    losses = losses.dropna(axis=1, how='all')
-    losses.index = range(1, len(losses)+1)
-    ax = losses.plot(figsize=(6,4), marker='.', xlabel='epoch', ylabel='contrastive loss', title='Training')
+    history = history.reindex(columns=[*_curves, 'collapse_level']).astype(float).dropna(axis=1, how='all')
+    history.index = range(1, len(history)+1)
+    fig,ax = plt.subplots(figsize=(6,4.5), layout='constrained')
+    for i,(name,label) in enumerate(_curves.items()):
+        if name in history: ax.plot(history[name], '.-', color=f'C{i}', label=label)
+    if 'collapse_level' in history: ax.plot(history['collapse_level'], ':', color='grey', label='all embeddings equal')
+    ax.set(xlabel='epoch', ylabel='contrastive loss', title='Training')
+    fig.legend(loc='outside lower center', ncols=2, fontsize='small', frameon=False)
     ax.grid(alpha=.3)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.figure.tight_layout()
-    return ax.figure
+    return fig
 
 # %% ../../nbs/22_measure.report.ipynb #37393046
 _rows = dict(raw='raw pixels, at most 32x32', untrained='untrained encoder', encoder='trained encoder')

@@ -54,6 +54,8 @@ class Attack:
         "The perturbation: what makes an attack"
         raise NotImplementedError
 
+    units = 0 # what it costs, in forwards of a batch; a gradient in the images is one of them
+
     def set_stats(self,
         stats:tuple # (mean, std), each (C,), of the images' Normalize; None changes nothing
     ):
@@ -119,6 +121,7 @@ def _batch_gradient(attack, embed, x, loss):
 # %% ../../nbs/04_method.attacks.ipynb #0866b8aa
 class FGSM(Attack):
     "Fast gradient sign method (Goodfellow et al. 2015; eq. 15): one step of size `eps`, one forward"
+    units = 2
     def delta(self, x, grad): return self.eps*self.direction(grad())
 
 # %% ../../nbs/04_method.attacks.ipynb #6abbdfd5
@@ -170,6 +173,9 @@ class RFGSM(RandomAttack):
         self.start_size = ifnone(start_size, eps/2)
         _check_size('start_size', self.start_size, high=eps)
 
+    @property
+    def units(self): return 3 if self.start_size else 2 # anchors are embedded apart where the start is elsewhere
+
     def delta(self, x, grad):
         if self.start_size == 0: return self.eps*self.direction(grad()) # FGSM, one forward
         start = self.start_size*self.random_direction(x)
@@ -193,6 +199,9 @@ class PGD(RandomAttack):
         _check_size('step_size', step_size)
         check_choice('start', start, ('uniform','zero'))
         store_attr()
+
+    @property
+    def units(self): return 2*self.steps + (self.start == 'uniform')
 
     def _start(self, x):
         "Uniform in the `eps` ball, or None to start at `x` itself"

@@ -50,7 +50,7 @@ def _imagenet(size, n_in, blur=True):
     k = min(size)//10 | 1 # odd
     return _simclr(size, n_in) + ([K.RandomGaussianBlur((k,k), (.1,2.), p=.5)] if blur and k > 1 else [])
 
-def _digits(size, n_in):
+def _gentle(size, n_in):
     return [K.RandomAffine(15., (.1,.1), (.8,1.2), p=1.), _crop(size, (.5,1.)), K.ColorJitter(contrast=.4, p=1.),
         RandomGaussianNoise(0., .05, p=.5), Clamp()]
 
@@ -71,7 +71,7 @@ view_presets = dict( # augmentations, statistics, and the crops' area where a cr
     uel=(_plain, _cifar, (.2,1.)),
     simclr=(_simclr, _half, (.08,1.)),
     imagenet=(_imagenet, imagenet_stats, (.08,1.)),
-    digits=(_digits, _half, None))
+    **dict.fromkeys(('gentle','digits'), (_gentle, _half, None)))
 
 # %% ../../nbs/05_method.views.ipynb #2eeebf90
 def _name(tfm): return type(tfm).__name__

@@ -122,7 +122,7 @@ def _run_identity(learn):
         parameter_groups=[len(group) for group in opt.param_lists],
         precision=nested_attr(learn, 'mixed_precision.amp_mode', 'fp32'))
     res.update(_rates(learn))
-    if clae: res.update(views=getattr(clae.views, 'aug', clae.views), attack=clae.attack, attack_bn=clae.attack_bn)
+    if clae: res.update(views=getattr(clae.views, 'aug', clae.views), attack=clae.attack, attack_bn=clae.attack_bn, every=clae.every)
     return {k: re.sub(' at 0x[0-9a-f]+', '', str(v)) for k,v in res.items()} # not the address of an object
 
 def _of_run(learn, given, run_id):

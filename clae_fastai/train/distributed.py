@@ -13,7 +13,9 @@ from importlib.util import find_spec
 import pickle
 from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
-try: from fastai.distributed import DistributedDL, DistributedTrainer
+try:
+    from accelerate.utils import DistributedDataParallelKwargs
+    from fastai.distributed import DistributedDL, DistributedTrainer
 except (ImportError, NameError): # there is no accelerate, and `learn.distributed` says so
     class DistributedDL: pass
     class DistributedTrainer: pass
@@ -162,6 +164,9 @@ def distributed(self:Learner,
     own,logger = launched()[0],self.logger
     progress = self.cbs.filter(risinstance(ProgressCallback)) if own else [] # one log
     with _process_group(device_type):
+        if getattr(getattr(self, 'clae', None), 'every', 1) > 1: # in most steps the adversarial batch norms take no part
+            handlers = [DistributedDataParallelKwargs(find_unused_parameters=True), *options.get('kwargs_handlers', [])]
+            options = merge(options, dict(kwargs_handlers=handlers))
         trainer = _RankTrainer(**options)
         if own: set_seed((torch.initial_seed() + own) % 2**32) # random numbers of its own
         with self.removed_cbs(progress), self.added_cbs(trainer):

@@ -35,7 +35,7 @@ class CheckFinite(Callback):
         if self.kept is None: self.kept = [torch.empty_like(b) for b in buffers]
         _copy_all(self.kept, buffers)
         if terms := getattr(self.learn, 'loss_terms', None):
-            self.terms = dict(sums=dict(terms.sums), n_batches=terms.n_batches)
+            self.terms = dict(sums=dict(terms.sums), counts=dict(terms.counts))
 
     def before_step(self):
         if self.on_nonfinite == 'stop': return

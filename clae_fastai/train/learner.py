@@ -193,6 +193,7 @@ def clae_learner(
     attack:str|Callable='fgsm', # One of `attacks`, or `attack(embed, x, loss) -> x_adv`, or None
     adv_momentum:float=.01, # Of the adversarial batch norm's running statistics
     attack_bn:str='adv', # What the attack looks through, 'adv' (the paper's) or 'clean'
+    every:int=1, # Steps from one attack to the next; 1: in each step (the paper's)
     temperature:float=None, # Softmax temperature, the method's by default
     head:str|nn.Module=None, # 'linear', 'mlp' or a module, the method's by default
     n_out:int=None, # Dimensions of the embedding, the method's by default
@@ -242,7 +243,7 @@ def clae_learner(
     pixels = _cropping_dls(pixels, views, size)
     precision,fast = precision_cbs(precision, device)
     if channels_last: fast.append(ChannelsLast())
-    clae = CLAECallback(views, attack, adv_momentum, attack_bn)
+    clae = CLAECallback(views, attack, adv_momentum, attack_bn, every)
     ours = [clae, CheckFinite(on_nonfinite), DevicePrecision(), CheckCallbacks(), CheckTrackers(), LogViews(), *fast]
     make = _DeterministicLearner if deterministic else _ContrastiveLearner
     learn = make(pixels, model, CLAELoss(loss, alpha), opt_func=opt_func, cbs=[*ours, *L(cbs)], **kwargs)

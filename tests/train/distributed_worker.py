@@ -30,7 +30,8 @@ class Record(Callback):
     def before_step(self):
         params = OrderedDict((k.removeprefix('module.'), p) for k,p in self.model.named_parameters())
         grads = {k: p.grad.clone() for k,p in params.items()}
-        self.seen.append(dict(x_q=self.learn.xb[0], x_adv=self.learn.xb[2], loss=self.learn.loss.detach(), grads=grads))
+        xs,loss = self.learn.xb,self.learn.loss.detach()
+        self.seen.append(dict(x_q=xs[0], x_adv=xs[-1], n_views=len(xs), loss=loss, grads=grads))
     def after_step(self):
         self.seen[-1]['params'] = {k.removeprefix('module.'): p.detach().clone() for k,p in self.model.named_parameters()}
 
@@ -44,7 +45,7 @@ class Watch(FGSM):
             self.seen = [*self.seen, torch.autograd.grad(loss(z.detach(), z), x_)[0]]
         return super().__call__(embed, x, loss)
 
-def exact_learner(method, bs, order=None):
+def exact_learner(method, bs, order=None, every=1):
     "A float64 learner without batch norm on pairs of given views; `order`: of the images"
     torch.manual_seed(0)
     pairs = torch.randn(n_images, 2, 3, 9, 9, dtype=torch.double)
@@ -54,7 +55,7 @@ def exact_learner(method, bs, order=None):
     dls = DataLoaders(DataLoader([(o,) for o in pairs], bs=bs), DataLoader([], bs=bs), device='cpu')
     learn = Learner(dls, model, CLAELoss(losses[method](), alpha=.7), lr=.1,
                     opt_func=partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9),
-                    cbs=[CLAECallback(lambda x: (x[:,0],x[:,1]), Watch(.03)), Record()])
+                    cbs=[CLAECallback(lambda x: (x[:,0],x[:,1]), Watch(.03), every=every), Record()])
     learn.remove_cbs([Recorder, ProgressCallback]) # the one smooths losses in float32 only, the other needs it
     return learn
 
@@ -67,6 +68,21 @@ def exact(out):
             learn.fit(1)
             if m == 'plain': save(out, 'gather', **gathered())
         save(out, m, seen=learn.record.seen)
+
+def every_second(out):
+    "An adversarial term in each second step: the others do not use the adversarial batch norms at all"
+    for m in losses:
+        learn = exact_learner(m, n_images//steps//num_distrib(), every=2)
+        with learn.distributed(): learn.fit(1)
+        save(out, f'{m}-second', seen=learn.record.seen)
+    class Norms(Callback):
+        order,run_valid = 1000,False
+        def before_fit(self): self.seen = []
+        def after_batch(self): self.seen.append([p.detach().clone() for bn in dual_bns(self.model) for p in bn.adv.parameters()])
+    learn = digits_learner(every=2)
+    with learn.distributed(), learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3, cbs=(norms := Norms()))
+    moved = [any(not torch.equal(p, q) for p,q in zip(a, b)) for a,b in zip(norms.seen, norms.seen[1:])]
+    save(out, 'second', moved=moved, state=state(learn))
 
 def gathered():
     "`gather` by itself: order, gradient, twice in one step, tensors without gradient, dtypes"

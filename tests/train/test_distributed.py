@@ -40,7 +40,7 @@ def two(tmp_path_factory):
     "All that two processes do, in one launch: results by name, of each rank; `two.out` is the folder, `two.log` what they print"
     out = tmp_path_factory.mktemp('two')
     def _two(name): return results(out, name, 2)
-    _two.out,_two.log = out,launch(2, 'exact', 'learner', 'monitors', 'resume', out)
+    _two.out,_two.log = out,launch(2, 'exact', 'every_second', 'learner', 'monitors', 'resume', out)
     return _two
 
 def results(out, name, n): return [torch.load(out/f'{name}-{r}.pt', weights_only=False) for r in range(n)]
@@ -54,6 +54,22 @@ def test_monitors(two):
     a,b = two('monitors')
     assert a['skipped'] == b['skipped'] == 1 and same(a['state'], b['state'])
     assert .1 < a['row']['knn'] <= 1 and a['row']['z_std'] == b['row']['z_std'] > 0
+
+@pytest.mark.slow
+def test_every_second_step(two):
+    "As one process on the whole batch; and the adversarial batch norms, which most steps do not use, move in attacked steps alone"
+    b = n_images//steps//2
+    order = torch.arange(n_images).view(2, steps, b).transpose(0, 1).flatten()
+    for m in losses:
+        learn = exact_learner(m, 2*b, order, every=2)
+        learn.fit(1)
+        ranks,one = [o['seen'] for o in two(f'{m}-second')],learn.record.seen
+        assert [o['n_views'] for o in one] == [o['n_views'] for o in ranks[0]] == [2+(i%2) for i in range(steps)]
+        for i,s in enumerate(one):
+            for o in (r[i] for r in ranks):
+                for k in s['params']: close(o['params'][k], s['params'][k])
+    a,b = two('second')
+    assert same(a['state'], b['state']) and a['moved'] == b['moved'] == [i%2 == 0 for i in range(7)] # from the second of eight steps on
 
 @pytest.mark.slow
 @pytest.mark.parametrize('n', [2,4])

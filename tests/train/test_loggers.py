@@ -22,7 +22,8 @@ def test_tensorboard(labels, n_valid, quiet, tmp_path):
     cb = tensorboard.TensorBoardCallback(log_dir=tmp_path/'log')
     learner(quiet, tmp_path, labels, n_valid).fit(2, 1e-3, cbs=[cb, *([KNNCallback()] if labels and n_valid else []), CollapseMonitor()])
     scalars,images = logged(tmp_path/'log')
-    columns = {'loss_aug','loss_adv','z_std','alignment','uniformity'} | ({'valid_loss'} if n_valid else set())
+    columns = {'loss_aug','loss_adv',*CollapseMonitor.names} | {'valid_loss'}
+    if not n_valid: columns -= {'valid_loss','rankme'}
     if labels and n_valid: columns.add('knn')
     assert {k for k,steps in scalars.items() if steps == [4,8]} == columns # at the end of each epoch
     assert {'train_loss','lr_0'} <= scalars.keys() and images == {'views': 2}

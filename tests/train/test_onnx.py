@@ -13,7 +13,7 @@ pytest.importorskip('onnxscript')
 
 def images(size): return MemoryImages(torch.randint(256, (5,3,*size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
 
-@pytest.fixture(scope='module', params=['resnet8','mobilenet_v3_small','vit_tiny_patch16_224'])
+@pytest.fixture(scope='module', params=['resnet8','resnet18','mobilenet_v3_small','vit_tiny_patch16_224'])
 def trained(request, tmp_path_factory):
     if request.param[:3] == 'vit': pytest.importorskip('timm')
     size = (224,224) if request.param[:3] == 'vit' else (32,48)

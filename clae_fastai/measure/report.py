@@ -373,7 +373,7 @@ def report_page(
     verdict = metrics.get('verdict')
     if verdict:
         rows = [(k, _number(o['value']), o['scale'], o['meaning']) for k,o in verdict['numbers'].items()]
-        verdict = dict(state=verdict['state'], sentence=verdict['sentence'], rows=rows)
+        verdict = dict(state=verdict['state'], sentence=verdict['sentence'].rstrip('.'), rows=rows)
     knn = metrics.get('knn')
     if knn:
         cells = _knn_cells(knn)

@@ -174,7 +174,7 @@ def test_verdict_evaluations_and_a_second_report(places, cli):
     r = cli('clae_report', 'labelled')
     assert r.returncode == 0 and 'report-2.html' in r.stdout and 'eval-half.json is left out' in r.stdout
     text = (run/'report-2.html').read_text()
-    for o in ('<strong>Still falling.</strong> A &lt;b&gt;longer&lt;/b&gt; training pays.','0.1235','0 to 1','1 &amp; more'):
+    for o in ('<strong>Still falling:</strong> A &lt;b&gt;longer&lt;/b&gt; training pays.','0.1235','0 to 1','1 &amp; more'):
         assert o in text, o
     for o in ('eval-digits-honest.json','81.2','74.6','90.0'): assert f'>{o}</td>' in text, o
     assert 'eval-half' not in text and not Strict(text).bad

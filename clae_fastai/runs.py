@@ -254,7 +254,7 @@ def _draw_neighbours(learn, features):
     if features and len(learn.dls.valid_ds) > 12: data,(x,y),among = learn.dls.valid_ds,features['encoder'][1],'held-out images'
     else:
         n,(h,w) = len(learn.dls.train_ds),learn.encoder_info['size']
-        most = int(np.clip(2**18//(h*w), 100, 500))
+        most = int(np.clip(2**17//(h*w), 100, 500))
         data,among = learn.dls.train_ds.take(evenly_spread(n, most)),f'of {n:,} training images' if n > most else 'training images'
         with no_random(reproducible=False): dl = learn.dls.train.new(data, shuffle=False, drop_last=False)
         x,y = extract_features(learn, dl)

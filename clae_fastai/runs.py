@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from torch.optim.swa_utils import update_bn
 from fastprogress.fastprogress import format_time
 from importlib.util import find_spec
-import contextlib, fastai, filelock, json, kornia, platform, shutil, tempfile, torchvision
+import contextlib, fastai, filelock, json, kornia, platform, shutil, tempfile, torchvision, warnings
 from . import __version__
 from .core import *
 from .method.weights import *
@@ -254,7 +254,7 @@ def _draw_neighbours(learn, features):
     if features and len(learn.dls.valid_ds) > 12: data,(x,y),among = learn.dls.valid_ds,features['encoder'][1],'held-out images'
     else:
         n,(h,w) = len(learn.dls.train_ds),learn.encoder_info['size']
-        most = int(np.clip(2**18//(h*w), 100, 500))
+        most = int(np.clip(2**17//(h*w), 100, 500))
         data,among = learn.dls.train_ds.take(evenly_spread(n, most)),f'of {n:,} training images' if n > most else 'training images'
         with no_random(reproducible=False): dl = learn.dls.train.new(data, shuffle=False, drop_last=False)
         x,y = extract_features(learn, dl)
@@ -442,7 +442,8 @@ class _Run:
     def draw(self, name, draw):
         "Write a picture"
         file = self.folder/f'{name}.png'
-        with self.side.writing(file), new_file(file) as tmp:
+        with self.side.writing(file), new_file(file) as tmp, warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Glyph') # a font may lack letters of a class's name
             fig = draw()
             fig.savefig(tmp, format='png', dpi=120)
             plt.close(fig)

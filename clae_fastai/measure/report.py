@@ -117,7 +117,8 @@ def plot_neighbours(
     queries,side,dx,dy,first_gap = evenly_spread(len(features), n),96,104,124,16
     cosines,idxs = nearest_neighbours(features, queries, k)
     canvas = Image.new('RGB', (dx*(1+idxs.shape[1]) + first_gap, dy*len(queries)), 'white')
-    fig,ax = plt.subplots(figsize=(canvas.width/100, canvas.height/100 + .45))
+    fig = plt.figure(figsize=(canvas.width/100, canvas.height/100 + .5))
+    ax = fig.add_axes((0, 0, 1, canvas.height/(canvas.height+50))) # tight_layout would draw everything once more
     def _name(i): return '' if labels is None else spelled(vocab[int(labels[i])])[:14]
     for row,(q,near,cos) in enumerate(zip(queries, idxs.tolist(), cosines.tolist())):
         for col,i in enumerate([q,*near]):
@@ -134,9 +135,6 @@ def plot_neighbours(
     ax.set_axis_off()
     red = '' if labels is None else '; red: of another class'
     ax.set_title(f"Nearest neighbours among {among or f'{len(features)} images'}\nby cosine of the features{red}", fontsize=9)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore') # a font may lack letters of a name
-        fig.tight_layout(pad=.3)
     return fig
 
 # %% ../../nbs/22_measure.report.ipynb #4d40233f
@@ -375,7 +373,7 @@ def report_page(
     verdict = metrics.get('verdict')
     if verdict:
         rows = [(k, _number(o['value']), o['scale'], o['meaning']) for k,o in verdict['numbers'].items()]
-        verdict = dict(state=verdict['state'], sentence=verdict['sentence'], rows=rows)
+        verdict = dict(state=verdict['state'], sentence=verdict['sentence'].rstrip('.'), rows=rows)
     knn = metrics.get('knn')
     if knn:
         cells = _knn_cells(knn)

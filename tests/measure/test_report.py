@@ -155,7 +155,9 @@ def test_labelled_and_unlabelled(places):
         assert o in labelled and o in flat, o
     notes = json.loads((places/'runs'/'flat'/'summary.json').read_text())['settings']['images']
     assert notes and all(''.join(c for c in o if c.isprintable()) in flat for o in notes)
-    assert 'Has it learnt' not in labelled # until a run says so
+    for name,text in (('labelled',labelled), ('flat',flat)): # whatever the run has found
+        verdict = json.loads((places/'runs'/name/'summary.json').read_text())['metrics']['verdict']
+        assert 'Has it learnt?' in text and verdict['sentence'] in text and all(o['meaning'] in text for o in verdict['numbers'].values())
     assert 'All 514 images of the run' in labelled and '532 to train on, 28 held out' in flat
 
 def test_verdict_evaluations_and_a_second_report(places, cli):
@@ -172,7 +174,7 @@ def test_verdict_evaluations_and_a_second_report(places, cli):
     r = cli('clae_report', 'labelled')
     assert r.returncode == 0 and 'report-2.html' in r.stdout and 'eval-half.json is left out' in r.stdout
     text = (run/'report-2.html').read_text()
-    for o in ('<strong>Still falling.</strong> A &lt;b&gt;longer&lt;/b&gt; training pays.','0.1235','0 to 1','1 &amp; more'):
+    for o in ('<strong>Still falling:</strong> A &lt;b&gt;longer&lt;/b&gt; training pays.','0.1235','0 to 1','1 &amp; more'):
         assert o in text, o
     for o in ('eval-digits-honest.json','81.2','74.6','90.0'): assert f'>{o}</td>' in text, o
     assert 'eval-half' not in text and not Strict(text).bad
@@ -294,12 +296,26 @@ def test_every_run_has_neighbours(places, monkeypatch, cli):
         assert (runs/name/'neighbours.png').read_bytes() == (places/'runs'/name/'neighbours.png').read_bytes()
     assert titles == [('450 held-out images', 450, False), ('500 of 532 training images', 500, True)]
 
+def test_names_of_classes(cli, recwarn):
+    "Formulas, letters that no font has, and bytes that are no text: in pictures and in the page"
+    for i in range(40):
+        file = os.fsencode(cli.cwd/'images') + (b'/$\\frac{', '/中'.encode(), b'/\xff<b>')[i%3] + b'/%02d.png' % i
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (16,16,3), dtype=np.uint8)).save(cli.cwd/'x.png')
+        os.rename(cli.cwd/'x.png', file)
+    r = cli('clae_train', '--path', 'images', '--arch', 'resnet8', '--bs', 8, '--epochs', 1, '--workers', 0, '--name', 'names')
+    assert r.returncode == 0 and 'WRITTEN' not in r.stderr and not any('Glyph' in str(o.message) for o in recwarn), r.stderr
+    r = cli('clae_report', 'names')
+    text = (cli.cwd/'runs'/'names'/'report.html').read_bytes().decode()
+    assert r.returncode == 0 and not Strict(text).bad
+    for o in ('$\\frac{','中',r'\udcff&lt;b&gt;'): assert f'</span>{o}</li>' in text and f'<b>{o}</b>' in text, o
+
 # Refusals, what is damaged, and runs of other versions
 
 def test_what_is_damaged_is_left_out(cli):
     "Each is said, and the page has all else; of a report that finds no room nothing stays"
     run = shutil.copytree(old_runs, cli.cwd/'runs')/'finished'
-    for name,text in (('history.csv','epoch,train_loss\n'), ('views.png','no picture'), ('eval-digits-authors.json','[]')):
+    for name,text in (('history.csv',''), ('views.png','no picture'), ('eval-digits-authors.json','[]')):
         (run/name).write_text(text)
     r = cli('clae_report', 'finished')
     assert r.returncode == 0 and [o.split()[0] for o in r.stdout.splitlines() if 'is left out' in o] == [

@@ -249,9 +249,11 @@ def _table_features(learn, untrained):
     split = [(x.split(rows.sizes, 1),y) for x,y in parts]
     return {name: [(xs[k],y) for xs,y in split] for k,name in enumerate(('raw','untrained','encoder'))}
 
-def _draw_neighbours(learn, features):
-    "Neighbours among the held-out images, if the table has their `features`, or among as many training images as take a moment"
-    if features and len(learn.dls.valid_ds) > 12: data,(x,y),among = learn.dls.valid_ds,features['encoder'][1],'held-out images'
+def _draw_neighbours(learn, features, monitor):
+    "Neighbours among held-out images, whose features table or monitor have, or among as many training images as take a moment"
+    valid,seen = learn.dls.valid_ds,getattr(monitor, 'held_out', None)
+    if features and len(valid) > 12: data,(x,y),among = valid,features['encoder'][1],'held-out images'
+    elif seen and len(seen[0]) >= 100: data,(_,x,y),among = valid.take(seen[0]),seen,f'of {len(valid):,} held-out images'
     else:
         n,(h,w) = len(learn.dls.train_ds),learn.encoder_info['size']
         most = int(np.clip(2**17//(h*w), 100, 500))
@@ -460,7 +462,7 @@ class _Run:
             features = _table_features(learn, untrained)
             metrics['knn'] = {k: few_label_knn(*train, *test, ns=(1,5)) for k,(train,test) in features.items()}
             print(f"\n{knn_table(metrics['knn'], features['encoder'][1][1])}\n")
-        self.draw('neighbours', partial(_draw_neighbours, learn, features))
+        self.draw('neighbours', partial(_draw_neighbours, learn, features, self.monitor))
         metrics.update(more(learn))
         if verdict := self.monitor.verdict: metrics['verdict'] = asdict(verdict)
         settings = dict(s, name=folder.name, size=learn.encoder_info['size'], device=str(learn.dls.device),

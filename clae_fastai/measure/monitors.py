@@ -149,7 +149,8 @@ class CollapseMonitor(_Columns):
         if n < 2 or hasattr(self.learn, 'lr_finder'): return math.nan,math.nan
         idxs = np.linspace(0, n-1, min(n, 1024, max(128, n_train//20))).round().astype(int).tolist()
         with no_random(reproducible=False): dl = local_dl(self.dls.valid).new(get_idxs=lambda: idxs)
-        h,_ = extract_features(self.learn, dl)
+        h,y = extract_features(self.learn, dl)
+        self.held_out = idxs,h,y # for pictures
         return effective_rank(h),min(h.shape)
 
     def after_train(self):

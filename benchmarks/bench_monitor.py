@@ -14,9 +14,9 @@ from sklearn.datasets import load_sample_images
 
 import report
 from bench_step import sync
-from clae_fastai.all import CollapseMonitor, clae_learner, get_dls, resnet8, resnet18, set_seed
+from clae_fastai.all import CollapseMonitor, clae_learner, get_dls, resnet8, set_seed
 
-def write_tiles(folder, n=200, size=96):
+def write_tiles(folder, n=400, size=96):
     "Photographs to train on, cut from scikit-learn's two"
     rng,images = np.random.default_rng(0),load_sample_images().images
     for i in range(n):
@@ -39,9 +39,9 @@ def main():
     lines = ['| | step | seconds an epoch, median (range) | watched / not |', '|---|---|---|---|']
     with tempfile.TemporaryDirectory() as tmp:
         write_tiles(Path(tmp))
-        with contextlib.redirect_stdout(io.StringIO()): tiles = get_dls('folder', tmp, bs=32, size=64, num_workers=0)
+        with contextlib.redirect_stdout(io.StringIO()): tiles = get_dls('folder', tmp, bs=32, size=48, num_workers=0)
         sets = {'1,347 digits in memory, ResNet-8': (get_dls('digits', bs=64), resnet8, 'digits'),
-                '190 photographs of 96 pixels in files, ResNet-18 at 64': (tiles, resnet18, 'simclr')}
+                '380 photographs of 96 pixels in files, ResNet-18 of width 16 at 48': (tiles, 'resnet18_w16', 'simclr')}
         for name,(dls,arch,views) in sets.items():
             for eps in (0,.03):
                 learn,t = clae_learner(dls, arch, views=views, eps=eps),{False: [], True: []}

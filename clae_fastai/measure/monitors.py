@@ -113,10 +113,10 @@ class Verdict:
 class CollapseMonitor(_Columns):
     "Adds what tells a healthy training from a collapsed one to the training table, and prints a `Verdict` after the fit"
     names,run_valid = ('collapse_level','z_std','alignment','uniformity','own_view','rankme'),False
-    checkpoint_attrs = ('batches','curve','last')
+    checkpoint_attrs = ('batches','curve','last','shape')
     def before_fit(self):
         super().before_fit()
-        self.batches,self.curve,self.last,self.level = None,[],{},None
+        self.batches,self.curve,self.last,self.level,self.shape = None,[],{},None,None
         self.n_held_out = getattr(local_dl(self.dls.valid), 'n', None) or 0 # unknown of iterable sets
 
     def before_train(self):
@@ -125,8 +125,10 @@ class CollapseMonitor(_Columns):
 
     def after_loss(self):
         z_q,z_p = (F.normalize(at_least_float32(z.detach()), dim=1) for z in self.pred[:2]) # (B,D)
-        if self.level is None: self.level,self.shape = self.at_collapse(z_q),z_q.shape
-        if self.batches is None: self.batches = z_q.new_full((self.n_iter, len(self.names)), math.nan)
+        if self.level is None: self.level,self.shape = self.at_collapse(z_q),[*z_q.shape]
+        if self.batches is None or len(self.batches) != self.n_iter: # resumed in another number of processes: these see other batches
+            self.batches = z_q.new_full((self.n_iter, len(self.names)), math.nan)
+        if self.iter >= self.n_iter: return # a loader whose length is not what it says
         alignment = (z_q - z_p).square().sum(1).mean()
         uniformity = F.pdist(z_q).square().mul(-2).exp().mean().log()
         sim = z_q @ z_p.T # (B,B)

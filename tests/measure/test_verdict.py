@@ -101,17 +101,31 @@ def test_nothing_held_out(quiet):
 
 class Stop(Callback):
     order,run_valid = 2000,False
+    def __init__(self, at=6): self.at = at
     def after_batch(self):
-        if self.learn.train_iter == 6: raise InterruptedError('stopped')
+        if self.learn.train_iter == self.at: raise InterruptedError('stopped')
 
-def test_resumed(quiet, tmp_path):
+@pytest.mark.parametrize('at', [6,8])
+def test_resumed(at, quiet, tmp_path):
     "Interrupted inside an epoch, or after the last, a training has the verdict that it would have had"
     def run(*cbs):
         learn = learner(quiet, limit=128) # four batches an epoch
         learn.fit_one_cycle(3, 1e-3, cbs=[monitor := CollapseMonitor(), *cbs])
         return monitor
     whole = run()
-    with pytest.raises(InterruptedError): run(Checkpoint(tmp_path, every_batches=1), Stop())
+    with pytest.raises(InterruptedError): run(Checkpoint(tmp_path, every_batches=1), Stop(at))
     resumed = run(Checkpoint(tmp_path), Resume(tmp_path))
     assert resumed.verdict == whole.verdict and resumed.curve == whole.curve
     assert run(Resume(tmp_path)).verdict == whole.verdict
+
+def test_resumed_where_batches_are_others(quiet, tmp_path):
+    "As in another number of processes: what a part of an epoch has left behind does not fit"
+    cbs = [CollapseMonitor(), Checkpoint(tmp_path, every_batches=1), Stop()]
+    with pytest.raises(InterruptedError): learner(quiet, limit=128).fit(3, 1e-3, cbs=cbs)
+    monitor = CollapseMonitor()
+    class Shorter(Callback):
+        order,run_valid = Resume.order+1,False
+        def before_batch(self):
+            if len(monitor.batches if monitor.batches is not None else ()) == 4 and self.epoch == 1: monitor.batches = monitor.batches[:2]
+    learner(quiet, limit=128).fit(3, 1e-3, cbs=[monitor, Resume(tmp_path), Shorter()])
+    assert all(math.isfinite(o) for o in monitor.last.values())

@@ -167,3 +167,7 @@ def test_what_is_newest_is_there(pytestconfig):
     files = {o: root/'tests'/o.partition('::')[0] for o in names}
     assert names and [o for o,f in files.items() if not f.is_file()] == []
     assert [o for o,f in files.items() if '::' in o and f'def {o.partition("::")[2]}(' not in f.read_text()] == []
+
+def test_pages_do_not_show_a_machine():
+    "No warning of an installed package, with its place, stays in a notebook's outputs"
+    assert [f.name for f in (root/'nbs').rglob('*.ipynb') if '/site-packages/' in f.read_text()] == []

@@ -253,10 +253,10 @@ def _draw_neighbours(learn, features, monitor):
     "Neighbours among held-out images, whose features table or monitor have, or among as many training images as take a moment"
     valid,seen = learn.dls.valid_ds,getattr(monitor, 'held_out', None)
     if features and len(valid) > 12: data,(x,y),among = valid,features['encoder'][1],'held-out images'
-    elif seen and len(seen[0]) >= 100: data,(_,x,y),among = valid.take(seen[0]),seen,f'of {len(valid):,} held-out images'
+    elif seen and len(seen[0]) >= 48: data,(_,x,y),among = valid.take(seen[0]),seen,f'of {len(valid):,} held-out images'
     else:
         n,(h,w) = len(learn.dls.train_ds),learn.encoder_info['size']
-        most = int(np.clip(2**17//(h*w), 100, 500))
+        most = int(np.clip(2**17//(h*w), 32, 500))
         data,among = learn.dls.train_ds.take(evenly_spread(n, most)),f'of {n:,} training images' if n > most else 'training images'
         with no_random(reproducible=False): dl = learn.dls.train.new(data, shuffle=False, drop_last=False)
         x,y = extract_features(learn, dl)

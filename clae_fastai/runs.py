@@ -251,7 +251,7 @@ def _table_features(learn, untrained):
 
 def _draw_neighbours(learn, features, monitor):
     "Neighbours among held-out images, whose features table or monitor have, or among as many training images as take a moment"
-    valid,seen = learn.dls.valid_ds,getattr(monitor, 'held_out', None)
+    valid,seen = learn.dls.valid_ds,monitor.held_out
     if features and len(valid) > 12: data,(x,y),among = valid,features['encoder'][1],'held-out images'
     elif seen and len(seen[0]) >= 48: data,(_,x,y),among = valid.take(seen[0]),seen,f'of {len(valid):,} held-out images'
     else:

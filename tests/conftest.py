@@ -1,5 +1,5 @@
 "What the tests share: small data, golden vectors, and real photographs where they are at hand."
-import contextlib, os, subprocess, sys
+import contextlib, os, shutil, subprocess, sys
 from pathlib import Path
 
 import matplotlib
@@ -87,3 +87,16 @@ def quiet():
         learn.logger = noop
         return learn
     return _quiet
+
+@pytest.fixture(scope='module') # while it is open its thread has a running event loop
+def browser():
+    "Chromium, driven by Playwright; skipped where either is missing"
+    sync = pytest.importorskip('playwright.sync_api', reason="needs pip install -e '.[dev]'")
+    pytest.importorskip('yaml', reason="needs pip install -e '.[dev]'")
+    if not any(map(shutil.which, ('chromium','chromium-browser','google-chrome'))): pytest.skip('no chromium on this machine')
+    sys.path.insert(0, str(here.parent/'tools'))
+    import docs
+    with sync.sync_playwright() as play:
+        b = docs.browser(play)
+        yield b
+        b.close()

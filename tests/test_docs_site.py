@@ -1,5 +1,5 @@
 "The documentation site of tools/docs.py: its links, its API, its formulas; and how it behaves in a browser"
-import ast, json, re, shutil, subprocess, sys
+import ast, json, re, subprocess, sys
 from html.parser import HTMLParser
 from importlib.metadata import version
 from pathlib import Path
@@ -147,17 +147,6 @@ def test_no_prose_beside_the_title():
     assert not bad, f'split the first cell of {bad}'
 
 # In a browser
-
-@pytest.fixture(scope='module')
-def browser():
-    sync = pytest.importorskip('playwright.sync_api', reason="needs pip install -e '.[dev]'")
-    if not any(map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))): pytest.skip('no chromium on this machine')
-    sys.path.insert(0, str(root/'tools'))
-    import docs
-    with sync.sync_playwright() as play:
-        b = docs.browser(play)
-        yield b
-        b.close()
 
 prose = '''() => {
     const article = document.querySelector('article').cloneNode(true)

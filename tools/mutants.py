@@ -240,8 +240,7 @@ mutant('measure.monitors', 'shrunk', 'embeddings that shrink to a point are no c
        ('if narrow < .01 or narrow < .2 and narrow < wide/2:', 'if narrow < .001:'))
 mutant('measure.monitors', 'first-ones', 'the effective rank is that of the first held-out images',
        'measure/test_verdict.py::test_numbers',
-       ('idxs = np.linspace(0, n-1, min(n, 1024, max(128, n_train//20))).round().astype(int).tolist()',
-        'idxs = list(range(min(n, 1024, max(128, n_train//20))))'))
+       ('idxs = evenly_spread(n, min(1024, max(128, n_train//20)))', 'idxs = list(range(min(n, 1024, max(128, n_train//20))))'))
 mutant('measure.monitors', 'asked', 'a loss is asked about equal embeddings itself, and remembers them',
        'measure/test_verdict.py::test_a_loss_that_cannot_say',
        ("loss = deepcopy(getattr(self.loss_func, 'pair', self.loss_func))", "loss = getattr(self.loss_func, 'pair', self.loss_func)"))

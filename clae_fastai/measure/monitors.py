@@ -116,7 +116,7 @@ class CollapseMonitor(_Columns):
     checkpoint_attrs = ('batches','curve','last','shape')
     def before_fit(self):
         super().before_fit()
-        self.batches,self.curve,self.last,self.level,self.shape = None,[],{},None,None
+        self.batches,self.curve,self.last,self.level,self.shape,self.held_out = None,[],{},None,None,None
         self.n_held_out = getattr(local_dl(self.dls.valid), 'n', None) or 0 # unknown of iterable sets
 
     def before_train(self):
@@ -149,7 +149,7 @@ class CollapseMonitor(_Columns):
         "Effective rank of the features of a sample of the held-out images, and the most that it could be"
         n,n_train = self.n_held_out,getattr(local_dl(self.dls.train), 'n', None) or 0
         if n < 2 or hasattr(self.learn, 'lr_finder'): return math.nan,math.nan
-        idxs = np.linspace(0, n-1, min(n, 1024, max(128, n_train//20))).round().astype(int).tolist()
+        idxs = evenly_spread(n, min(1024, max(128, n_train//20)))
         with no_random(reproducible=False): dl = local_dl(self.dls.valid).new(get_idxs=lambda: idxs)
         h,y = extract_features(self.learn, dl)
         self.held_out = idxs,h,y # for pictures

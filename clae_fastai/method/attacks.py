@@ -54,7 +54,7 @@ class Attack:
         "The perturbation: what makes an attack"
         raise NotImplementedError
 
-    units = 0 # what it costs, in forwards of a batch; a gradient in the images is one of them
+    units = math.nan # what it costs, in forwards of a batch, if known; a gradient in the images is one of them
 
     def set_stats(self,
         stats:tuple # (mean, std), each (C,), of the images' Normalize; None changes nothing
@@ -229,6 +229,7 @@ class FFGSM(PGD):
 # %% ../../nbs/04_method.attacks.ipynb #1ba63cbd
 class RandomPerturbation(RandomAttack):
     "A random perturbation of size `eps`, without gradient: the control for the attacks (Fig. 3)"
+    units = 0
     def delta(self, x, grad): return self.eps*self.random_direction(x)
 
 # %% ../../nbs/04_method.attacks.ipynb #caaea050

@@ -8,7 +8,6 @@ import os
 import random
 import re
 import shutil
-import sys
 from dataclasses import fields
 from html.parser import HTMLParser
 from pathlib import Path
@@ -360,18 +359,6 @@ def test_old_runs_and_other_images(cli, digits_dir):
     assert 'Red:' not in text and '0/000.png' in text
 
 # In a browser
-
-@pytest.fixture(scope='module')
-def browser():
-    sync = pytest.importorskip('playwright.sync_api', reason="needs pip install -e '.[dev]'")
-    pytest.importorskip('yaml', reason="needs pip install -e '.[dev]'")
-    if not any(map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))): pytest.skip('no chromium on this machine')
-    sys.path.insert(0, str(root/'tools'))
-    import docs
-    with sync.sync_playwright() as play:
-        b = docs.browser(play)
-        yield b
-        b.close()
 
 @pytest.fixture
 def visit(browser):

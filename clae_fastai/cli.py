@@ -45,7 +45,7 @@ def command(
 _groups = { # titles in the help, and what stands under them
     'positional arguments': 'run which',
     'data': 'data path size channels value_range background max_pixels skip_bad valid_pct unlabelled limit',
-    'method': 'recipe arch pretrained weights method eps alpha attack attack_bn every views n_out protocol k knn_on probe_on',
+    'method': 'recipe arch pretrained weights method temperature eps alpha attack attack_bn every views n_out protocol k knn_on probe_on',
     'training': 'epochs bs lr on_nonfinite',
     'hardware': 'precision channels_last deterministic workers ray',
     'run': 'name seed log every_batches resume extend dry_run format with_preprocessing out scale seeds'}
@@ -121,7 +121,7 @@ def _do(work, options):
 _data = tuple('digits fashion_mnist cifar10 cifar100 tinyimagenet imagenet100 cars aircraft dtd pets caltech101 flowers '
     'folder'.split())
 _methods = 'plain','uel','simclr'
-_views = *_methods,'imagenet','gentle','digits'
+_views = *_methods,'imagenet','weak','gentle','digits'
 _recipes = *(f'{m}-{d}' for d in ('cifar10','cifar100','tinyimagenet') for m in _methods),'simclr-imagenet100'
 
 @command
@@ -135,8 +135,9 @@ def clae_train(
     method:Literal[_methods]=None, # Contrastive method, simclr by default
     eps:float=None, # Strength of the attack in normalised pixels, .03 by default; 0: no adversarial examples
     alpha:float=None, # Weight of the adversarial loss, 1 by default
+    temperature:float=None, # Softmax temperature of the loss, the method's by default
     attack:Literal['fgsm','rfgsm','ffgsm','pgd','random']=None, # Attack, fgsm by default
-    views:Literal[_views]=None, # Augmentations, the method's by default; gentle (or digits): not mirrored or recoloured, as for X-rays
+    views:Literal[_views]=None, # Augmentations, the method's by default; weak: colours stay; gentle (or digits): not mirrored either, as for X-rays
     epochs:int=None, # Passes over the training images, 20 by default
     bs:int=None, # Images a batch, 64 by default
     lr:float=None, # Largest learning rate of the one-cycle schedule, or first of a recipe's own; 3e-3 by default
@@ -257,8 +258,8 @@ def clae_export(
 # %% ../nbs/27_cli.ipynb #0deab37a
 @command
 def clae_table(
-    which:Literal['1','2','random','start','compute','strong'], # 1, 2 (transfer), or a question beyond the paper
-    scale:Literal['paper','small','smoke']='small', # paper: its own settings; small: hours on two cores; smoke: digits, a minute
+    which:Literal['1','2','random','start','compute','strong','temperature','every','weak','others','rate'], # 1, 2 (transfer), or a question beyond the paper
+    scale:Literal['paper','small','fast','smoke']='small', # paper: its own settings; small: hours on two cores; fast: minutes a trial on one; smoke: digits, a minute
     data:str=None, # Data sets, separated by commas: NAME, NAME=FOLDER, or a folder; the scale's by default
     seeds:int=None, # Number of seeds; 3 by default, at smoke 1
     workers:int=1, # Processes that share the trials

@@ -94,7 +94,7 @@ _versions = dict(clae_fastai=__version__, python=platform.python_version(),
 train_options = { # type, and value where a run says nothing: what version 0.1.0 did
     **dict.fromkeys('path data arch weights method attack views recipe name extends log'.split(), (str,None)),
     **dict.fromkeys('n_out epochs bs size channels limit workers every_batches max_pixels'.split(), (int,None)),
-    **dict.fromkeys('eps alpha lr valid_pct'.split(), (float,None)), 'value_range': (list,None), 'background': (str,'white'),
+    **dict.fromkeys('eps alpha temperature lr valid_pct'.split(), (float,None)), 'value_range': (list,None), 'background': (str,'white'),
     'seed': (int,42), 'precision': (str,'fp32'), 'attack_bn': (str,'adv'), 'every': (int,1), 'on_nonfinite': (str,'stop'),
     **dict.fromkeys('channels_last deterministic pretrained skip_bad unlabelled'.split(), (bool,False))}
 _of_folders = 'channels value_range background max_pixels skip_bad valid_pct unlabelled'.split()
@@ -133,14 +133,14 @@ _defaults = dict(arch='resnet18', method='simclr', eps=.03, alpha=1., attack='fg
 _digits = dict(arch='resnet8', views='digits')
 _limits = dict(
     epochs=(1,math.inf), bs=(1,math.inf), n_out=(1,math.inf), every=(1,math.inf), every_batches=(1,math.inf), limit=(2,math.inf),
-    size=(8,4096), max_pixels=(1,math.inf), workers=(0,256), seed=(0,2**32-1), lr=(math.ulp(0.),sys.float_info.max))
+    size=(8,4096), max_pixels=(1,math.inf), workers=(0,256), seed=(0,2**32-1), **dict.fromkeys(('lr','temperature'), (math.ulp(0.),sys.float_info.max)))
 
 def _check_limits(values):
     for name,(low,high) in _limits.items():
         value = values.get(name)
         if value is None or low <= value <= high: continue
         need = f'between {low} and {high}' if high < math.inf else f'{low} or more'
-        if name == 'lr': need = 'finite and above 0'
+        if name in ('lr','temperature'): need = 'finite and above 0'
         raise ValueError(f"{name} must be {need}, and it is {value}.")
 
 def _given(**options): return {k: v for k,v in options.items() if v is not None}
@@ -331,7 +331,7 @@ class _Run:
         s,_some = self.settings,self._some
         set_seed(s['seed'])
         dls = self.dls()
-        own = self.recipe.learner_kwargs() if self.recipe else _some('arch method eps alpha attack n_out views')
+        own = self.recipe.learner_kwargs() if self.recipe else _some('arch method eps alpha attack temperature n_out views')
         learn = clae_learner(dls, **own, **_some('pretrained weights precision channels_last deterministic attack_bn every on_nonfinite'))
         begun = self.folder and checkpoints(self.folder/'checkpoints') # then `Resume` brings the weights
         if s['extends'] and not begun: load_state(learn.model, last_checkpoint(Path(s['extends'])/'checkpoints')[1]['model'])
@@ -377,8 +377,7 @@ class _Run:
         s,found = self.settings,learn.encoder_info
         size = found['size'] if len({*found['size']}) > 1 else found['size'][0]
         own = methods[s['method']]
-        s.update(precision=learn.precision, value_range=_value_range(learn), size=size, n_out=ifnone(s['n_out'], own['n_out']),
-            views=ifnone(s['views'], own['views']))
+        s.update(precision=learn.precision, value_range=_value_range(learn), size=size, **{k: ifnone(s[k], own[k]) for k in ('n_out','temperature','views')})
         if s['data'] == 'folder': s.update(channels=found['channels'], valid_pct=learn.dls.held_out or s['valid_pct'])
         self.settings = json.loads(json.dumps(s)) # as it will be read
 
@@ -691,12 +690,18 @@ def report_run(
 
 # %% ../nbs/26_runs.ipynb #684d7236
 def _trial_options(options, folder):
-    options = _not_given | options | dict(name=folder.name)
+    own = {} if options.get('recipe') else {k: v for k,v in paper_settings[options['method']].items() if k != 'head'}
+    options = _not_given | own | options | dict(name=folder.name)
     targets = options.pop('transfer', '').split()
     if limit := options['limit']: # the most that a grid takes: of fewer images all
         n = catalogue[options['data']].n_train or len(get_dls('folder', options['path'], bs=2, num_workers=0).train_ds)
         if n < limit: options['limit'] = None
     return options,targets
+
+def _few_held_out(dls):
+    "A copy that measures `valid_loss` on two batches: in a sweep nobody watches it, and it would take a quarter of the time"
+    few = dls.valid_ds.take(evenly_spread(len(dls.valid_ds), 2*dls.train.bs))
+    return DataLoaders(dls.train, dls.valid.new(few), path=dls.path, device=dls.device)
 
 def trial(
     options:dict, # Of `clae_train`; `transfer` are names of data sets
@@ -714,7 +719,10 @@ def trial(
     learn = run.learner()
     run.resolve(learn)
     run.begin(learn)
+    dls = learn.dls
+    learn.dls = _few_held_out(dls)
     run.fit(learn)
+    learn.dls = dls
     run.finish(learn, _accuracies)
 
 def trial_images(

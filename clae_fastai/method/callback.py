@@ -36,10 +36,11 @@ def check_clae(
     return stats
 
 def step_units(
-    clae:Callback # A learner's `CLAECallback`
+    attack:Callable=None, # None: no adversarial view
+    every:int=1 # Steps from one attack to the next
 ) -> float: # nan for an attack that does not say its `units`
     "What a training step costs on average, in forwards of a batch; a backward is two"
-    return 6 + (3 + getattr(clae.attack, 'units', math.nan))/clae.every if clae.attacking else 6
+    return 6 if attack is None else 6 + (3 + getattr(attack, 'units', math.nan))/every
 
 def rest_adversarial_bn(
     clae:Callback # A learner's `CLAECallback`, after an optimiser's step
@@ -86,7 +87,7 @@ class LossTerms(Callback):
 # %% ../../nbs/07_method.callback.ipynb #cb6ccefe
 class CLAECallback(Callback):
     "Train on two views of each image and, with an `attack`, on an adversarial one through its own batch norm"
-    order,units = MixedPrecision.order+1,property(step_units)
+    order,units = MixedPrecision.order+1,property(lambda self: step_units(self.attack if self.attacking else None, self.every))
     def __init__(self,
         views:Callable, # `views(x) -> (x_q, x_p)`, such as `TwoViews`; its `normalize(x)`, if any, is for single images
         attack:Callable=None, # `attack(embed, x, loss) -> x_adv`, such as `FGSM(.03)`; None: no adversarial view

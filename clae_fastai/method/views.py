@@ -46,6 +46,8 @@ def _photo(size, n_in, area, jitter, hue, p):
 def _plain(size, n_in): return _photo(size, n_in, area=.2, jitter=.4, hue=.4, p=1.)
 def _simclr(size, n_in): return _photo(size, n_in, area=.08, jitter=.8, hue=.2, p=.8)
 
+def _weak(size, n_in): return _photo(size, n_in, area=.2, jitter=0., hue=0., p=0.)[:2]
+
 def _imagenet(size, n_in, blur=True):
     k = min(size)//10 | 1 # odd
     return _simclr(size, n_in) + ([K.RandomGaussianBlur((k,k), (.1,2.), p=.5)] if blur and k > 1 else [])
@@ -71,6 +73,7 @@ view_presets = dict( # augmentations, statistics, and the crops' area where a cr
     uel=(_plain, _cifar, (.2,1.)),
     simclr=(_simclr, _half, (.08,1.)),
     imagenet=(_imagenet, imagenet_stats, (.08,1.)),
+    weak=(_weak, _half, (.2,1.)),
     **dict.fromkeys(('gentle','digits'), (_gentle, _half, None)))
 
 # %% ../../nbs/05_method.views.ipynb #2eeebf90

@@ -14,9 +14,10 @@ from ..core import *
 from ..children import child_process
 from ..data.images import other_images
 from ..data.catalogue import catalogue
-from ..train.learner import methods
+from ..method.attacks import get_attack
+from ..method.callback import step_units
 from ..measure.evaluate import table2
-from .recipes import recipes
+from .recipes import paper_settings, recipes
 from .analysis import *
 
 # %% ../../nbs/25_paper.experiments.ipynb #bc58e201
@@ -30,6 +31,7 @@ class Grid:
     base:dict=field(default_factory=dict) # Options of every trial, before the scale's
     x:str=None # A figure's horizontal axis; None: only a table
     metrics:tuple=('knn','linear') # Columns of a trial's row
+    budget:int=None # What each trial costs, in forwards of a batch of the scale's size, from which its epochs follow; None: they are given
     omit:tuple=() # (data, metric) that the paper leaves out
     paper:dict=field(default_factory=dict) # (data, metric, label, ...): the paper's percentage
 
@@ -37,6 +39,7 @@ class Grid:
 _scales = dict( # options of every trial
     paper=dict(epochs=100), # SimCLR's; the rest is the recipe's
     small=dict(arch='resnet18_w16', epochs=10, bs=128, lr=3e-3, limit=5000, channels_last=True),
+    fast=dict(arch='resnet10_w16', size=16, epochs=40, bs=128, lr=3e-3, limit=5000, channels_last=True),
     smoke=dict(arch='resnet8', epochs=1, bs=64, lr=3e-3, limit=256))
 
 _axis_values = dict(
@@ -47,15 +50,18 @@ _axis_values = dict(
         bs=(64,128,256), n_out=(16,64,256), alpha=(.2,.5,1,2), eps=(0,.01,.03,.07,.15),
         epochs=(5,10,15,20), arch=('resnet8','resnet20','resnet18_w16')),
     smoke=dict(bs=(32,64,128), n_out=(16,64), alpha=(1,), eps=(0,.03), epochs=(1,2), arch=('resnet8','resnet20')))
+_axis_values['fast'] = dict(_axis_values['small'], epochs=(10,20,30,40), arch=('resnet8','resnet10_w16'))
+
+_tuned = dict(temperature=.1) # the best of grid `temperature` without a third view
 
 def grids(
-    scale:str='small' # 'paper', 'small' or 'smoke'
+    scale:str='small' # 'paper', 'small', 'fast' or 'smoke'
 ) -> dict: # Name: `Grid`
     "All tables and figures that are grids"
     epochs = look_up(scale, _scales, 'scale')['epochs']
     longer = round(epochs*11/6) # without the attack, in the time that CLAE takes
     targets = ['digits'] if scale == 'smoke' else table2
-    def data(*names): return dict(small=('cifar10',), smoke=('digits',)).get(scale, names)
+    def data(*names): return dict(small=('cifar10',), fast=('cifar10',), smoke=('digits',)).get(scale, names)
     def axis(option, *values, zero={}):
         return {option: zero | {v: {option: v} for v in values or _axis_values[scale][option]}}
     def simclr(title, axes, baseline=None, **options):
@@ -64,10 +70,18 @@ def grids(
         return Grid(title, axes, (name, ifnone(baseline, first(labels))), data('cifar100'), base)
     def along(title, axes): return replace(simclr(title, axes), x=first(axes))
     on_off,off,fgsm = axis('eps', 0, .03),dict(eps=0),dict(attack='fgsm')
+    def third_views(*eps_every):
+        kinds = dict(fgsm='adversarial', random='random signs')
+        return {'third view': {'none': off} | {
+            f"{kind}, eps {e:g}, {'each step' if k == 1 else f'each step of {k}'}": dict(attack=a, eps=e, every=k)
+            for e,k in eps_every for a,kind in kinds.items()}}
+    def equal(title, axes, **options):
+        return replace(simclr(f'{title}, at equal compute', axes, **options), budget=dict(fast=9360).get(scale))
+    strengths = [(e,k) for e in (.03,.1,.3) for k in (1,4)]
     return dict(
         table1=Grid(
             'Table 1: three methods, with and without adversarial examples',
-            axis('method', *methods) | axis('eps', 0, .03, .07), ('eps',0),
+            axis('method', *paper_settings) | axis('eps', 0, .03, .07), ('eps',0),
             data('cifar10','cifar100','tinyimagenet'), omit=(('tinyimagenet','knn'),)),
         table2=Grid(
             'Table 2: transfer', on_off, ('eps',0), data('imagenet100'),
@@ -90,7 +104,14 @@ def grids(
             f'SimCLR, {longer} epochs': dict(off, epochs=longer),
             f'SimCLR, {epochs} epochs': off,
             f'CLAE, {epochs} epochs': {}})),
-        strong=simclr('Over a strong baseline', on_off, recipe=None, lr=3e-3, epochs=4*epochs))
+        strong=simclr('Over a strong baseline', on_off, recipe=None, lr=3e-3, epochs=4*epochs),
+        temperature=equal('Temperature', axis('temperature', .05, .1, .2, .5) | third_views((.03,1), (.03,4))),
+        every=equal('How often, and how strong', third_views(*strengths, (.03,2), (.03,8)), **_tuned),
+        weak=equal('Where colours mean something', third_views(*strengths), **_tuned, views='weak'),
+        others=equal('Plain and UEL', axis('method', 'plain', 'uel') | third_views((.03,1))),
+        rate=equal('Learning rate, batch and embedding', dict(changed={'nothing': {}}
+            | {f'lr {o:g}': dict(lr=o) for o in (1e-3,1e-2)} | {f'batch {o}': dict(bs=o) for o in (64,256)}
+            | {f'{o} dimensions': dict(n_out=o) for o in (32,128,256)}), **_tuned, eps=0))
 
 # %% ../../nbs/25_paper.experiments.ipynb #91b712d4
 def _data_set(data):
@@ -108,6 +129,18 @@ def _scale_options(scale, method, label):
     recipe = look_up(f'{method}-{label}', recipes, 'recipe', "use another --scale, or other data")
     return dict(recipe=recipe.name, **{k: getattr(recipe, k) for k in ('arch','epochs','bs','lr')})
 
+def _epochs(o, budget, bs):
+    "Passes over the images for `budget` forwards of `bs` images"
+    steps = min(o['limit'], ifnone(catalogue[o['data']].n_train, o['limit']))//bs
+    attack = get_attack(o['attack'], o['eps']) if o['eps'] and o['alpha'] else None
+    return max(1, round(budget/(steps*step_units(attack, o.get('every', 1)))))
+
+def _spell(o):
+    "One trial has one spelling: the paper's settings are left out, and those of an attack that there is not"
+    same = dict(paper_settings[o['method']], every=1) if 'recipe' not in o else dict(n_out=paper_settings[o['method']]['n_out'], every=1)
+    if not o['eps']: same['every'],o['attack'] = o.get('every'),'fgsm'
+    return {k: v for k,v in o.items() if v is not None and (k not in same or v != same[k])}
+
 @patch
 def cells(self:Grid,
     scale:str='small', # The grid's
@@ -121,8 +154,8 @@ def cells(self:Grid,
     for (name,where),*keys in itertools.product(sets, *self.axes.values()):
         own = merge(self.base, *(labels[k] for labels,k in zip(self.axes.values(), keys)))
         o = merge(dict(eps=.03, alpha=1, attack='fgsm'), where, _scale_options(scale, own['method'], name), own)
-        if o.get('n_out') == methods[o['method']]['n_out']: del o['n_out'] # one trial has one spelling
-        res.append((dict(zip(['data', *self.axes], [name, *keys])), {k: v for k,v in o.items() if v is not None}))
+        if self.budget: o['epochs'] = _epochs(o, self.budget, _scales[scale]['bs'])
+        res.append((dict(zip(['data', *self.axes], [name, *keys])), _spell(o)))
     return res
 
 # %% ../../nbs/25_paper.experiments.ipynb #43fe0aba
@@ -173,13 +206,16 @@ def _do_trial(folder, options, run):
             print(f"\nTRIAL FAILED: {folder}\n{why}", file=sys.stderr, flush=True)
     return True
 
-def _do_all(trials, run, threads):
+def _do_all(trials, run, threads, note):
     torch.set_num_threads(threads)
+    def _do(folder, options):
+        if done := _do_trial(folder, options, run): note({folder: options})
+        return done
     # after each from the first on: another process may have died of one
-    while any(_do_trial(folder, o, run) for folder,o in trials.items()): pass
+    while any(_do(*o) for o in trials.items()): pass
 
-def _do_in_processes(trials, run, workers):
-    args = trials,run,max(1, torch.get_num_threads()//workers)
+def _do_in_processes(trials, run, workers, note):
+    args = trials,run,max(1, torch.get_num_threads()//workers),note
     processes = [child_process(_do_all, *args) for _ in range(workers)]
     for p in processes: p.start()
     try:
@@ -193,7 +229,7 @@ def _do_on_node(folder, options, run):
     _do_trial(folder, options, run)
     return {o: f.read_text(encoding='utf-8') for o in ('summary.json','error.txt') if (f := folder/o).exists()}
 
-def _do_on_ray(trials, run, address):
+def _do_on_ray(trials, run, address, note):
     try: import ray
     except ImportError:
         raise ValueError("ray needs a package: pip install 'clae_fastai[ray]'.") from None
@@ -209,6 +245,7 @@ def _do_on_ray(trials, run, address):
             for file,text in texts.items():
                 write_text(folder/file, text)
                 print(f"{folder.name} has left {file}", flush=True)
+            note({folder: trials[folder]})
 
 def _check_all_done(folders):
     busy,failed = [],[]
@@ -229,7 +266,8 @@ def sweep(
     run:Callable, # `run(options, folder)` does a trial, or goes on with it, and leaves `summary.json` in `folder`
     folder:str|Path='runs', # Where their folders are
     workers:int=1, # Processes; 1: this one
-    ray:str=None # Address of a Ray cluster that does the trials, or 'auto'
+    ray:str=None, # Address of a Ray cluster that does the trials, or 'auto'
+    note:Callable=noop # `note({folder: options})`, after each trial
 ):
     "Do what nobody has done. `ValueError` in the end if some failed"
     _check_count('workers', workers)
@@ -238,9 +276,9 @@ def sweep(
     if not todo: return
     print(f"{len(todo)} of {len(trials)} trials are to be done.", flush=True)
     for d in todo: (d/'error.txt').unlink(missing_ok=True)
-    if ray is not None: _do_on_ray(todo, run, ray)
-    elif workers > 1: _do_in_processes(todo, run, min(workers, len(todo)))
-    else: _do_all(todo, run, torch.get_num_threads())
+    if ray is not None: _do_on_ray(todo, run, ray, note)
+    elif workers > 1: _do_in_processes(todo, run, min(workers, len(todo)), note)
+    else: _do_all(todo, run, torch.get_num_threads(), note)
     _check_all_done(trials)
 
 # %% ../../nbs/25_paper.experiments.ipynb #dc0bd4cf
@@ -432,7 +470,7 @@ def _run_and_render(
     known = () if render else set(rows['trial'])
     todo = [o for d,o in trials.items() if d.name not in known and o['data'] not in by_hand]
     try:
-        if run: sweep(todo, run, out/'runs', workers, ray)
+        if run: sweep(todo, run, out/'runs', workers, ray, partial(_collect, out))
     finally:
         df = grid.results(cells, _collect(out, trials), seeds)
         count = f"{seeds} seed{'s' if seeds > 1 else ''}."
@@ -447,7 +485,7 @@ def _run_and_render(
 
 def table(
     which:str, # '1', '2'; beyond the paper: 'random', 'start', 'compute', 'strong'
-    scale:str='small', # 'paper', 'small' or 'smoke'
+    scale:str='small', # 'paper', 'small', 'fast' or 'smoke'
     data:list=None, # Names, `NAME=FOLDER`, or folders of images; the scale's by default
     seeds:int=None, # Number of seeds; by default 3, at 'smoke' 1
     workers:int=1, # Processes
@@ -511,7 +549,7 @@ def _render_encoders(folders, count, examine, load):
 @delegates(table)
 def figure(
     which:str, # '2', '3a', '3b', '4', '5a', '5b', '5c', '6a', '6b', '6c' or '7'
-    scale:str='small', # 'paper', 'small' or 'smoke'
+    scale:str='small', # 'paper', 'small', 'fast' or 'smoke'
     *args, # As of `table`
     load:Callable=None, # `load(folder)`: a trial's learner, for 2 to 4
     **kwargs

@@ -19,7 +19,7 @@ from ..method.views import *
 from ..method.weights import *
 from ..method.models import *
 from ..method.callback import *
-from ..data.images import FileImages
+from ..data.images import FileImages, MemoryImages, ResizeImages
 from .precision import *
 from .optimizer import *
 from .finite import *
@@ -50,15 +50,20 @@ def _pixel_dls(dls):
     return res,image_stats(noop, dls)
 
 def _cropping_dls(dls, views, size):
-    "A shallow copy of `dls` whose training images, where they are files, are seen as the two random crops that `views` begin with"
-    res = copy(dls)
+    "A shallow copy of `dls` whose images come as the crops that `views` begin with are cut from them; are they larger than `size`?"
+    res,area,whole = copy(dls),getattr(views, 'area', None),False
     def _crops(dl):
-        if not isinstance(getattr(dl, 'dataset', None), FileImages): return dl
-        crops,fs = dl.dataset.with_crops(getattr(views, 'area', None), size),dl.after_batch.fs
-        only_floats = crops.area and len(fs) == 1 and isinstance(fs[0], IntToFloatTensor) # which `TwoViews` does as well
-        return dl.new(crops, after_batch=Pipeline([]) if only_floats else dl.after_batch)
+        nonlocal whole
+        data = getattr(dl, 'dataset', None)
+        if not isinstance(data, (FileImages,MemoryImages)): return dl
+        ours = area and all(isinstance(o, (IntToFloatTensor,ResizeImages)) for o in dl.after_batch.fs) # `TwoViews` does both as well
+        after_batch = Pipeline([]) if ours else dl.after_batch
+        if isinstance(data, FileImages): return dl.new(data.with_crops(area, size), after_batch=after_batch)
+        if not ours or len(dl.after_batch.fs) < 2: return dl
+        whole = True
+        return dl.new(after_batch=after_batch)
     res.loaders = [_crops(dl) for dl in dls.loaders]
-    return res
+    return res,whole
 
 def _first_images(dls):
     check_loader(dls.train)
@@ -236,11 +241,11 @@ def clae_learner(
         stats = ifnone(stats, _weights_stats(encoder, pretrained, weights, info, n_in))
         views = TwoViews.from_preset(views, size, n_in, stats)
     else: views = _own_views(views, stats, images)
-    if isinstance(views, TwoViews) and size != [*images.shape[2:]]: views.size = size
+    pixels,whole = _cropping_dls(pixels, views, size)
     if isinstance(views, TwoViews):
+        if whole or size != [*images.shape[2:]]: views.size = size
         check_pixels(images)
         views.checked = True # and need not be again, in the first batch
-    pixels = _cropping_dls(pixels, views, size)
     precision,fast = precision_cbs(precision, device)
     if channels_last: fast.append(ChannelsLast())
     clae = CLAECallback(views, attack, adv_momentum, attack_bn, every)

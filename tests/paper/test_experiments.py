@@ -114,12 +114,22 @@ def test_names_are_as_they_were_on_the_first_day():
 def test_names_are_the_same_everywhere():
     "Those of the committed trials, which many processes made on several days"
     df = pd.read_csv(results/'trials.csv')
-    outcome = '^(trial|knn|linear|train_seconds|device|version_.*|transfer_.*)$'
+    outcome = '^(trial|knn|linear|train_seconds|device|images|version_.*|transfer_.*)$'
     for name,o in zip(df['trial'], df.drop(columns=df.filter(regex=outcome).columns).to_dict('records')):
         o = {k: v for k,v in o.items() if v == v} # no option is nan
         in_folder = dict(o, data='folder', path=f"/anywhere/{o['data']}")
         assert name in (trial_name(o), trial_name(in_folder))
     assert len(df) > 100
+
+def test_a_committed_name_is_still_that_of_a_grids_trial(tmp_path):
+    "So that its row is what a table takes, whatever the defaults of training have become"
+    df,known = pd.read_csv(results/'trials.csv'),set()
+    for data in set(df['data']) - {'digits'}: (tmp_path/data).mkdir()
+    for scale in ('small','fast','smoke'):
+        for grid in grids(scale).values():
+            cells = grid.cells(scale, [*(str(tmp_path/o) for o in set(df['data']) - {'digits'}), 'digits'])
+            known |= {trial_name(dict(o, seed=s)) for s in range(8) for _,o in cells}
+    assert set(df['trial']) <= known
 
 # aggregates
 
@@ -162,6 +172,22 @@ def test_by_hand():
     assert (p['mean'][0], p['low'][0], p['high'][0]) == pytest.approx((.02, .02 - half, .02 + half), abs=1e-7)
 
 # tables and figures
+
+def test_rows_are_written_as_they_come(tmp_path):
+    "So that what is done is kept, whatever happens to the rest"
+    seen = []
+    def count(options, folder):
+        seen.append(len(pd.read_csv(tmp_path/'trials.csv')) if (tmp_path/'trials.csv').exists() else 0)
+        fake(options, folder)
+    table('random', 'smoke', seeds=2, out=tmp_path, run=count)
+    assert seen == [*range(6)]
+
+def test_a_row_is_enough_on_another_machine(tmp_path):
+    table('temperature', 'smoke', out=tmp_path/'a', run=fake)
+    (tmp_path/'b').mkdir()
+    shutil.copy(tmp_path/'a'/'trials.csv', tmp_path/'b')
+    md = table('temperature', 'smoke', out=tmp_path/'b', run=fake).read_text()
+    assert 'not run' not in md and not (tmp_path/'b'/'runs').exists()
 
 def test_nothing_is_run_and_all_cells_say_so(tmp_path):
     md = table('1', 'paper', data=['cifar10','tinyimagenet'], out=tmp_path).read_text()
@@ -256,7 +282,7 @@ def test_folders_as_data(tmp_path):
 @pytest.mark.parametrize('make,args,word', [
     (table, dict(which='3'), '1, 2, random'),
     (figure, dict(which='8'), '5a, 5b'),
-    (table, dict(which='1', scale='huge'), 'paper, small, smoke'),
+    (table, dict(which='1', scale='huge'), 'paper, small, fast, smoke'),
     (table, dict(which='1', seeds=0), 'seeds'),
     (figure, dict(which='2', workers=0), 'workers'),
     (table, dict(which='1', data=['nowhere']), 'NAME=FOLDER'),

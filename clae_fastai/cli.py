@@ -122,6 +122,7 @@ _data = tuple('digits fashion_mnist cifar10 cifar100 tinyimagenet imagenet100 ca
     'folder'.split())
 _methods = 'plain','uel','simclr'
 _views = *_methods,'imagenet','weak','gentle','digits'
+_questions = 'random','start','compute','strong','temperature','every','weak','others','rate'
 _recipes = *(f'{m}-{d}' for d in ('cifar10','cifar100','tinyimagenet') for m in _methods),'simclr-imagenet100'
 
 @command
@@ -137,7 +138,7 @@ def clae_train(
     alpha:float=None, # Weight of the adversarial loss, 1 by default
     temperature:float=None, # Softmax temperature of the loss, the method's by default
     attack:Literal['fgsm','rfgsm','ffgsm','pgd','random']=None, # Attack, fgsm by default
-    views:Literal[_views]=None, # Augmentations, the method's by default; weak: colours stay; gentle (or digits): not mirrored either, as for X-rays
+    views:Literal[_views]=None, # Augmentations, the method's by default; weak: colours stay; gentle: sides, too, as in X-rays
     epochs:int=None, # Passes over the training images, 20 by default
     bs:int=None, # Images a batch, 64 by default
     lr:float=None, # Largest learning rate of the one-cycle schedule, or first of a recipe's own; 3e-3 by default
@@ -258,8 +259,8 @@ def clae_export(
 # %% ../nbs/27_cli.ipynb #0deab37a
 @command
 def clae_table(
-    which:Literal['1','2','random','start','compute','strong','temperature','every','weak','others','rate'], # 1, 2 (transfer), or a question beyond the paper
-    scale:Literal['paper','small','fast','smoke']='small', # paper: its own settings; small: hours on two cores; fast: minutes a trial on one; smoke: digits, a minute
+    which:Literal['1','2',*_questions], # 1, 2 (transfer), or a question beyond the paper
+    scale:Literal['paper','small','fast','smoke']='small', # paper: its own; small: hours; fast: minutes a trial; smoke: digits, a minute
     data:str=None, # Data sets, separated by commas: NAME, NAME=FOLDER, or a folder; the scale's by default
     seeds:int=None, # Number of seeds; 3 by default, at smoke 1
     workers:int=1, # Processes that share the trials

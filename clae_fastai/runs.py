@@ -133,7 +133,8 @@ _defaults = dict(arch='resnet18', method='simclr', eps=.03, alpha=1., attack='fg
 _digits = dict(arch='resnet8', views='digits')
 _limits = dict(
     epochs=(1,math.inf), bs=(1,math.inf), n_out=(1,math.inf), every=(1,math.inf), every_batches=(1,math.inf), limit=(2,math.inf),
-    size=(8,4096), max_pixels=(1,math.inf), workers=(0,256), seed=(0,2**32-1), **dict.fromkeys(('lr','temperature'), (math.ulp(0.),sys.float_info.max)))
+    size=(8,4096), max_pixels=(1,math.inf), workers=(0,256), seed=(0,2**32-1),
+    **dict.fromkeys(('lr','temperature'), (math.ulp(0.),sys.float_info.max)))
 
 def _check_limits(values):
     for name,(low,high) in _limits.items():
@@ -377,7 +378,8 @@ class _Run:
         s,found = self.settings,learn.encoder_info
         size = found['size'] if len({*found['size']}) > 1 else found['size'][0]
         own = methods[s['method']]
-        s.update(precision=learn.precision, value_range=_value_range(learn), size=size, **{k: ifnone(s[k], own[k]) for k in ('n_out','temperature','views')})
+        s.update(precision=learn.precision, value_range=_value_range(learn), size=size,
+            **{k: ifnone(s[k], own[k]) for k in ('n_out','temperature','views')})
         if s['data'] == 'folder': s.update(channels=found['channels'], valid_pct=learn.dls.held_out or s['valid_pct'])
         self.settings = json.loads(json.dumps(s)) # as it will be read
 

@@ -291,12 +291,10 @@ def take_screenshots(site, out, names):
 @call_parse
 def main(
     out:str='_docs', # Folder of the site; what is in it goes
-    screenshots:str=None, # Folder for pictures of home, an API page and the first tutorial, on a desktop and on a phone
+    screenshots:str=None, # Folder for pictures of home, a tutorial, a guide, results and an API page, on a desktop and on a phone
 ):
     "Render the documentation"
     site,shots = Path(out).resolve(),screenshots and Path(screenshots).resolve() # before the working directory changes
     found = build(site)
     print(f'{len(found)} pages: {site/"index.html"}')
-    if shots:
-        tutorials = [p.out.with_suffix('').as_posix() for p in found if p.path.parent != Path('.')]
-        take_screenshots(site, shots, ['index', 'method.attacks', *tutorials[:1]])
+    if shots: take_screenshots(site, shots, ['index', 'tutorials/images', 'guides/your_images', 'results', 'method.attacks'])

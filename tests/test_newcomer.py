@@ -97,9 +97,9 @@ def test_layouts_of_folders(files, unlabelled, labels, held_out, digits_dir, tmp
     from clae_fastai.data.catalogue import get_dls
     make_folder(tmp_path, files, digits_dir)
     dls = get_dls('folder', tmp_path/'photos', bs=4, unlabelled=unlabelled)
-    assert list(getattr(dls, 'vocab', ())) == {'none': [], "the folders' names": ['cat','dog']}[labels]
+    assert list(getattr(dls, 'vocab', ())) == {'none': [], 'names of folders': ['cat','dog']}[labels]
     n = len(dls.train_ds) + len(dls.valid_ds)
-    assert len(dls.valid_ds) == {'one image in twenty': n//20, 'a fifth of each class': n//5, '`test`': n//2}[held_out]
+    assert len(dls.valid_ds) == {'1 in 20': n//20, '1 in 5': n//5, '`test`': n//2}[held_out]
 
 def test_there_are_layouts(): assert len(layouts) == 4
 

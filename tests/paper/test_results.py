@@ -42,13 +42,7 @@ def test_the_page_shows_them(monkeypatch):
         shown, = [''.join(o['data']['text/markdown']) for o in outs if 'text/markdown' in o.get('data', {})]
         assert shown == eval(call, names).data, call
 
-def test_the_home_page_shows_table_1():
-    "Its outputs are what its code makes of the files"
-    def lines(file, start): return [o for o in (root/file).read_text().splitlines() if re.match(start, o)]
-    cifar10 = lines('results/table1-small.md', r'\| cifar10.* \| 0\.03 \|')
-    rows = [[o.strip() for o in l.split('|')[1:-1]] for l in cifar10]
-    shown = lines('README.md', r'\| (Plain|UEL|SimCLR) \|')
-    assert len(rows) == len(shown) == 6
-    for _,metric,method,_,mean,values,difference in rows:
-        line, = [l for l in shown if l.lower().startswith(f'| {method} | {metric.lower()} |')]
-        assert line.endswith(f'| {mean} ({values}) | {difference} |')
+def test_the_page_of_the_demonstration_shows_it():
+    cells = json.loads((root/'nbs'/'digits.ipynb').read_text())['cells']
+    shown, = [''.join(o['data']['text/markdown']) for c in cells for o in c.get('outputs', [])]
+    assert shown == (results/'digits.md').read_text()

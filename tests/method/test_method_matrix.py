@@ -38,7 +38,8 @@ def test_any_two_values_meet():
 @pytest.mark.parametrize('method,attack,norm,labelled', combinations)
 def test_two_steps_of_everything(dls, quiet, method, attack, norm, labelled):
     set_seed(0)
-    learn = quiet(clae_learner(dls[labelled], deepcopy(tiny), method=method, attack=attacks[attack](.1, norm=norm), views='digits', every=1))
+    attack = attacks[attack](.1, norm=norm)
+    learn = quiet(clae_learner(dls[labelled], deepcopy(tiny), method=method, attack=attack, views='digits', every=1))
     before = {k: v.clone() for k,v in learn.model.named_parameters()}
     seen = []
     class Terms(Callback):

@@ -273,7 +273,8 @@ def test_baseline_and_encoder_without_batch_norm(quiet):
     assert set(loss_vs_eps(plain, .03, 2).kind) == {'augmentation','adversarial','random'}
     assert len(adversarial_images(plain, 2, eps=.03)) == 2 and len(classifier_vs_eps(plain, .03, 1, l2s=[1.])) == 3*32
     dls = get_dls('digits', bs=32, limit=64)
-    learn = quiet(clae_learner(dls, nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), views='digits', every=1))
+    arch = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    learn = quiet(clae_learner(dls, arch, views='digits', every=1))
     learn.fit(1, 1e-3)
     assert len(loss_vs_eps(learn, .03, 2)) == 6
     with pytest.raises(ValueError, match='an encoder with batch norm'): bn_statistics(learn)

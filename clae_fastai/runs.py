@@ -130,7 +130,7 @@ def read_options(
 
 # %% ../nbs/26_runs.ipynb #1172a27a
 _defaults = dict(arch='resnet18', method='simclr', eps=.03, alpha=1., attack='fgsm', every=4, epochs=20, bs=64, lr=3e-3)
-_digits = dict(arch='resnet8', views='digits')
+_digits = dict(arch='resnet8', views='digits', temperature=.5)
 _limits = dict(
     epochs=(1,math.inf), bs=(1,math.inf), n_out=(1,math.inf), every=(1,math.inf), every_batches=(1,math.inf), limit=(2,math.inf),
     size=(8,4096), max_pixels=(1,math.inf), workers=(0,256), seed=(0,2**32-1),

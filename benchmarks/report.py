@@ -35,7 +35,7 @@ def spread(x, fmt='.2f'):
     "Median (smallest to largest), as text"
     return f'{np.median(x):{fmt}} ({np.min(x):{fmt}} to {np.max(x):{fmt}})'
 
-titles = dict(step='A training step', step_no_bf16='The same on a processor without bfloat16', every='A rare adversary', peers='Encoders after equal seconds', optimizer='A step of the optimiser', tried='A faster step: what was tried', loss='The losses: time and memory', views='Two views of each image', photos='Reading photographs', eval='Evaluation', knn='Nearest neighbours', memory='Memory of evaluation', signs="The attack's signs in low precision", monitor='Watching for collapse',
+titles = dict(step='A training step', step_no_bf16='The same on a processor without bfloat16', every='A rare adversary', peers='Encoders after equal seconds', labels='Accuracy against the number of labels', optimizer='A step of the optimiser', tried='A faster step: what was tried', loss='The losses: time and memory', views='Two views of each image', photos='Reading photographs', eval='Evaluation', knn='Nearest neighbours', memory='Memory of evaluation', signs="The attack's signs in low precision", monitor='Watching for collapse',
     gpu_environment='A GPU', gpu_golden="The authors' numbers on a GPU", gpu_waits='What a GPU waits for', gpu_step='A training step on a GPU',
     gpu_throughput='Images a second on a GPU', gpu_evaluation='Evaluation on a GPU', gpu_processes='Two GPUs')
 

@@ -130,6 +130,7 @@ def test_nothing_is_left_raw(pages):
             where = page.text.find(raw)
             assert where < 0, f'{name}: {raw!r} in {page.text[max(0, where-100):where+100]!r}'
         assert not re.search(r'^#\|', page.code, re.M), f'{name}: a directive of nbdev or Quarto in a code cell'
+        assert '<Figure size' not in page.code + page.text, f'{name}: a figure without its picture'
     assert '<math' in pages['method.losses.html'].source
 
 def public_names():

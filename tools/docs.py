@@ -161,6 +161,7 @@ def output(o, save, page, lookup):
     if 'text/markdown' in data: return api(text(data['text/markdown']), page, lookup)
     alt = o.get('metadata', {}).get('image/png', {}).get('alt', 'Output of the code above')
     if 'image/png' in data: return f'![{alt}]({save(b64decode(text(data["image/png"])), "png")}){{ .figure }}'
+    if 'image/jpeg' in data: return f'![{alt}]({save(b64decode(text(data["image/jpeg"])), "jpg")}){{ .figure }}'
     if 'image/svg+xml' in data: return f'![Output of the code above]({save(text(data["image/svg+xml"]).encode(), "svg")}){{ .figure }}'
     if 'text/html' in data: # blank lines would end the HTML; a pandas table gets the site's style instead of its own
         styles = ('<style.*?</style>', '(?<=<table) border="1" class="dataframe"', '(?<=<table) class="fastprogress"',

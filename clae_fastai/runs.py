@@ -692,7 +692,7 @@ def report_run(
 
 # %% ../nbs/26_runs.ipynb #684d7236
 def _trial_options(options, folder):
-    own = {} if options.get('recipe') else dict(paper_settings[options['method']], every=1)
+    own = {} if options.get('recipe') else dict(paper_settings[options.get('method', 'simclr')], every=1)
     own.pop('head', None) # which no option changes
     options = _not_given | own | options | dict(name=folder.name)
     targets = options.pop('transfer', '').split()

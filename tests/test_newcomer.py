@@ -87,7 +87,7 @@ layouts = [(re.findall('`([^`]+/[^`]+)`', l), '--unlabelled' in l, *map(str.stri
 
 def make_folder(folder, files, digits_dir, n=80):
     "`n` images in the place of each `1.jpg`, of a cat and of a dog where there are cats"
-    images = sorted((digits_dir/'flat').iterdir())
+    images = sorted((digits_dir/'flat').glob('[!.]*'))
     for file in [f.replace('cat', o) for f in files for o in ('cat','dog')]:
         (folder/file).parent.mkdir(parents=True, exist_ok=True)
         for i in range(n): shutil.copy(images[i], (folder/file).with_name(f'{i}.png'))

@@ -95,7 +95,10 @@ def item_tfms(
     parts = [o for tfm in aug for o in (_parts(tfm) or [tfm])]
     return [o for o in parts if _name(o) != 'ToTensorV2'] # what comes out is made a tensor in any case
 
-def _any_named(tfm, names): return _name(tfm) in names or any(_any_named(o, names) for o in getattr(tfm, 'transforms', ()))
+def _any_named(tfm, names):
+    "Is it, or does it hold, one of these? lightly's hold a `Compose` as `transform`"
+    inner = [*L(getattr(tfm, 'transforms', None)), *L(getattr(tfm, 'transform', None))]
+    return _name(tfm) in names or any(_any_named(o, names) for o in inner)
 
 def _split_stats(tfms):
     "Item transforms before a `Normalize` at their end, and its (mean, std) or None"

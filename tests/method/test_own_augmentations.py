@@ -4,6 +4,8 @@ import random
 import kornia.augmentation as K
 import numpy as np
 import pytest
+from lightly.transforms.simclr_transform import SimCLRViewTransform
+from lightly.transforms.utils import IMAGENET_NORMALIZE
 import torch
 from fastai.vision.all import Callback, FlipItem, aug_transforms, imagenet_stats, set_seed
 from torch import nn
@@ -112,3 +114,10 @@ def test_the_seed_is_pythons():
     A.HorizontalFlip()(image=np.zeros((8,8,3), np.uint8))
     random.seed(3)
     assert all(torch.equal(p, q) for p,q in zip(a, views(x)))
+
+def test_a_normalisation_that_hides_in_lightlys_transform_is_seen():
+    "It would go unnoticed in training, and be missing in evaluation"
+    hidden = SimCLRViewTransform(input_size=16)
+    with pytest.raises(ValueError, match='Normalize must be the last'): TwoViews([hidden])
+    assert TwoViews([hidden.transform]).stats[0].tolist() == pytest.approx(IMAGENET_NORMALIZE['mean'])
+    assert TwoViews([SimCLRViewTransform(input_size=16, normalize=None)]).stats is None

@@ -387,11 +387,11 @@ def _finding(pairs):
     "What differences from the baseline say, in a few words"
     if not len(pairs): return "nothing to compare with the baseline yet"
     several = pairs[pairs.n > 1]
-    clear,below,single = (several.low > 0).sum(),(several.high < 0).sum(),len(pairs) - len(several)
+    clear,below = (several.low > 0).sum(),(several.high < 0).sum()
     parts = [f"above the baseline at {(pairs['mean'] > 0).sum()} of {len(pairs)}"]
     if len(several): parts.append(f"clearly at {clear or 'none'}")
     if below: parts.append(f"clearly below at {below}")
-    return ', '.join(parts) + (f" ({single} of one seed)" if single else '')
+    return ', '.join(parts)
 
 def _draw_cells(ax, cells, colour, colour_of, line):
     "Mean and standard deviation where there are several seeds, and each of them; a hollow marker where there is one"
@@ -422,8 +422,10 @@ def _draw_metric(ax, grid, df, metric):
             ax.axhline(100*level, color=_baseline_colour, ls='--', lw=1, label='baseline')
         if (cells['n'] == 1).any(): ax.plot([], [], 'o', mfc='white', color='black', label='one seed')
     data,by = df['data'].iloc[0],['data', *grid.axes]
-    finding = _finding(paired(df, by, metric, grid.baseline))
-    ax.set_title(f'{finding}\n{_data_titles.get(data, data)}', fontsize=9, loc='left')
+    pairs = paired(df, by, metric, grid.baseline)
+    single = (pairs.n == 1).sum()
+    seeds = f'; {single} of one seed' if single else ''
+    ax.set_title(f'{_finding(pairs)}\n{_data_titles.get(data, data)}{seeds}', fontsize=9, loc='left')
     ax.set(xlabel=_title(x), ylabel=f'{_title(metric)} accuracy, %')
     if x in ('bs','n_out'): ax.set_xscale('log', base=2)
     ax.set_xticks(list(at.values()), list(map(str, at)))

@@ -1,4 +1,5 @@
 "Everything the package says of itself stands in `settings.ini`; this file hands it to setuptools."
+import re
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup
@@ -8,11 +9,16 @@ cfg.read(Path(__file__).with_name('settings.ini'), encoding='utf-8')
 cfg = cfg['DEFAULT']
 test = cfg['test_requirements'].split()
 
+def absolute(md):
+    "Links and pictures of the repository by their whole address: a package index shows the text without the files"
+    def whole(m): return f"{m[1]}]({cfg['git_url']}/{'raw' if m[1][0] == '!' else 'blob'}/{cfg['branch']}/{m[2]})"
+    return re.sub(r'(!?\[[^\]]*)\]\((?!\w+:|#)([^)\s]+)\)', whole, md)
+
 setup(
     name=cfg['lib_name'],
     version=cfg['version'],
     description=cfg['description'],
-    long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'),
+    long_description=absolute(Path(__file__).with_name('README.md').read_text(encoding='utf-8')),
     long_description_content_type='text/markdown',
     author=cfg['author'],
     author_email=cfg['author_email'],

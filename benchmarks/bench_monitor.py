@@ -44,7 +44,7 @@ def main():
                 '380 photographs of 96 pixels in files, ResNet-18 of width 16 at 48': (tiles, 'resnet18_w16', 'simclr')}
         for name,(dls,arch,views) in sets.items():
             for eps in (0,.03):
-                learn,t = clae_learner(dls, arch, views=views, eps=eps),{False: [], True: []}
+                learn,t = clae_learner(dls, arch, views=views, eps=eps, every=1),{False: [], True: []}
                 epoch_seconds(learn)
                 for r in range(rounds):
                     for watched in (False,True)[::1 if r % 2 else -1]:

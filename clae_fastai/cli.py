@@ -160,7 +160,7 @@ def clae_train(
     workers:int=None, # Processes that load images; by default one a core, for digits none
     skip_bad:bool=False, # Leave out files that are no images, and count them
     attack_bn:Literal['adv','clean']='adv', # Batch norm that the attack looks through; adv is the paper's
-    every:int=1, # Steps from one attack to the next; 4 leaves three steps of four without adversarial examples
+    every:int=None, # Steps from one attack to the next, 4 by default: three of four go without adversarial examples; 1 is the paper's
     on_nonfinite:Literal['stop','skip']='stop', # Where a loss or gradient is not finite; skip: at most ten steps in a row
     every_batches:int=None, # Batches between checkpoints; by default only one after each epoch
     resume:str=None, # Go on with this interrupted run (name or folder); with --path, if its images are elsewhere now, and no other option

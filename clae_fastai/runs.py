@@ -93,9 +93,9 @@ _versions = dict(clae_fastai=__version__, python=platform.python_version(),
 # %% ../nbs/26_runs.ipynb #2ca05aad
 train_options = { # type, and value where a run says nothing: what version 0.1.0 did
     **dict.fromkeys('path data arch weights method attack views recipe name extends log'.split(), (str,None)),
-    **dict.fromkeys('n_out epochs bs size channels limit workers every_batches max_pixels'.split(), (int,None)),
+    **dict.fromkeys('n_out epochs bs size channels limit workers every every_batches max_pixels'.split(), (int,None)),
     **dict.fromkeys('eps alpha temperature lr valid_pct'.split(), (float,None)), 'value_range': (list,None), 'background': (str,'white'),
-    'seed': (int,42), 'precision': (str,'fp32'), 'attack_bn': (str,'adv'), 'every': (int,1), 'on_nonfinite': (str,'stop'),
+    'seed': (int,42), 'precision': (str,'fp32'), 'attack_bn': (str,'adv'), 'on_nonfinite': (str,'stop'),
     **dict.fromkeys('channels_last deterministic pretrained skip_bad unlabelled'.split(), (bool,False))}
 _of_folders = 'channels value_range background max_pixels skip_bad valid_pct unlabelled'.split()
 _not_given = {name: default for name,(_,default) in train_options.items()}
@@ -129,7 +129,7 @@ def read_options(
     return options
 
 # %% ../nbs/26_runs.ipynb #1172a27a
-_defaults = dict(arch='resnet18', method='simclr', eps=.03, alpha=1., attack='fgsm', epochs=20, bs=64, lr=3e-3)
+_defaults = dict(arch='resnet18', method='simclr', eps=.03, alpha=1., attack='fgsm', every=4, epochs=20, bs=64, lr=3e-3)
 _digits = dict(arch='resnet8', views='digits')
 _limits = dict(
     epochs=(1,math.inf), bs=(1,math.inf), n_out=(1,math.inf), every=(1,math.inf), every_batches=(1,math.inf), limit=(2,math.inf),
@@ -332,8 +332,8 @@ class _Run:
         s,_some = self.settings,self._some
         set_seed(s['seed'])
         dls = self.dls()
-        own = self.recipe.learner_kwargs() if self.recipe else _some('arch method eps alpha attack temperature n_out views')
-        learn = clae_learner(dls, **own, **_some('pretrained weights precision channels_last deterministic attack_bn every on_nonfinite'))
+        own = self.recipe.learner_kwargs() if self.recipe else _some('arch method eps alpha attack every temperature n_out views')
+        learn = clae_learner(dls, **own, **_some('pretrained weights precision channels_last deterministic attack_bn on_nonfinite'))
         begun = self.folder and checkpoints(self.folder/'checkpoints') # then `Resume` brings the weights
         if s['extends'] and not begun: load_state(learn.model, last_checkpoint(Path(s['extends'])/'checkpoints')[1]['model'])
         return learn
@@ -692,7 +692,8 @@ def report_run(
 
 # %% ../nbs/26_runs.ipynb #684d7236
 def _trial_options(options, folder):
-    own = {} if options.get('recipe') else {k: v for k,v in paper_settings[options['method']].items() if k != 'head'}
+    own = {} if options.get('recipe') else dict(paper_settings[options['method']], every=1)
+    own.pop('head', None) # which no option changes
     options = _not_given | own | options | dict(name=folder.name)
     targets = options.pop('transfer', '').split()
     if limit := options['limit']: # the most that a grid takes: of fewer images all

@@ -168,6 +168,12 @@ def test_what_is_newest_is_there(pytestconfig):
     assert names and [o for o,f in files.items() if not f.is_file()] == []
     assert [o for o,f in files.items() if '::' in o and f'def {o.partition("::")[2]}(' not in f.read_text()] == []
 
+def test_the_table_of_modules():
+    "Every room has its line, in the order of the rooms, and links to its notebook"
+    table = re.findall(r'^\| \[([\w.]+)\]\(([\w.]+)\) \|', (root/'nbs'/'modules.ipynb').read_text().replace('    "', ''), re.M)
+    files = [f.name for f in sorted((root/'nbs').glob('[0-9]*_*.ipynb'))]
+    assert table == [(f.removesuffix('.ipynb').partition('_')[2], f) for f in files]
+
 def test_pages_do_not_show_a_machine():
     "No warning of an installed package, with its place, stays in a notebook's outputs"
     assert [f.name for f in (root/'nbs').rglob('*.ipynb') if '/site-packages/' in f.read_text()] == []

@@ -64,7 +64,7 @@ def fit(learn, epochs=1, **kwargs):
 
 def make(device, dls=None, **kwargs):
     set_seed(0)
-    return clae_learner(dls or data(device), resnet8, **kwargs)
+    return clae_learner(dls or data(device), resnet8, **dict(every=1) | kwargs)
 
 recorder = 'copy to the CPU','fastai/torch_core.py _inner' # the loss
 skip = '_local_scalar_dense','train/finite.py before_step'

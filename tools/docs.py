@@ -234,17 +234,13 @@ def process():
     proc_nbs(n_workers=2, force=stale)
     return cfg
 
-def navigation(found):
-    "The sidebar: home, the rooms under their floors, the other pages, then what is in folders, each folder a section"
-    nav = [{'Home': 'index.md'}]
-    for p in (o for o in found if o.path != Path('index.ipynb')):
-        inside = p.path.parent != Path('.')
-        is_room = not inside and p.path.stem[0].isdigit()
-        floor,_,room = p.out.stem.rpartition('.') if is_room else ('', '', p.title)
-        section = p.path.parent.name.title() if inside else floor.title()
-        if section and section not in nav[-1]: nav.append({section: []})
-        to = nav[-1][section] if section else nav
-        to.append({room: p.out.as_posix()})
+def navigation(entries, found):
+    "The sidebar: `entries` of nbs/sidebar.yml by the titles of their pages, without those that are not there"
+    pages,nav = {p.path.as_posix(): p for p in found},[]
+    for o in entries:
+        if isinstance(o, str): o = dict(href=o)
+        if 'section' in o: nav.append({o['section']: navigation(o['contents'], found)})
+        elif p := pages.get(o['href']): nav.append({o.get('text', p.title): p.out.as_posix()})
     return nav
 
 def hidden(p): return bool(re.search(r'(^|/)[._]', p.as_posix()))
@@ -269,7 +265,8 @@ def build(out):
             (tmp/p.out).write_text(markdown(p, pages, cfg, lookup, tmp))
         names = dict(site_name=cfg.title, site_description=cfg.description, repo_url=cfg.git_url, repo_name=f'{cfg.user}/{cfg.repo}',
                      copyright=f'{cfg.copyright}. Apache-2.0.')
-        build(load_config(str(assets/'mkdocs.yml'), docs_dir=str(tmp), site_dir=str(out), nav=navigation(found), **names))
+        sidebar = yaml.safe_load((nbs/'sidebar.yml').read_text())['website']['sidebar']['contents']
+        build(load_config(str(assets/'mkdocs.yml'), docs_dir=str(tmp), site_dir=str(out), nav=navigation(sidebar, found), **names))
     (out/'404.html').unlink(missing_ok=True) # its links start at the server's root
     return found
 
@@ -294,12 +291,10 @@ def take_screenshots(site, out, names):
 @call_parse
 def main(
     out:str='_docs', # Folder of the site; what is in it goes
-    screenshots:str=None, # Folder for pictures of home, an API page and the first tutorial, on a desktop and on a phone
+    screenshots:str=None, # Folder for pictures of home, a tutorial, a guide, results and an API page, on a desktop and on a phone
 ):
     "Render the documentation"
     site,shots = Path(out).resolve(),screenshots and Path(screenshots).resolve() # before the working directory changes
     found = build(site)
     print(f'{len(found)} pages: {site/"index.html"}')
-    if shots:
-        tutorials = [p.out.with_suffix('').as_posix() for p in found if p.path.parent != Path('.')]
-        take_screenshots(site, shots, ['index', 'method.attacks', *tutorials[:1]])
+    if shots: take_screenshots(site, shots, ['index', 'tutorials/images', 'guides/your_images', 'results', 'method.attacks'])

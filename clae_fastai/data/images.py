@@ -204,8 +204,11 @@ class ResizeImages(DisplayedTransform):
     "Resize a batch of images on its device"
     order = IntToFloatTensor.order+1
     def __init__(self,
-        size:int|tuple # Side in pixels, or (height, width)
-    ): self.size = size
+        size:int|tuple, # Side in pixels, or (height, width)
+        split_idx:int=None # 1: only what is not seen in training
+    ):
+        super().__init__(split_idx=split_idx)
+        self.size = size
     def encodes(self, x:TensorImageBase): return F.interpolate(x, self.size, mode='bilinear', antialias=True)
 
 def image_dls(

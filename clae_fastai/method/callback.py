@@ -87,7 +87,8 @@ class LossTerms(Callback):
 # %% ../../nbs/07_method.callback.ipynb #cb6ccefe
 class CLAECallback(Callback):
     "Train on two views of each image and, with an `attack`, on an adversarial one through its own batch norm"
-    order,units = MixedPrecision.order+1,property(lambda self: step_units(self.attack if self.attacking else None, self.every))
+    order = MixedPrecision.order+1
+    units = property(lambda self: step_units(self.attack if self.attacking else None, self.every))
     def __init__(self,
         views:Callable, # `views(x) -> (x_q, x_p)`, such as `TwoViews`; its `normalize(x)`, if any, is for single images
         attack:Callable=None, # `attack(embed, x, loss) -> x_adv`, such as `FGSM(.03)`; None: no adversarial view

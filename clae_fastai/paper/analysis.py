@@ -312,7 +312,7 @@ def _draw_distances(ax, dist, same):
         title += f"\nre-estimated: {np.median(anew/none):.0f} times the distance of other views (median)"
     ax.set_title(title, fontsize=9)
     ax.set_xscale('log')
-    ax.xaxis.set_major_locator(LogLocator(subs=(1,3)))
+    ax.xaxis.set_major_locator(LogLocator())
     ax.xaxis.set_major_formatter('{x:g}')
     ax.minorticks_off()
     ax.set(xlabel="distance, as a part of the clean statistics' size", ylim=(len(layers) - .5, -.5))

@@ -33,6 +33,7 @@ class Recipe:
     eps:float # Strength of the attack in normalised pixels
     alpha:float # Weight of the adversarial loss
     attack:str # One of `attacks`
+    every:int # Steps from one attack to the next
     adv_momentum:float # Momentum of the adversarial batch norm
     bs:int # Batch size
     opt:str # 'sgd' (momentum .9) or 'adam'
@@ -45,7 +46,7 @@ class Recipe:
 
     def learner_kwargs(self):
         "What `clae_learner` needs besides `dls`"
-        names = 'arch method eps alpha attack adv_momentum temperature head n_out views stem lr wd'.split()
+        names = 'arch method eps alpha attack every adv_momentum temperature head n_out views stem lr wd'.split()
         kwargs = {k: getattr(self, k) for k in names}
         if self.stats: kwargs['views'] = TwoViews.from_preset(self.views, self.size, stats=self.stats)
         return dict(kwargs, opt_func=_optimizers[self.opt], wd_bn_bias=True)
@@ -85,10 +86,10 @@ _images = dict(
     cifar10=_small, cifar100=_small, imagenet100=_large, tinyimagenet=dict(_large, bs=128, epochs=100, steps=()))
 
 def _recipe(method, data):
-    values = dict(arch='resnet18', eps=.03, alpha=1., attack='fgsm', adv_momentum=.01)
+    values = dict(arch='resnet18', eps=.03, alpha=1., attack='fgsm', every=1, adv_momentum=.01)
     values |= paper_settings[method] | _training[method] | _images[data]
     sources = dict.fromkeys(values, 'ours' if data == 'imagenet100' else 'code')
-    sources |= dict(eps='paper', attack='paper', alpha='code')
+    sources |= dict(eps='paper', attack='paper', every='paper', alpha='code')
     return Recipe(f'{method}-{data}', data, method, sources=sources, **values)
 
 _known = [(m,d) for d in ('cifar10','cifar100','tinyimagenet') for m in paper_settings] + [('simclr','imagenet100')]

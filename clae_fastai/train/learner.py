@@ -61,7 +61,7 @@ def _cropping_dls(dls, views, size):
         if isinstance(data, FileImages): return dl.new(data.with_crops(area, size), after_batch=after_batch)
         if not ours or len(dl.after_batch.fs) < 2: return dl
         whole = True
-        return dl.new(after_batch=after_batch)
+        return dl.new(after_batch=[IntToFloatTensor(), ResizeImages(size, split_idx=1)]) # not in training
     res.loaders = [_crops(dl) for dl in dls.loaders]
     return res,whole
 
@@ -116,7 +116,7 @@ def _fastai_dls(dls):
 methods = dict(
     plain=dict(loss=PlainLoss, temperature=.1, head='linear', n_out=128, views='plain'),
     uel=dict(loss=UELLoss, temperature=.1, head='linear', n_out=128, views='uel'),
-    simclr=dict(loss=NTXentLoss, temperature=.5, head='mlp', n_out=64, views='simclr'))
+    simclr=dict(loss=NTXentLoss, temperature=.1, head='mlp', n_out=64, views='simclr'))
 
 def _loss(method, temperature):
     if callable(method):
@@ -198,7 +198,7 @@ def clae_learner(
     attack:str|Callable='fgsm', # One of `attacks`, or `attack(embed, x, loss) -> x_adv`, or None
     adv_momentum:float=.01, # Of the adversarial batch norm's running statistics
     attack_bn:str='adv', # What the attack looks through, 'adv' (the paper's) or 'clean'
-    every:int=1, # Steps from one attack to the next; 1: in each step (the paper's)
+    every:int=4, # Steps from one attack to the next; 1: in each step (the paper's)
     temperature:float=None, # Softmax temperature, the method's by default
     head:str|nn.Module=None, # 'linear', 'mlp' or a module, the method's by default
     n_out:int=None, # Dimensions of the embedding, the method's by default

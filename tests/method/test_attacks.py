@@ -95,7 +95,7 @@ def test_a_positive_pair_alone_has_no_gradient(d, b, seed):
 @pytest.fixture(scope='module')
 def trained():
     set_seed(0)
-    learn = clae_learner(get_dls('digits', bs=64, limit=640), resnet8, views='digits')
+    learn = clae_learner(get_dls('digits', bs=64, limit=640), resnet8, views='digits', every=1)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(3, 3e-3)
     return learn
 
@@ -119,6 +119,6 @@ def test_any_callable_is_an_attack(quiet):
     def shift(embed, x, loss):
         calls.append(float(loss(embed(x), embed(x))))
         return x + .1
-    learn = quiet(clae_learner(get_dls('digits', bs=32, limit=64), resnet8, views='digits', attack=shift))
+    learn = quiet(clae_learner(get_dls('digits', bs=32, limit=64), resnet8, views='digits', every=1, attack=shift))
     learn.fit(1)
     assert len(calls) == 2 and isinstance(learn.clae, CLAECallback)

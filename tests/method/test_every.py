@@ -40,10 +40,11 @@ def test_between_attacks_its_batch_norms_rest(opt_func, quiet):
     assert spy.attacked == [i % 3 == 2 for i in range(20)] # of the run, not of the epoch
     assert spy.moved == [(o,True) for o in spy.attacked]
 
-def test_each_step_by_default(quiet):
-    learn = learner(quiet)
+@pytest.mark.parametrize('options,every,units', [({}, 4, 7.25), (dict(every=1), 1, 11)], ids=['by default','the paper'])
+def test_how_often(options, every, units, quiet):
+    learn = learner(quiet, **options)
     learn.fit(1, 1e-3, cbs=(spy := Spy()))
-    assert all(spy.attacked) and learn.clae.units == 11
+    assert spy.attacked == [i % every == every-1 for i in range(10)] and learn.clae.units == units
 
 def test_mean_of_attacked_steps(quiet):
     learn = learner(quiet, every=4)
@@ -116,8 +117,8 @@ def test_units_of_attacks(attack, units):
     assert count.n == units == attack.units
 
 def test_units(quiet):
-    for kwargs,units in ((dict(eps=0), 6), (dict(alpha=0), 6), (dict(attack='random'), 9), (dict(attack='random', every=4), 6.75),
-                         (dict(every=2), 8.5), (dict(attack=PGD(.03)), 6+3+21)):
+    for kwargs,units in ((dict(eps=0), 6), (dict(alpha=0), 6), (dict(attack='random', every=1), 9), (dict(attack='random', every=4), 6.75),
+                         (dict(every=2), 8.5), (dict(attack=PGD(.03), every=1), 6+3+21)):
         assert learner(quiet, **kwargs).clae.units == units
     class Own(Attack):
         def delta(self, x, grad): return .01*grad().sign()

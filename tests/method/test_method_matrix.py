@@ -38,7 +38,8 @@ def test_any_two_values_meet():
 @pytest.mark.parametrize('method,attack,norm,labelled', combinations)
 def test_two_steps_of_everything(dls, quiet, method, attack, norm, labelled):
     set_seed(0)
-    learn = quiet(clae_learner(dls[labelled], deepcopy(tiny), method=method, attack=attacks[attack](.1, norm=norm), views='digits'))
+    attack = attacks[attack](.1, norm=norm)
+    learn = quiet(clae_learner(dls[labelled], deepcopy(tiny), method=method, attack=attack, views='digits', every=1))
     before = {k: v.clone() for k,v in learn.model.named_parameters()}
     seen = []
     class Terms(Callback):
@@ -59,7 +60,7 @@ def test_losses_of_other_libraries(dls, quiet, name, bf16):
     set_seed(0)
     base,seen = others[name](),[]
     base.register_forward_pre_hook(lambda m, args: seen.append(args))
-    learn = quiet(clae_learner(dls[True], resnet8, method=base, views='digits'))
+    learn = quiet(clae_learner(dls[True], resnet8, method=base, views='digits', every=1))
     if bf16: learn.to_bf16()
     learn.fit(1, 1e-3)
     assert isinstance(learn.loss_func, CLAELoss) and np.isfinite(learn.recorder.final_record).all()
@@ -72,7 +73,7 @@ def test_lightly_agrees_with_ours():
     torch.testing.assert_close(NTXentLoss(.5)(a, b), pml.SelfSupervisedLoss(pml.NTXentLoss(.5))(a, b))
 
 def test_a_loss_that_is_no_number(dls, quiet):
-    learn = quiet(clae_learner(dls[True], resnet8, method=lambda a, b: (a - b).pow(2).sum(1), views='digits'))
+    learn = quiet(clae_learner(dls[True], resnet8, method=lambda a, b: (a - b).pow(2).sum(1), views='digits', every=1))
     with pytest.raises(ValueError, match=r'shape \(16,\)'): learn.fit(1)
 
 def test_pixel_space_needs_a_normalize(dls):
@@ -82,7 +83,7 @@ def test_pixel_space_needs_a_normalize(dls):
 @pytest.mark.parametrize('precision', low_types)
 def test_precision_is_what_it_says(dls, quiet, precision):
     "Low precision in training's forwards and in the attack's, whose loss is scaled, too; views, x_adv and weights in float32"
-    learn = quiet(clae_learner(dls[True], resnet8, views='digits', cbs=GradientClip(1.)))
+    learn = quiet(clae_learner(dls[True], resnet8, views='digits', every=1, cbs=GradientClip(1.)))
     getattr(learn, f'to_{precision}')()
     seen,adv,scales = [],[],[]
     learn.model.encoder.layer2.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
@@ -101,14 +102,14 @@ def test_precision_is_what_it_says(dls, quiet, precision):
     assert not torch.is_autocast_enabled('cpu')
 
 def test_channels_last(dls, quiet):
-    learn = quiet(clae_learner(dls[True], resnet8, views='digits').to_channelslast(use_amp=False))
+    learn = quiet(clae_learner(dls[True], resnet8, views='digits', every=1).to_channelslast(use_amp=False))
     learn.fit(1)
     assert learn.model.encoder.layer1[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
     assert np.isfinite(learn.recorder.final_record[0])
 
 @pytest.mark.parametrize('precision', ['fp32','bf16','auto'])
 def test_precision_by_name(dls, quiet, precision):
-    learn = quiet(clae_learner(dls[True], resnet8, views='digits', precision=precision, channels_last=True))
+    learn = quiet(clae_learner(dls[True], resnet8, views='digits', every=1, precision=precision, channels_last=True))
     assert learn.precision == (precision if precision != 'auto' else 'bf16' if has_bf16('cpu') else 'fp32')
     seen,conv = set(),learn.model.encoder.layer1[0].conv1
     conv.register_forward_hook(lambda m, i, o: seen.add((o.dtype, o.is_contiguous(memory_format=torch.channels_last))))
@@ -117,15 +118,15 @@ def test_precision_by_name(dls, quiet, precision):
 
 def test_float16_by_name(dls):
     "The same callbacks as those of `to_fp16`, which is tried above"
-    by_name = clae_learner(dls[True], resnet8, views='digits', precision='fp16')
-    by_method = clae_learner(dls[True], resnet8, views='digits').to_fp16()
+    by_name = clae_learner(dls[True], resnet8, views='digits', every=1, precision='fp16')
+    by_method = clae_learner(dls[True], resnet8, views='digits', every=1).to_fp16()
     def kinds(learn): return sorted(type(cb).__name__ for cb in learn.cbs)
     assert kinds(by_name) == kinds(by_method) and isinstance(by_name.mixed_precision, MixedPrecision)
     assert by_name.mixed_precision.amp_mode == by_method.mixed_precision.amp_mode
 
 def test_a_skipped_step_leaves_nothing(dls, quiet):
     "A batch whose loss is no number, the second of two: weights, batch norm's statistics and the means are those after the first"
-    learn = quiet(clae_learner(dls[True], resnet8, views='digits', on_nonfinite='skip'))
+    learn = quiet(clae_learner(dls[True], resnet8, views='digits', every=1, on_nonfinite='skip'))
     base,kept = learn.loss_func.base,[]
     def loss(a, b): return base(a, b)*(float('nan') if learn.training and learn.iter == 1 else 1)
     learn.loss_func = CLAELoss(loss)
@@ -141,7 +142,7 @@ def test_a_skipped_step_leaves_nothing(dls, quiet):
 def test_attack_through_the_clean_batch_norm(dls, quiet, precision):
     "The attack's own forward uses the chosen batch norm, the adversarial view's the adversarial one; the attack leaves both alone"
     for bn,want in (('adv', 2), ('clean', 1)):
-        learn = quiet(clae_learner(dls[True], resnet8, views='digits', attack_bn=bn, precision=precision))
+        learn = quiet(clae_learner(dls[True], resnet8, views='digits', every=1, attack_bn=bn, precision=precision))
         calls = {'clean': 0, 'adv': 0}
         d = dual_bns(learn.model)[0]
         for k in calls: getattr(d, k).register_forward_hook(lambda m, i, o, k=k: calls.update({k: calls[k] + m.training}))
@@ -156,7 +157,7 @@ def test_low_precision_is_as_good():
     def accuracy(precision, seed):
         set_seed(seed)
         dls = get_dls('digits', bs=64)
-        learn = clae_learner(dls, partial(resnet8, width=8), views='digits', cbs=GradientClip(1.))
+        learn = clae_learner(dls, partial(resnet8, width=8), views='digits', every=1, cbs=GradientClip(1.))
         if precision: getattr(learn, precision)()
         fast = precision is None or precision == 'to_bf16' and has_bf16('cpu') # see above
         with learn.no_bar(), learn.no_logging(), torch.backends.mkldnn.flags(enabled=fast): learn.fit_one_cycle(5, 3e-3)

@@ -33,7 +33,7 @@ def close_figures():
 def make(quiet, data='digits', digits_dir=None, fit=True, seed=3, **kwargs):
     set_seed(seed)
     dls = get_dls(data, **(dict(path=digits_dir/'rgb', size=16, num_workers=0) if data == 'folder' else dict(limit=128)), bs=32)
-    learn = quiet(clae_learner(dls, small, **{**({} if data == 'folder' else dict(views='digits')), **kwargs}))
+    learn = quiet(clae_learner(dls, small, **{**({} if data == 'folder' else dict(views='digits')), 'every': 1, **kwargs}))
     if fit: learn.fit(1, 1e-3)
     return learn
 
@@ -256,7 +256,7 @@ def test_unperturbed_images_are_the_probes_own(quiet):
 @pytest.mark.slow
 def test_the_adversary_is_harder_than_noise(quiet):
     set_seed(42)
-    learn = quiet(clae_learner(get_dls('digits', bs=64), partial(resnet8, width=8), views='digits'))
+    learn = quiet(clae_learner(get_dls('digits', bs=64), partial(resnet8, width=8), views='digits', every=1))
     learn.fit_one_cycle(4, 3e-3)
     rows = loss_vs_eps(learn, (.01,.03,.1), 40)
     t = intervals(rows)
@@ -274,7 +274,8 @@ def test_baseline_and_encoder_without_batch_norm(quiet):
     assert set(loss_vs_eps(plain, .03, 2).kind) == {'augmentation','adversarial','random'}
     assert len(adversarial_images(plain, 2, eps=.03)) == 2 and len(classifier_vs_eps(plain, .03, 1, l2s=[1.])) == 3*32
     dls = get_dls('digits', bs=32, limit=64)
-    learn = quiet(clae_learner(dls, nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), views='digits'))
+    arch = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    learn = quiet(clae_learner(dls, arch, views='digits', every=1))
     learn.fit(1, 1e-3)
     assert len(loss_vs_eps(learn, .03, 2)) == 6
     with pytest.raises(ValueError, match='an encoder with batch norm'): bn_statistics(learn)

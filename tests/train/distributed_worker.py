@@ -112,7 +112,7 @@ def state(learn): return {k: v.clone() for k,v in learn.model.state_dict().items
 def digits_learner(cbs=(), **kwargs):
     set_seed(7)
     dls = get_dls('digits', bs=16, limit=149)
-    return clae_learner(dls, partial(resnet8, width=4), views='digits', cbs=[Batches(), *cbs], **kwargs)
+    return clae_learner(dls, partial(resnet8, width=4), views='digits', cbs=[Batches(), *cbs], **dict(every=1) | kwargs)
 
 def parts(learn):
     "What `distributed` must leave as it was"

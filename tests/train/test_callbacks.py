@@ -10,7 +10,7 @@ from clae_fastai.all import CollapseMonitor, KNNCallback, MemoryImages, clae_lea
 def learner(quiet, path, n_valid=8, labels=True):
     x = torch.randint(256, (32,3,16,16), dtype=torch.uint8)
     images = MemoryImages(x, torch.arange(32)%2 if labels else None, list('ab') if labels else ())
-    return quiet(clae_learner(memory_dls(images, images.take(slice(0,n_valid)), bs=8, path=path), resnet8))
+    return quiet(clae_learner(memory_dls(images, images.take(slice(0,n_valid)), bs=8, path=path), resnet8, every=1))
 
 class Stepped(Callback):
     n = 0

@@ -160,7 +160,7 @@ def test_two_at_once(tmp_path, command):
         p.kill()
         p.communicate()
 
-def learner(dls, cbs=None, arch=resnet8, **kwargs): return clae_learner(dls, arch, views='digits', cbs=cbs, **kwargs)
+def learner(dls, cbs=None, arch=resnet8, **kwargs): return clae_learner(dls, arch, views='digits', cbs=cbs, every=1, **kwargs)
 
 class Stop(Callback):
     run_valid,order = False,2000

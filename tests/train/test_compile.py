@@ -12,7 +12,7 @@ def in_place(learn, backend): learn.model.encoder.compile(backend=backend)
 
 def learner(quiet, compile=None, backend='eager'):
     set_seed(0)
-    learn = quiet(clae_learner(get_dls('digits', bs=32, limit=96), resnet8, views='digits'))
+    learn = quiet(clae_learner(get_dls('digits', bs=32, limit=96), resnet8, views='digits', every=1))
     if compile: compile(learn, backend)
     return learn
 

@@ -30,7 +30,7 @@ def test_life_of_a_learner(digits_dir, tmp_path, quiet, labelled, n_in):
     set_seed(0)
     dls = make_dls(digits_dir, labelled, n_in)
     pipes = [list(dl.after_batch.fs) for dl in dls.loaders]
-    learn = quiet(clae_learner(dls, resnet8, views='digits', path=tmp_path))
+    learn = quiet(clae_learner(dls, resnet8, views='digits', every=1, path=tmp_path))
     assert learn.model.encoder.conv1.in_channels == n_in
     learn.fit_one_cycle(1, 1e-3)
     assert all(np.isfinite(learn.recorder.final_record))
@@ -66,7 +66,7 @@ def test_life_of_a_learner(digits_dir, tmp_path, quiet, labelled, n_in):
 
 def test_predict(digits_dir, quiet):
     for labelled in (True,False):
-        learn = quiet(clae_learner(make_dls(digits_dir, labelled, 1), resnet8, views='digits'))
+        learn = quiet(clae_learner(make_dls(digits_dir, labelled, 1), resnet8, views='digits', every=1))
         f = learn.dls.valid_ds.items[3]
         torch.testing.assert_close(learn.predict(f)[2], learn.get_preds()[0][3], rtol=0, atol=1e-5)
 
@@ -115,7 +115,7 @@ def test_baseline_is_the_plain_method(digits_dir, quiet, kw):
         views = TwoViews.from_preset('digits', 16, 1, ([.5],[.5]))
         model = ContrastiveModel(enc, projection_head(num_features(enc, 1, 16)))
         return Learner(dls, model, CLAELoss(NTXentLoss()), opt_func=FusedAdam, cbs=CLAECallback(views))
-    baseline = train(partial(clae_learner, arch=resnet8, views='digits', **kw)).model
+    baseline = train(partial(clae_learner, arch=resnet8, views='digits', temperature=.5, **kw)).model
     a,b = baseline.state_dict(),train(plain).model.state_dict()
     assert not dual_bns(baseline) and list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -123,7 +123,7 @@ def test_same_views_at_every_eps(digits_dir, quiet):
     "The attack draws from its own generator: the augmentations of a run do not depend on it"
     def views_seen(**kw):
         set_seed(5)
-        learn = quiet(clae_learner(get_dls('digits', bs=32, limit=64), resnet8, views='digits', **kw))
+        learn = quiet(clae_learner(get_dls('digits', bs=32, limit=64), resnet8, views='digits', every=1, **kw))
         seen,make = [],learn.clae.views
         learn.clae.views = lambda x: seen.append(make(x)) or seen[-1]
         learn.clae.views.stats = make.stats
@@ -149,7 +149,7 @@ def test_accumulation_and_clipping(digits_dir, quiet):
         def before_fit(self): self.norms = []
         def before_step(self): self.norms.append(float(torch.cat([p.grad.flatten() for p in self.model.parameters()]).norm()))
     cbs = [GradientAccumulation(64), GradientClip(.1), Gradients(), Steps()]
-    learn = quiet(clae_learner(make_dls(digits_dir, True, 1), resnet8, views='digits', cbs=cbs))
+    learn = quiet(clae_learner(make_dls(digits_dir, True, 1), resnet8, views='digits', every=1, cbs=cbs))
     learn.fit(1, 1e-3)
     assert learn.gradients.added == [True]*6 and len(learn.steps.norms) == 3
     assert learn.steps.norms == pytest.approx([.1]*3, rel=1e-3)
@@ -157,7 +157,7 @@ def test_accumulation_and_clipping(digits_dir, quiet):
 def test_validation_batch_of_one(digits_dir, quiet):
     dls = get_dls('digits', bs=32, limit=64)
     dls.loaders[1] = dls.valid.new(dls.valid_ds.take(slice(0,33)))
-    learn = quiet(clae_learner(dls, resnet8, views='digits'))
+    learn = quiet(clae_learner(dls, resnet8, views='digits', every=1))
     assert [len(b[0]) for b in learn.dls.valid] == [32,1]
     learn.fit(1)
     assert np.isfinite(learn.recorder.final_record[0])
@@ -174,20 +174,20 @@ def test_training_batch_of_one(digits_dir, quiet):
 
 def test_encoder_without_batch_norm(digits_dir, quiet, capsys):
     net = nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.ReLU(), nn.Conv2d(8, 16, 3, 2))
-    learn = quiet(clae_learner(make_dls(digits_dir, False, 1), net, views='digits'))
+    learn = quiet(clae_learner(make_dls(digits_dir, False, 1), net, views='digits', every=1))
     assert 'nothing to split' in capsys.readouterr().out
     learn.fit(1)
     assert np.isfinite(learn.recorder.final_record[0])
 
 def test_non_finite_loss_names_epoch_and_batch(digits_dir, quiet):
-    learn = quiet(clae_learner(make_dls(digits_dir, False, 1), resnet8, views='digits'))
+    learn = quiet(clae_learner(make_dls(digits_dir, False, 1), resnet8, views='digits', every=1))
     base = learn.loss_func.base
     learn.loss_func = CLAELoss(lambda a,b: base(a, b)*(float('nan') if (learn.epoch,learn.iter,learn.training) == (1,2,True) else 1))
     with pytest.raises(FloatingPointError, match='epoch 1, batch 2'): learn.fit(2)
 
 def test_attack_instance_keeps_its_settings(digits_dir, quiet):
     attack = FGSM(.2, norm='l2', space='pixel')
-    learn = quiet(clae_learner(make_dls(digits_dir, False, 3), resnet8, attack=attack))
+    learn = quiet(clae_learner(make_dls(digits_dir, False, 3), resnet8, attack=attack, every=1))
     learn.fit(1)
     assert learn.clae.attack is attack and [o.item() for o in attack.stats[0]] == pytest.approx(imagenet_stats[0])
 
@@ -195,8 +195,8 @@ def test_own_modules_are_trained_without_a_trace_of_before(quiet):
     "A module is used as it is; what an attack did to it is undone where there is none"
     net = nn.Sequential(nn.Conv2d(1,8,3,2), nn.BatchNorm2d(8), nn.ReLU())
     dls = get_dls('digits', bs=32, limit=128)
-    assert dual_bns(clae_learner(dls, net, views='digits').model)
-    learn = quiet(clae_learner(dls, net, views='digits', eps=0))
+    assert dual_bns(clae_learner(dls, net, views='digits', every=1).model)
+    learn = quiet(clae_learner(dls, net, views='digits', every=1, eps=0))
     assert not dual_bns(learn.model)
     learn.fit(1, 1e-3)
 
@@ -253,7 +253,7 @@ def test_float16_elsewhere_is_fastais(quiet):
     assert kinds == {torch.float16 if dls.device.type == 'cuda' else torch.float32}
 
 def test_to_bf16_later_is_bf16_on_every_device(quiet):
-    learn = quiet(clae_learner(get_dls('digits', bs=32, limit=32), resnet8, views='digits')).to_bf16()
+    learn = quiet(clae_learner(get_dls('digits', bs=32, limit=32), resnet8, views='digits', every=1)).to_bf16()
     kinds = set()
     learn.model.encoder.conv1.register_forward_hook(lambda m,i,o: kinds.add(o.dtype))
     learn.fit(1)
@@ -261,7 +261,7 @@ def test_to_bf16_later_is_bf16_on_every_device(quiet):
 
 @pytest.mark.parametrize('attack', ['fgsm','rfgsm','ffgsm','pgd','random'])
 def test_every_attack_in_low_precision_leaves_all_gradients(quiet, attack):
-    learn = quiet(clae_learner(get_dls('digits', bs=32, limit=32), resnet8, views='digits', attack=attack, precision='bf16'))
+    learn = quiet(clae_learner(get_dls('digits', bs=32, limit=32), resnet8, views='digits', every=1, attack=attack, precision='bf16'))
     class Seen(Callback):
         order = 1000
         def after_backward(self): self.missing = [n for n,p in self.model.named_parameters() if p.grad is None]
@@ -270,7 +270,7 @@ def test_every_attack_in_low_precision_leaves_all_gradients(quiet, attack):
 
 def test_another_device_after_loading(tmp_path, quiet):
     "The generator of an attack is saved as its state, which a machine without the device leaves out"
-    learn = quiet(clae_learner(get_dls('digits', bs=32, limit=64), resnet8, views='digits', attack='rfgsm', path=tmp_path))
+    learn = quiet(clae_learner(get_dls('digits', bs=32, limit=64), resnet8, views='digits', every=1, attack='rfgsm', path=tmp_path))
     learn.fit(1, 1e-3)
     learn.export('l.pkl')
     again = load_learner(tmp_path/'l.pkl')
@@ -288,7 +288,7 @@ def test_deterministic(tmp_path, quiet, monkeypatch):
     def now(): return torch.get_deterministic_debug_mode(),torch.backends.cudnn.deterministic,torch.backends.cudnn.benchmark
     def fit(fails=None, **kwargs):
         set_seed(0)
-        learn = quiet(clae_learner(get_dls('digits', bs=32, limit=64), resnet8, views='digits', cbs=Flags(fails), **kwargs))
+        learn = quiet(clae_learner(get_dls('digits', bs=32, limit=64), resnet8, views='digits', every=1, cbs=Flags(fails), **kwargs))
         learn.fit_one_cycle(1, 1e-3)
         return learn
     def boom(): raise InterruptedError('stopped')

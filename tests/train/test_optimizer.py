@@ -145,7 +145,7 @@ class Stop(Callback):
 
 def images(**kwargs):
     set_seed(0)
-    return clae_learner(get_dls('digits', bs=32, limit=96), resnet8, views='digits', **kwargs)
+    return clae_learner(get_dls('digits', bs=32, limit=96), resnet8, views='digits', every=1, **kwargs)
 
 @pytest.mark.parametrize('first,then', [both, both[::-1]])
 def test_checkpoints_of_the_other(quiet, tmp_path, first, then):

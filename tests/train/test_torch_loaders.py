@@ -19,7 +19,7 @@ def learner(quiet, path, *args, **kwargs):
     set_seed(0)
     dls = torch_dls(*args, **kwargs)
     dls.path = path
-    return quiet(clae_learner(dls, resnet8))
+    return quiet(clae_learner(dls, resnet8, every=1))
 
 @pytest.mark.parametrize('labels', [True,False])
 def test_life_of_a_learner(labels, quiet, tmp_path, capsys):

@@ -9,6 +9,7 @@ __all__ = ['plot_adversarial_images', 'adversarial_images', 'confidence_interval
 
 # %% ../../nbs/24_paper.analysis.ipynb #99477064
 from fastai.vision.all import *
+from matplotlib.ticker import LogLocator
 import scipy.stats
 from ..core import *
 from ..method.dualbn import *
@@ -296,17 +297,27 @@ def _draw_channels(ax, clean, adv):
     _tidy(ax, axis='y')
 
 def _draw_distances(ax, dist, same):
+    "Of each layer, beside a bar as long as the distance that counts as none"
     layers = dist.index.unique()
-    for t,style in (
-        (dist[dist.estimate == 'as trained'], dict(marker='s', mfc='white', color='black', label='clean to adversarial, as trained')),
-        (dist[dist.estimate == 're-estimated'], dict(marker='o', color=_red, label='the same, re-estimated')),
-        (same, dict(marker='|', ms=10, mew=2, color='grey', label='clean to clean of other views, re-estimated'))):
-        if len(t): ax.plot(t.relative.reindex(layers), layers, ls='', **style)
-    ax.tick_params('y', labelsize=8)
-    ax.set(xscale='log', xlabel='relative distance')
-    ax.set_title('all channels of each layer', fontsize=9)
-    ax.invert_yaxis()
-    _tidy(ax)
+    trained,anew = (dist[dist.estimate == o].relative.reindex(layers).to_numpy() for o in ('as trained','re-estimated'))
+    none = same.relative.reindex(layers).to_numpy()
+    rows = range(len(layers))
+    if (dist.estimate == 'as trained').any():
+        ax.plot(trained, rows, 's', ms=5, mfc='white', color='black', label='clean to adversarial, as trained')
+    if (dist.estimate == 're-estimated').any(): ax.plot(anew, rows, 'o', ms=6, color=_red, label='clean to adversarial, re-estimated')
+    ax.hlines(rows, trained, anew, color='lightgrey', lw=1, zorder=0)
+    title = "each layer, all its channels"
+    if len(same):
+        ax.barh(rows, none, color='lightgrey', height=.7, zorder=0, label='clean to clean of other views, re-estimated')
+        title += f"\nre-estimated: {np.median(anew/none):.0f} times the distance of other views (median)"
+    ax.set_title(title, fontsize=9)
+    ax.set_xscale('log')
+    ax.xaxis.set_major_locator(LogLocator())
+    ax.xaxis.set_major_formatter('{x:g}')
+    ax.minorticks_off()
+    ax.set(xlabel="distance, as a part of the clean statistics' size", ylim=(len(layers) - .5, -.5))
+    ax.set_yticks(rows, layers, fontsize=8)
+    _tidy(ax, axis='x')
 
 def plot_bn_statistics(
     stats:pd.DataFrame, # From `bn_statistics`, of either estimate or both
@@ -331,6 +342,6 @@ def plot_bn_statistics(
             ax.set_title(f"{layer}: {name}, {estimate}", fontsize=9)
             if i == n-1: ax.set_xlabel('channel')
     _draw_distances(fig.add_subplot(grid[:,2]), dist, same)
-    for ax,side,ncols in ((fig.axes[0],'left',2), (fig.axes[-1],'right',3)):
+    for ax,side,ncols in ((fig.axes[0],'left',2), (fig.axes[-1],'right',1)):
         fig.legend(*ax.get_legend_handles_labels(), loc=f'outside lower {side}', ncols=ncols, fontsize=8, frameon=False)
     return fig

@@ -380,39 +380,72 @@ def markdown(self:Grid,
         [[d, _title(m), *key, *cell] for (d,m,*key),cell in texts.items()])
     return f'{short}\n\n{full}\n'
 
+_data_titles = dict(cifar10='CIFAR-10', cifar10_12k='CIFAR-10', cifar100='CIFAR-100', digits='handwritten digits')
+_baseline_colour,_clae_colours = '#555555',('#b2182b','#e08214','#542788')
+
+def _finding(pairs):
+    "What differences from the baseline say, in a few words"
+    if not len(pairs): return "nothing to compare with the baseline yet"
+    several = pairs[pairs.n > 1]
+    clear,below = (several.low > 0).sum(),(several.high < 0).sum()
+    parts = [f"above the baseline at {(pairs['mean'] > 0).sum()} of {len(pairs)}"]
+    if len(several): parts.append(f"clearly at {clear or 'none'}")
+    if below: parts.append(f"clearly below at {below}")
+    return ', '.join(parts)
+
+def _draw_cells(ax, cells, colour, colour_of, line):
+    "Mean and standard deviation where there are several seeds, and each of them; a hollow marker where there is one"
+    if line: ax.plot(cells['at'], 100*cells['mean'].where(cells['n'] > 1), color=colour, lw=1.5)
+    for c in cells.to_dict('records'):
+        style,several = dict(marker='o', color=colour_of(c)),c['n'] > 1
+        ax.errorbar(c['at'], 100*c['mean'], 100*c['std'] if several else None, ms=6, capsize=3, mfc=None if several else 'white', **style)
+        if several: ax.scatter([c['at']]*c['n'], 100*np.array(c['values']), s=12, alpha=.5, lw=0, **style)
+
 def _draw_metric(ax, grid, df, metric):
     others = dict(grid.axes)
     x,labels = grid.x,list(others.pop(grid.x))
     numbers = all(isinstance(o, (int,float)) for o in labels)
     at = dict(zip(labels, labels if numbers else range(len(labels))))
-    for i,key in enumerate(itertools.product(*others.values())):
-        names = ['baseline' if o == grid.baseline else 'CLAE, {} {}'.format(*o) for o in zip(others, key)]
-        own = df[(df[list(others)] == list(key)).all(axis=1)]
-        cells = aggregate(own, [x], metric)
-        ax.errorbar(
-            cells[x].map(at), 100*cells['mean'], 100*cells['std'].fillna(0), marker='o', capsize=3,
-            ls='-' if numbers else 'none', color=f'C{i}', label=', '.join(names or ['CLAE']))
-        ax.scatter(own[x].map(at), 100*own[metric], s=12, color=f'C{i}', alpha=.5)
+    keys,colours = list(itertools.product(*others.values())),itertools.cycle(_clae_colours)
+    def is_base(o): return grid.baseline[0] == x and o == grid.baseline[1]
+    for i,key in enumerate(keys):
+        pairs = list(zip(others, key))
+        name = 'baseline' if grid.baseline in pairs else ', '.join(['CLAE', *('{} {}'.format(*o) for o in pairs)])
+        colour = _baseline_colour if name == 'baseline' else next(colours)
+        cells = aggregate(df[(df[list(others)] == list(key)).all(axis=1)], [x], metric)
+        aside = 0 if numbers else .12*(i - (len(keys)-1)/2)
+        cells = cells.assign(at=cells[x].map(at).astype(float) + aside).sort_values('at')
+        _draw_cells(ax, cells, colour, lambda o: _baseline_colour if is_base(o[x]) else colour, numbers)
+        ax.plot([], [], marker='o', color=colour, ls='-' if numbers else 'none', label=name)
         if grid.baseline[0] == x:
-            level = cells['mean'][cells[x] == grid.baseline[1]].mean() # nan, not drawn, where it is not run
-            ax.axhline(100*level, color='gray', ls='--', label='baseline')
-    ax.set(title=df['data'].iloc[0], xlabel=_title(x), ylabel=f'{_title(metric)} accuracy, %')
+            level = cells.loc[cells[x].map(is_base), 'mean'].mean() # nan, not drawn, where it is not run
+            ax.axhline(100*level, color=_baseline_colour, ls='--', lw=1, label='baseline')
+        if (cells['n'] == 1).any(): ax.plot([], [], 'o', mfc='white', color='black', label='one seed')
+    data,by = df['data'].iloc[0],['data', *grid.axes]
+    pairs = paired(df, by, metric, grid.baseline)
+    single = (pairs.n == 1).sum()
+    seeds = f'; {single} of one seed' if single else ''
+    ax.set_title(f'{_finding(pairs)}\n{_data_titles.get(data, data)}{seeds}', fontsize=9, loc='left')
+    ax.set(xlabel=_title(x), ylabel=f'{_title(metric)} accuracy, %')
     if x in ('bs','n_out'): ax.set_xscale('log', base=2)
     ax.set_xticks(list(at.values()), list(map(str, at)))
+    if not numbers: ax.set_xlim(-.5, len(at) - .5)
     ax.minorticks_off()
     ax.grid(alpha=.3)
-    ax.legend()
+    ax.spines[['top','right']].set_visible(False)
 
 @patch
 def draw(self:Grid,
     df:pd.DataFrame # Its `results`
-) -> plt.Figure:
+) -> plt.Figure: # What was found is its title; 'clearly': by an interval of the paired differences that leaves out zero
     "Mean, standard deviation and every trial along `x`"
     sets,n = df['data'].unique(),len(self.metrics)
-    fig,axs = plt.subplots(len(sets), n, figsize=(4.6*n, 3.6*len(sets)), squeeze=False, layout='tight')
+    fig,axs = plt.subplots(len(sets), n, figsize=(4.6*n, 3.6*len(sets) + .3), squeeze=False, layout='constrained')
     for ax,(d,metric) in zip(axs.flat, itertools.product(sets, self.metrics)):
         _draw_metric(ax, self, df[df['data'] == d], metric)
-    fig.suptitle(f'{self.title}\n(mean and standard deviation over seeds, and every seed)', fontsize=10)
+    handles = {h.get_label(): h for ax in axs.flat for h in ax.get_legend_handles_labels()[0]}
+    fig.legend(handles=handles.values(), loc='outside lower center', ncols=len(handles), fontsize=9, frameon=False)
+    if self.title: fig.suptitle(self.title, fontsize=11)
     return fig
 
 # %% ../../nbs/25_paper.experiments.ipynb #1cde2b9f

@@ -5,6 +5,7 @@ import warnings
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.linalg
 import scipy.stats
@@ -375,6 +376,11 @@ def test_drawings_show_what_the_tables_hold(quiet):
     means = stats.query("layer == 'layer1.0.bn2' and kind == 'clean'").set_index('channel')['mean']
     assert list(fig.axes[0].lines[0].get_ydata()) == means[[3,1]].tolist()
     assert list(fig.axes[2].lines[0].get_xdata()) == bn_distance(stats).relative.tolist()
+    both = pd.concat([stats, bn_statistics(learn, True, 2)])
+    right,d = plot_bn_statistics(both).axes[-1],bn_distance(both, ('clean','clean_p')) # bars of what counts as none, behind the points
+    assert [o.get_width() for o in right.patches] == d.relative.tolist()
+    times = bn_distance(both).query("estimate == 're-estimated'").relative.to_numpy()/d.relative.to_numpy()
+    assert f'{np.median(times):.0f} times' in right.get_title() and len(right.lines[1].get_xdata()) == len(d)
 
 def rows_of(fig, n): return np.array(fig.axes).reshape(n, -1)
 def shown(axes): return [np.asarray(ax.images[0].get_array()) for ax in axes]

@@ -4,9 +4,11 @@ import math
 import shutil
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import filelock
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -232,6 +234,35 @@ def test_a_figure_is_drawn_whatever_is_missing(tmp_path):
     for which in ('5a','6b'):
         w,h = Image.open(figure(which, 'small', out=tmp_path).with_suffix('.png')).size
         assert w > 700 and h > 300
+
+def draw(name, accuracies):
+    "Axes and legend of a figure of made-up accuracies, {labels: one for each seed}"
+    grid = replace(grids()[name], metrics=('knn',))
+    rows = [dict(data='cifar10_12k', seed=s, knn=v, **dict(zip(grid.axes, key))) for key,vs in accuracies.items() for s,v in enumerate(vs)]
+    fig = grid.draw(pd.DataFrame(rows))
+    plt.close(fig)
+    return fig.axes[0],[o.get_text() for o in fig.legends[0].get_texts()]
+
+def test_a_single_seed_is_hollow_and_no_line_leads_there():
+    ax,names = draw('fig6a', {(0,): [.30,.31,.32], (.2,): [.33], (.5,): [.33,.34,.36], (1,): [.34,.36,.35]})
+    points = {o.lines[0].get_xdata()[0]: o.lines[0] for o in ax.containers}
+    assert {x: o.get_markerfacecolor() == 'white' for x,o in points.items()} == {0: False, .2: True, .5: False, 1: False}
+    line, = [o for o in ax.lines if len(o.get_xdata()) == 4]
+    assert np.isnan(line.get_ydata()).tolist() == [False,True,False,False]
+    assert len({o.get_color() for x,o in points.items() if x}) == 1 and points[0].get_color() != points[.2].get_color()
+    level, = [o for o in ax.lines if o.get_linestyle() == '--']
+    assert level.get_ydata() == pytest.approx([31,31]) and level.get_color() == points[0].get_color()
+    assert names == ['CLAE','baseline','one seed']
+
+def test_a_figures_title_is_what_was_found():
+    base = {(64,0): [.30,.32,.31], (128,0): [.30,.33,.31], (256,0): [.33,.32,.34]}
+    ax,names = draw('fig5a', base | {(64,.03): [.34,.36,.35], (128,.03): [.35,.29,.33], (256,.03): [.29,.28,.30]})
+    assert ax.get_title(loc='left') == 'above the baseline at 2 of 3, clearly at 1, clearly below at 1\nCIFAR-10'
+    assert names == ['baseline','CLAE, eps 0.03']
+    title = draw('fig5a', base | {(64,.03): [.34], (128,.03): [.35]})[0].get_title(loc='left')
+    assert title == 'above the baseline at 2 of 2\nCIFAR-10; 2 of one seed'
+    title = draw('fig5a', base)[0].get_title(loc='left')
+    assert title.startswith('nothing to compare')
 
 def test_rows_outlive_run_folders_and_serve_every_table(tmp_path):
     table('1', 'smoke', out=tmp_path, run=fake)

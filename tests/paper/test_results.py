@@ -29,18 +29,47 @@ def test_claims(monkeypatch):
     monkeypatch.syspath_prepend(str(root/'benchmarks'))
     assert runpy.run_path(str(root/'benchmarks'/'claims.py'))['text']() == (results/'claims.md').read_text()
 
-def test_the_page_shows_them(monkeypatch):
-    "The notebook's outputs are the files' text"
+@pytest.fixture
+def page(monkeypatch):
+    "The results page's helpers by name, and `(expression, outputs by type)` of each cell that shows something"
     monkeypatch.chdir(root/'nbs')
-    cells = json.loads(Path('results.ipynb').read_text())['cells']
-    cells = [(''.join(c['source']), c['outputs']) for c in cells if c['cell_type'] == 'code']
-    helper, = [s for s,_ in cells if 'def show' in s]
-    exec(helper, names := {})
-    calls = [(s.splitlines()[-1], outs) for s,outs in cells if s.splitlines()[-1].startswith('show(')]
-    assert len(calls) > 10
-    for call,outs in calls:
-        shown, = [''.join(o['data']['text/markdown']) for o in outs if 'text/markdown' in o.get('data', {})]
-        assert shown == eval(call, names).data, call
+    cells = [o for o in json.loads(Path('results.ipynb').read_text())['cells'] if o['cell_type'] == 'code']
+    names,shown = {},[]
+    for cell in cells:
+        first,_,code = ''.join(cell['source']).partition('\n')
+        if first == '#| hide': exec(code, names)
+        else: shown.append((code, {k: ''.join(v) for o in cell['outputs'] for k,v in o.get('data', {}).items()}))
+    return names,shown
+
+def test_the_page_shows_them(page):
+    "The notebook's outputs are the files' text; of pictures, what is said of them"
+    names,shown = page
+    assert len(shown) > 8
+    pictures = 0
+    for code,out in shown:
+        now = eval(code, names).data
+        if 'text/markdown' in out: assert out['text/markdown'] == now, code
+        else:
+            alts = [re.findall('alt="(.*?)"', o) for o in (out['text/html'], now)]
+            assert alts[0] == alts[1] and alts[0], code
+            pictures += sum('the baseline' in o for o in alts[0])
+    assert pictures >= 16
+
+def test_no_verdict_is_lost(page):
+    "Each claim's verdict is in the page's first table, or said not to be tested"
+    names,_ = page
+    text = names['verdicts']().data.partition('<details')[0]
+    rows = [o for o in (results/'claims.md').read_text().splitlines() if o.startswith('| ')][1:]
+    for o in rows:
+        claim,*_,verdict = (c.strip() for c in o.strip('|').split(' | '))
+        assert f'| {claim}' in text or f'{claim} (' in text.split('Not tested: ')[1]
+        if verdict != 'not tested':
+            line, = [l for l in text.splitlines() if l.startswith(f'| {claim}')]
+            said = line.split(' | ')[1].replace('**', '')
+            assert all(v in said for v in verdict.split('<br>'))
+    counts = dict((k,int(n)) for n,k in re.findall(r'(\d+) (reproduced|within noise|not reproduced)', text.splitlines()[0]))
+    each = [v.split(': ')[-1] for o in rows for v in o.strip('|').split(' | ')[-1].strip().split('<br>')]
+    assert counts == {k: each.count(k) for k in counts} and len(counts) == 3
 
 def test_the_page_of_the_demonstration_shows_it():
     cells = json.loads((root/'nbs'/'digits.ipynb').read_text())['cells']

@@ -133,6 +133,18 @@ def test_nothing_is_left_raw(pages):
         assert '<Figure size' not in page.code + page.text, f'{name}: a figure without its picture'
     assert '<math' in pages['method.losses.html'].source
 
+def test_callbacks_do_not_list_fastais_events(pages):
+    for name,page in pages.items(): assert 'before_validate=None' not in page.code, name
+
+def test_docments_survive(pages):
+    assert 'images in train/<class> and test/<class>, or <class>, or alone' in pages['cli.html'].text
+
+def test_search_finds_what_people_ask_for(site):
+    index = next(site.rglob('search_index.*')).read_text().lower()
+    asked = ('greyscale','grayscale','medical','unlabeled','unlabelled','inference','tensorboard','wandb','umap','duplicates','imbalanced',
+             'gpu memory','x-ray','fine-tune','similar images','out of memory')
+    assert not [o for o in asked if o not in index]
+
 def public_names():
     for p in sorted((root/'clae_fastai').rglob('*.py')):
         if p.stem == 'all' or p.stem[0] == '_': continue

@@ -32,3 +32,9 @@ def test_small_and_executed(guide):
     assert not [o for c in shown for o in c['outputs'] if o['output_type'] == 'error']
 
 def test_options_are_found(): assert {'--lr','--on-nonfinite','--path'} <= options # the parsers were read
+
+@pytest.mark.parametrize('page', [*guides, *sorted((root/'nbs'/'tutorials').glob('*.ipynb')), root/'nbs'/'cost.ipynb'], ids=lambda o: o.stem)
+def test_code_is_narrow_enough_to_be_read(page):
+    "Lines of code that are shown, beside a table of contents at 1280 pixels"
+    shown = [o for o in cells(page, 'code') if '#| hide' not in o and '#| echo: false' not in o]
+    assert not [line for o in shown for line in o.splitlines() if len(line) > 84]

@@ -90,6 +90,12 @@ def functions(src):
             res.update({f'{n.name}.{k}': o for k,o in methods.items()})
     return res
 
+def escaped(comment):
+    "A docment as Markdown: `<class>` and `*` outside of code are themselves"
+    parts = comment.split('`')
+    return '`'.join(re.sub(r'(?<!\\)([*|])', r'\\\1', o.replace('<', '&lt;')) if i % 2 == 0 else re.sub(r'(?<!\\)\|', r'\|', o)
+        for i,o in enumerate(parts))
+
 re_shown = re.compile(r'''---\n\n
     (?:\[source\]\((?P<src>[^)]*)\)\{.*?\}\n\n)?
     (?P<h>\#+)\ (?P<name>.+?)\n\n
@@ -125,10 +131,11 @@ def api(md, page, lookup):
             kw = next((n for n in own if n.startswith('**')), None) # fastcore gives their comment to the result
             if kw in args and own[kw][2]: args[kw] = (*args[kw][:2], own[kw][2])
         if args.get('returns', ('','',''))[::2] == ('None',''): del args['returns'] # said of every `__init__`
+        if not f and {'before_fit','after_batch'} <= args.keys(): args = {} # a callback without arguments: fastai's events
         args = {n: (t if t != 'NoneType' else '', d, c) for n,(t,d,c) in args.items()} # said of every `x=None`
         sig = wrapped(name, args, args.get('returns', ('',))[0])
         def row(n, t, d, c):
-            return [n if n == 'returns' else f'`{n}`', t and type_link(t, lookup), d and f'`{d}`', re.sub(r'(?<!\\)\|', r'\|', c)]
+            return [n if n == 'returns' else f'`{n}`', t and type_link(t, lookup), d and f'`{d}`', escaped(c)]
         rows = [['argument','type','default','meaning'], *(row(n, *o) for n,o in args.items())]
         if any(r[3] for r in rows[1:]): table = f'<div class="args" markdown>\n\n{as_table(rows)}\n\n</div>'
     source = f'[source]({m["src"]}){{ .source }}\n\n' if m['src'] else ''

@@ -33,7 +33,9 @@ def test_small_and_executed(guide):
 
 def test_options_are_found(): assert {'--lr','--on-nonfinite','--path'} <= options # the parsers were read
 
-@pytest.mark.parametrize('page', [*guides, *sorted((root/'nbs'/'tutorials').glob('*.ipynb')), root/'nbs'/'cost.ipynb'], ids=lambda o: o.stem)
+pages = [*guides, *sorted((root/'nbs'/'tutorials').glob('*.ipynb')), root/'nbs'/'cost.ipynb']
+
+@pytest.mark.parametrize('page', pages, ids=lambda o: o.stem)
 def test_code_is_narrow_enough_to_be_read(page):
     "Lines of code that are shown, beside a table of contents at 1280 pixels"
     shown = [o for o in cells(page, 'code') if '#| hide' not in o and '#| echo: false' not in o]

@@ -6,7 +6,7 @@ import pytest
 
 def test_tensorboard(cli):
     events = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
-    args = ['clae_train', '--limit', 64, '--bs', 32, '--epochs', 2, '--log', 'tensorboard']
+    args = ['clae_train', '--limit', 64, '--bs', 32, '--every', 1, '--epochs', 2, '--log', 'tensorboard']
     assert cli(*args, '--name', 'a').returncode == 0
     acc = events.EventAccumulator(str(cli.cwd/'runs'/'a'/'tensorboard')).Reload()
     assert [o.step for o in acc.Scalars('loss_adv')] == [2,4] and len(acc.Images('views')) == 2

@@ -249,7 +249,7 @@ def clae_learner(
     precision,fast = precision_cbs(precision, device)
     if channels_last: fast.append(ChannelsLast())
     clae = CLAECallback(views, attack, adv_momentum, attack_bn, every)
-    ours = [clae, CheckFinite(on_nonfinite), DevicePrecision(), CheckCallbacks(), CheckTrackers(), LogViews(), *fast]
+    ours = [clae, CheckFinite(on_nonfinite), DevicePrecision(), CheckCallbacks(), CheckTrackers(), LogViews(), LossesAsNumbers(), *fast]
     make = _DeterministicLearner if deterministic else _ContrastiveLearner
     learn = make(pixels, model, CLAELoss(loss, alpha), opt_func=opt_func, cbs=[*ours, *L(cbs)], **kwargs)
     learn.precision = precision

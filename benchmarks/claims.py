@@ -5,7 +5,7 @@ from collections import namedtuple
 import pandas as pd
 
 from clae_fastai.all import confidence_interval
-from report import root
+from report import interval, root
 
 results,points = root/'results',1.
 rules = {'reproduced': 'the interval lies above zero (of "as good as", "near" and "stable": within a point of zero)', 'not reproduced': 'it lies below zero (beyond a point)',
@@ -22,10 +22,6 @@ def cell(df, metric, **labels):
     return 100*df.dropna(subset=[metric]).set_index('seed')[metric] if metric in df else pd.Series(dtype=float)
 
 def difference(df, metric, high, low): return (cell(df, metric, **high) - cell(df, metric, **low)).dropna()
-
-def interval(d):
-    mean,low,high = confidence_interval(d)
-    return f'{mean:+.1f} [{low:+.1f}, {high:+.1f}]',low,high
 
 def above(low, high): return 'reproduced' if low > 0 else 'not reproduced' if high < 0 else 'within noise'
 def as_good(low, high): return 'reproduced' if low > -points else 'not reproduced' if high < -points else 'within noise'

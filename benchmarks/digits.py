@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from clae_fastai.all import confidence_interval
+from report import interval
 
 out = Path(__file__).parent.parent/'results'
 seeds = range(5)
@@ -35,14 +35,11 @@ def rows(seed, variant, options, summary):
 def markdown(df):
     pct = 100*df.pivot_table(index='encoder', columns=['labels','seed'], values='accuracy', sort=False)
     def cell(v): return f"{v.mean():.1f} ({', '.join(f'{o:.1f}' for o in v)})"
-    def difference(a, b):
-        mean,low,high = confidence_interval(a - b)
-        return f'{mean:+.1f} [{low:+.1f}, {high:+.1f}]'
     lines = ['| encoder | ' + ' | '.join(labels.values()) + ' |', '|---|---|---|---|']
     lines += [f'| {e} | ' + ' | '.join(cell(pct.loc[e, n].sort_index()) for n in labels) + ' |' for e in pct.index]
     pairs = [('CLAE','CLAE, an attack in each step'), ('CLAE','SimCLR'), ('CLAE, temperature .1','CLAE')]
     lines += ['', '| paired by seed | ' + ' | '.join(labels.values()) + ' |', '|---|---|---|---|']
-    lines += [f'| {a}, less {b} | ' + ' | '.join(difference(pct.loc[a, n], pct.loc[b, n]) for n in labels) + ' |' for a,b in pairs if {a,b} <= {*pct.index}]
+    lines += [f'| {a}, less {b} | ' + ' | '.join(interval(pct.loc[a, n] - pct.loc[b, n])[0] for n in labels) + ' |' for a,b in pairs if {a,b} <= {*pct.index}]
     about = json.loads(df['about'].iloc[-1])
     return '\n'.join([*lines, '', f"kNN accuracy on 450 held-out digits in percent: mean over {df['seed'].nunique()} seeds (each seed's value; with few labels itself a mean over 20 draws), "
         "and differences with their 95 % intervals. `clae_train --seed S` with " + ', '.join(f'`{o}` ({v})' for v,o in variants.items())

@@ -31,7 +31,7 @@ from lightly.transforms import SimCLRTransform
 from torch import nn
 
 import report
-from clae_fastai.all import clae_learner, confidence_interval, create_encoder, evaluate, get_dls, get_recipe, knn_predict, extract_features, methods, num_features
+from clae_fastai.all import clae_learner, create_encoder, evaluate, get_dls, get_recipe, knn_predict, extract_features, methods, num_features
 
 arch,side,bs,lr = 'resnet18_w16',32,128,3e-3
 marks = (.25,.5,.75) # shares of the time after which kNN is measured on the way, on every fifth test image
@@ -140,8 +140,7 @@ def write(df, args):
     def text(v): return f"{v.mean():.1f} ({', '.join(f'{o:.1f}' for o in v)})"
     def ahead(name, metric):
         if name == 'lightly, its settings' or args.seeds < 2: return ''
-        mean,low,high = confidence_interval(cell(name, metric) - cell('lightly, its settings', metric))
-        return f'{mean:+.1f} [{low:+.1f}, {high:+.1f}]'
+        return report.interval(cell(name, metric) - cell('lightly, its settings', metric))[0]
     lines = ['| trained by | steps | kNN (each seed) | ahead of lightly, its settings | linear probe (each seed) | ahead |', '|---|---|---|---|---|---|']
     lines += [f"| {n} | {end.loc[end.contender == n, 'steps'].mean():.0f} | " + ' | '.join(f'{text(cell(n, m))} | {ahead(n, m)}' for m in ('knn','linear')) + ' |' for n in contenders]
     n_train,n_test = (len([*(args.folder/o).rglob('*.png')]) for o in ('train','test'))

@@ -9,6 +9,8 @@ import numpy as np
 import scipy.stats
 import torch
 
+from clae_fastai.all import confidence_interval
+
 root = Path(__file__).parent.parent
 
 def machine():
@@ -30,6 +32,11 @@ def ratio(a, b):
     l = np.log(np.asarray(a)/np.asarray(b))
     half = scipy.stats.t.ppf(.975, len(l)-1)*l.std(ddof=1)/len(l)**.5
     return f'{np.exp(l.mean()):.2f} ({np.exp(l.mean()-half):.2f} to {np.exp(l.mean()+half):.2f})'
+
+def interval(d):
+    "Mean of differences in points with its 95 % interval, as text, and the bounds"
+    mean,low,high = confidence_interval(d)
+    return f'{mean:+.1f} [{low:+.1f}, {high:+.1f}]',low,high
 
 def spread(x, fmt='.2f'):
     "Median (smallest to largest), as text"

@@ -130,7 +130,7 @@ def read_options(
 
 # %% ../nbs/26_runs.ipynb #1172a27a
 _defaults = dict(arch='resnet18', method='simclr', eps=.03, alpha=1., attack='fgsm', every=4, epochs=20, bs=64, lr=3e-3)
-_digits = dict(arch='resnet8', views='digits', temperature=.5)
+_digits = dict(arch='resnet8', views='digits')
 _limits = dict(
     epochs=(1,math.inf), bs=(1,math.inf), n_out=(1,math.inf), every=(1,math.inf), every_batches=(1,math.inf), limit=(2,math.inf),
     size=(8,4096), max_pixels=(1,math.inf), workers=(0,256), seed=(0,2**32-1),
@@ -153,7 +153,9 @@ def _fill_in(options):
     recipe = get_recipe(given['recipe']) if 'recipe' in given else None
     of_recipe = {k: v for k,v in vars(recipe).items() if k in options and k != 'name'} if recipe else {}
     own = dict(data='folder' if 'path' in given else 'digits') | of_recipe | given
-    settings = options | _defaults | (_digits if own['data'] == 'digits' else {}) | own
+    settings = options | _defaults | own
+    if own['data'] == 'digits': # which do better at the paper's temperature
+        settings |= dict(_digits, temperature=paper_settings.get(settings['method'], {}).get('temperature')) | own
     _check_limits(settings)
     return settings,recipe and replace(recipe, **{k: settings[k] for k in of_recipe})
 

@@ -91,7 +91,7 @@ _versions = dict(clae_fastai=__version__, python=platform.python_version(),
     **{package.__name__: package.__version__ for package in (fastai, torch, torchvision, kornia)})
 
 # %% ../nbs/26_runs.ipynb #2ca05aad
-train_options = { # type, and value where a run says nothing: what version 0.1.0 did
+train_options = { # type, and value where nothing is said; None: `_fill_in` or the library decides
     **dict.fromkeys('path data arch weights method attack views recipe name extends log'.split(), (str,None)),
     **dict.fromkeys('n_out epochs bs size channels limit workers every every_batches max_pixels'.split(), (int,None)),
     **dict.fromkeys('eps alpha temperature lr valid_pct'.split(), (float,None)), 'value_range': (list,None), 'background': (str,'white'),

@@ -50,7 +50,7 @@ def _pixel_dls(dls):
     return res,image_stats(noop, dls)
 
 def _cropping_dls(dls, views, size):
-    "A shallow copy of `dls` whose images come as the crops that `views` begin with are cut from them; are they larger than `size`?"
+    "A shallow copy of `dls` for views that begin with a crop: crops of files, and images in memory not resized; is there one of these?"
     res,area,whole = copy(dls),getattr(views, 'area', None),False
     def _crops(dl):
         nonlocal whole

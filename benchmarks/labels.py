@@ -21,10 +21,10 @@ from fastai.vision.all import DataLoaders, aug_transforms, set_seed
 from torch.optim.swa_utils import update_bn
 
 import report
-from clae_fastai.all import clae_learner, encoder_learner, evenly_spread, extract_features, few_label_knn, get_dls, label_draws
+from clae_fastai.all import clae_learner, default_device, encoder_learner, evenly_spread, extract_features, few_label_knn, get_dls, label_draws
 
 arch,side,bs,lr,temperature = 'resnet10_w16',16,128,3e-3,.1
-numbers,seeds,columns = (1, 5, 20, 100),(0, 1, 2),['measure','encoder','seed','labels','accuracy']
+numbers,seeds,columns = (1, 5, 20, 100),(0, 1, 2),['measure','encoder','seed','labels','accuracy','device']
 pixels,random,imagenet = 'raw pixels','random weights',"ImageNet's weights"
 trainings = dict(SimCLR=(40, dict(eps=0)), CLAE=(33, dict(every=4))) # epochs, and the adversary
 
@@ -38,14 +38,14 @@ class Study:
     def has(self, *key): return (self.table[columns[:len(key)]] == list(key)).all(axis=1).any()
 
     def add(self, measure, encoder, seed, accuracies):
-        new = pd.DataFrame([(measure, encoder, seed, str(n), round(a, 5)) for n,a in accuracies.items()], columns=columns)
+        new = pd.DataFrame([(measure, encoder, seed, str(n), round(a, 5), default_device().type) for n,a in accuracies.items()], columns=columns)
         self.table = pd.concat([self.table, new]) if len(self.table) else new
         self.table.to_csv(self.file, index=False)
         print(f"seed {seed}, {measure}, {encoder}: {', '.join(f'{n}: {100*a:.1f}' for n,a in accuracies.items())}", flush=True)
 
     def dls(self, size=side, **kwargs):
         with contextlib.redirect_stdout(io.StringIO()):
-            dls = get_dls(self.folder, size=size, bs=bs, limit=400 if self.tiny else None, device='cpu', **kwargs)
+            dls = get_dls(self.folder, size=size, bs=bs, limit=400 if self.tiny else None, **kwargs)
         if self.tiny: dls.loaders[1] = dls.valid.new(dls.valid_ds.take(evenly_spread(len(dls.valid_ds), 300)))
         return dls
 
@@ -107,7 +107,7 @@ class Study:
         lines += ['', f"Test accuracy in percent, mean over {t.seed.nunique()} seeds (each seed's value), on {len(dls.valid_ds)} images; {len(dls.train_ds)} to train on, "
             f"all of them without labels: {', '.join(f'{k} {n} epochs' for k,(n,_) in trainings.items())}, CLAE with FGSM of eps .03 in every fourth step. {arch} at {side} pixels, "
             f"temperature {temperature}, batches of {bs}, one cycle to {lr}. kNN: on h, as many neighbours as labels a class, at most 20, mean over 20 draws of the labels. "
-            f"Fine-tuned: one draw a seed, `encoder_learner(...).fine_tune(40, {lr}, freeze_epochs=5)` (with all labels 20 epochs), batches of 64, flips, small turns and zooms, last epoch."]
+            f"Fine-tuned: one draw a seed, `encoder_learner(...).fine_tune(40, {lr}, freeze_epochs=5)` (with all labels 20 epochs), batches of 64, flips, small turns and zooms, last epoch. On {' and '.join(t.device.unique())}."]
         if self.out == report.root/'results': report.write('labels', command, lines)
         else: (self.out/'labels.md').write_text('\n'.join(lines) + '\n')
 

@@ -45,7 +45,8 @@ def command(
 _groups = { # titles in the help, and what stands under them
     'positional arguments': 'run which',
     'data': 'data path size channels value_range background max_pixels skip_bad valid_pct unlabelled limit',
-    'method': 'recipe arch pretrained weights method temperature eps alpha attack attack_bn every views n_out protocol k knn_on probe_on',
+    'method': 'recipe arch pretrained weights method temperature eps alpha attack attack_bn every views head n_out'
+        ' protocol k knn_on probe_on',
     'training': 'epochs bs lr on_nonfinite',
     'hardware': 'precision channels_last deterministic workers ray',
     'run': 'name seed log every_batches resume extend dry_run format with_preprocessing out scale seeds'}
@@ -122,7 +123,7 @@ _data = tuple('digits fashion_mnist cifar10 cifar100 tinyimagenet imagenet100 ca
     'folder'.split())
 _methods = 'plain','uel','simclr'
 _views = *_methods,'imagenet','weak','gentle','digits'
-_questions = 'random','start','compute','strong','temperature','every','weak','others','rate'
+_questions = 'random','start','compute','strong','temperature','every','weak','others','rate','best','headline','confirm'
 _recipes = *(f'{m}-{d}' for d in ('cifar10','cifar100','tinyimagenet') for m in _methods),'simclr-imagenet100'
 
 @command
@@ -132,6 +133,7 @@ def clae_train(
     arch:str=None, # Encoder, any of torchvision or timm; resnet18 by default, for digits resnet8
     pretrained:bool=False, # Start from the encoder's usual weights, a download
     weights:str=None, # Start from a weight set by its name, or from a file: an encoder, or another tool's state dict
+    head:Literal['linear','mlp']=None, # Projection head, the method's by default
     n_out:int=None, # Dimensions of the embedding, the method's by default
     method:Literal[_methods]=None, # Contrastive method, simclr by default
     eps:float=None, # Strength of the attack in normalised pixels, .03 by default; 0: no adversarial examples

@@ -92,7 +92,7 @@ _versions = dict(clae_fastai=__version__, python=platform.python_version(),
 
 # %% ../nbs/26_runs.ipynb #2ca05aad
 train_options = { # type, and value where nothing is said; None: `_fill_in` or the library decides
-    **dict.fromkeys('path data arch weights method attack views recipe name extends log'.split(), (str,None)),
+    **dict.fromkeys('path data arch weights method attack views head recipe name extends log'.split(), (str,None)),
     **dict.fromkeys('n_out epochs bs size channels limit workers every every_batches max_pixels'.split(), (int,None)),
     **dict.fromkeys('eps alpha temperature lr valid_pct'.split(), (float,None)), 'value_range': (list,None), 'background': (str,'white'),
     'seed': (int,42), 'precision': (str,'fp32'), 'attack_bn': (str,'adv'), 'on_nonfinite': (str,'stop'),
@@ -334,7 +334,7 @@ class _Run:
         s,_some = self.settings,self._some
         set_seed(s['seed'])
         dls = self.dls()
-        own = self.recipe.learner_kwargs() if self.recipe else _some('arch method eps alpha attack every temperature n_out views')
+        own = self.recipe.learner_kwargs() if self.recipe else _some('arch method eps alpha attack every temperature head n_out views')
         learn = clae_learner(dls, **own, **_some('pretrained weights precision channels_last deterministic attack_bn on_nonfinite'))
         begun = self.folder and checkpoints(self.folder/'checkpoints') # then `Resume` brings the weights
         if s['extends'] and not begun: load_state(learn.model, last_checkpoint(Path(s['extends'])/'checkpoints')[1]['model'])
@@ -381,7 +381,7 @@ class _Run:
         size = found['size'] if len({*found['size']}) > 1 else found['size'][0]
         own = methods[s['method']]
         s.update(precision=learn.precision, value_range=_value_range(learn), size=size,
-            **{k: ifnone(s[k], own[k]) for k in ('n_out','temperature','views')})
+            **{k: ifnone(s[k], own[k]) for k in ('head','n_out','temperature','views')})
         if s['data'] == 'folder': s.update(channels=found['channels'], valid_pct=learn.dls.held_out or s['valid_pct'])
         self.settings = json.loads(json.dumps(s)) # as it will be read
 
@@ -695,7 +695,6 @@ def report_run(
 # %% ../nbs/26_runs.ipynb #684d7236
 def _trial_options(options, folder):
     own = {} if options.get('recipe') else dict(paper_settings[options.get('method', 'simclr')], every=1)
-    own.pop('head', None) # which no option changes
     options = _not_given | own | options | dict(name=folder.name)
     targets = options.pop('transfer', '').split()
     if limit := options['limit']: # the most that a grid takes: of fewer images all

@@ -17,7 +17,7 @@ from PIL import Image
 from clae_fastai.all import (
     FGSM, PGD, Checkpoint, CLAECallback, CollapseMonitor, FileImages, KNNCallback, MemoryDL, MemoryImages, NTXentLoss,
     Resume, TwoViews, adversarial_images, bn_statistics, clae_learner, classifier_vs_eps, encoder_learner, evaluate,
-    extract_features, file_dls, knn_predict, linear_probe, load_encoder, loss_vs_eps, memory_dls, resnet8)
+    extract_features, few_label_knn, file_dls, knn_predict, linear_probe, load_encoder, loss_vs_eps, memory_dls, resnet8)
 from clae_fastai.data.images import ImageItem
 from paper_device import DEVICE, PaperTensor, missing, paper_device
 
@@ -368,6 +368,10 @@ def test_evaluation(paper, trained, on_cpu):
     assert by_function(paper.waits)['copy to the CPU','measure/features.py move'] == 3 # features, embeddings, labels
     assert all(torch.allclose(a, b.cpu(), atol=1e-5) for a,b in zip(on_host, (h,z,y)))
     assert torch.equal(knn_predict(h, y, h, 3).cpu(), knn_predict(on_host[0], on_host[2], on_host[0], 3))
+    together = few_label_knn(on_host[0], on_host[2], on_host[0], on_host[2], ns=[2], draws=3)
+    for features,labels in ((h,y.cpu()), (h.cpu(),y)): # of which one may be elsewhere
+        assert knn_predict(features, labels, features, 3).device == labels.device
+        assert few_label_knn(features, labels, features, labels, ns=[2], draws=3) == together
     probes = [linear_probe(o, o, l2s=[1.], device=device) for o,device in (((h,y),DEVICE), ((h.cpu(),y.cpu()),'cpu'))]
     weights = [o.linear.weight.cpu() for o in probes]
     assert torch.equal(*weights)

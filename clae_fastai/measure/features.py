@@ -209,7 +209,7 @@ def knn_predict(
     test_features:Tensor, # (M,D)
     k:int=200, # Neighbours that vote, at most N
     temperature:float=.1 # A vote weighs exp(cosine/temperature)
-) -> Tensor: # Predicted labels (M,)
+) -> Tensor: # Predicted labels (M,), where `train_labels` are
     "Weighted k-nearest-neighbour classification by cosine similarity"
     check_data((train_features,train_labels), (test_features,))
     n = len(train_features)
@@ -217,7 +217,7 @@ def knn_predict(
     if not temperature > 0: raise ValueError(f"temperature must be above 0, not {temperature}.")
     bank = at_least_float32(train_features.detach())
     norms = bank.norm(dim=1).clamp_(min=1e-12) # zero vectors are similar to none
-    classes,y = train_labels.unique(return_inverse=True)
+    classes,y = train_labels.to(bank.device).unique(return_inverse=True)
     rows = min(len(test_features), max(1, _chunk//n))
     buffer = bank.new_empty(rows, n) # one for all chunks saves a tenth of the time
     predicted = []
@@ -227,7 +227,7 @@ def knn_predict(
         sim,idx = sim.topk(k) # (B,k), the nearest first
         votes = ((sim - sim[:,:1])/temperature).exp_() # relative to the nearest, against overflow
         predicted.append(sim.new_zeros(len(sim), len(classes)).scatter_add_(1, y[idx], votes).argmax(1))
-    return classes[torch.cat(predicted)]
+    return classes[torch.cat(predicted)].to(train_labels.device)
 
 def share_correct(
     predicted:Tensor, # Labels (M,)
@@ -235,7 +235,7 @@ def share_correct(
     metric:str='top1' # 'top1', or 'mean_per_class', which weighs all classes alike
 ) -> float: # A fraction
     "Accuracy of predicted labels"
-    hit = predicted == labels
+    hit = predicted.to(labels.device) == labels
     if metric == 'top1': return float(hit.float().mean())
     n = labels.bincount()
     right = torch.where(hit, labels, len(n)).bincount(minlength=len(n)+1)[:-1] # with weights it is not deterministic on a GPU
@@ -305,6 +305,7 @@ def few_label_knn(
     temperature:float=.1 # Of the votes
 ) -> dict: # Of each of `ns`, and 'all': `{'mean': ..., 'std': ..., 'values': [...]}`, fractions
     "kNN accuracy from few labels, and from all"
+    train_labels = train_labels.to(train_features.device)
     train,test,accuracies = (train_features,train_labels),(test_features,test_labels),{}
     check_data(train, test)
     counts = train_labels.unique(return_counts=True)[1]

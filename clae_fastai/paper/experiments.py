@@ -31,7 +31,7 @@ class Grid:
     base:dict=field(default_factory=dict) # Options of every trial, before the scale's
     x:str=None # A figure's horizontal axis; None: only a table
     metrics:tuple=('knn','linear') # Columns of a trial's row
-    budget:int=None # What each trial costs, in forwards of a batch of the scale's size, from which its epochs follow; None: they are given
+    budget:int=None # What each trial costs, in forwards of a batch of the scale's size, from which epochs follow where they are not given
     omit:tuple=() # (data, metric) that the paper leaves out
     paper:dict=field(default_factory=dict) # (data, metric, label, ...): the paper's percentage
 
@@ -76,8 +76,10 @@ def grids(
             f"{kind}, eps {e:g}, {'each step' if k == 1 else f'each step of {k}'}": dict(attack=a, eps=e, every=k)
             for e,k in eps_every for a,kind in kinds.items()}}
     def equal(title, axes, **options):
-        return replace(simclr(f'{title}, at equal compute', axes, **options), budget=dict(fast=9360).get(scale))
+        return replace(simclr(f'{title}, at equal compute', axes, **options), budget=dict(fast=9360, small=4680).get(scale))
     strengths = [(e,k) for e in (.03,.1,.3) for k in (1,4)]
+    as_long = {'none, for as many seconds as adversarial': dict(off, epochs=35)} if scale == 'fast' else {} # by bench_every.py
+    linear,plain,fourth = dict(head='linear'),dict(views='plain'),third_views((.03,4))
     return dict(
         table1=Grid(
             'Table 1: three methods, with and without adversarial examples',
@@ -108,10 +110,19 @@ def grids(
         temperature=equal('Temperature', axis('temperature', .05, .1, .2, .5) | third_views((.03,1), (.03,4))),
         every=equal('How often, and how strong', third_views(*strengths, (.03,2), (.03,8)), **_tuned),
         weak=equal('Where colours mean something', third_views(*strengths), **_tuned, views='weak'),
-        others=equal('Plain and UEL', axis('method', 'plain', 'uel') | third_views((.03,1))),
-        rate=equal('Learning rate, batch and embedding', dict(changed={'nothing': {}}
+        others=equal('Plain and UEL', axis('method', 'plain', 'uel') | third_views((.03,1), (.03,4))),
+        rate=equal('Learning rate, batch, head and views', dict(changed={'nothing': {}}
             | {f'lr {o:g}': dict(lr=o) for o in (1e-3,1e-2)} | {f'batch {o}': dict(bs=o) for o in (64,256)}
-            | {f'{o} dimensions': dict(n_out=o) for o in (32,128,256)}), **_tuned, eps=0))
+            | {f'{o} dimensions': dict(n_out=o) for o in (32,128,256)}
+            | {'linear head': linear, "Plain's views": plain, "linear head, Plain's views": linear | plain}), **_tuned, eps=0),
+        best=equal('The best settings', dict(setting={
+            'SimCLR, temperature .05': dict(temperature=.05), 'SimCLR, linear head': _tuned | linear,
+            'Plain': dict(method='plain'), 'UEL': dict(method='uel')}) | fourth),
+        headline=equal('An adversary over the best setting', {'third view': fourth['third view'] | as_long}, **_tuned, **linear),
+        confirm=equal('The best settings on a larger encoder', dict(setting={
+            "the paper's": dict(temperature=.5), 'temperature .1': _tuned | off, 'linear head': _tuned | linear | off,
+            'linear head, random signs each step of 4': _tuned | linear | dict(attack='random', every=4),
+            'linear head, adversarial each step of 4': _tuned | linear | dict(every=4)})))
 
 # %% ../../nbs/25_paper.experiments.ipynb #91b712d4
 def _data_set(data):
@@ -154,7 +165,7 @@ def cells(self:Grid,
     for (name,where),*keys in itertools.product(sets, *self.axes.values()):
         own = merge(self.base, *(labels[k] for labels,k in zip(self.axes.values(), keys)))
         o = merge(dict(eps=.03, alpha=1, attack='fgsm'), where, _scale_options(scale, own['method'], name), own)
-        if self.budget: o['epochs'] = _epochs(o, self.budget, _scales[scale]['bs'])
+        if self.budget and 'epochs' not in own: o['epochs'] = _epochs(o, self.budget, _scales[scale]['bs'])
         res.append((dict(zip(['data', *self.axes], [name, *keys])), _spell(o)))
     return res
 

@@ -30,7 +30,7 @@ def images(): return torch.randint(0, 256, (bs,3,side,side), dtype=torch.uint8)
 def learner_of(images, bs, arch=resnet18, **kwargs):
     "A quiet `clae_learner` on images in memory, which takes the paper's step"
     dl = MemoryDL(MemoryImages(images), bs=bs, shuffle=True, drop_last=True, after_batch=[IntToFloatTensor()], device=default_device())
-    learn = clae_learner(DataLoaders(dl, device=default_device()), arch, **dict(every=1) | kwargs)
+    learn = clae_learner(DataLoaders(dl, device=default_device()), arch, **dict(every=1, head='mlp') | kwargs)
     learn.logger = lambda *a: None
     return learn
 

@@ -15,10 +15,10 @@ from report import interval
 
 out = Path(__file__).parent.parent/'results'
 seeds = range(5)
-default = '--temperature .5 --every 4'
-variants = {'CLAE': default, 'CLAE, an attack in each step': '--temperature .5 --every 1',
-    'the same, attack through the clean batch norm': '--temperature .5 --every 1 --attack-bn clean',
-    'CLAE, temperature .1': '--temperature .1 --every 4', 'SimCLR': '--temperature .5 --eps 0'}
+default = '--temperature .5 --every 4 --head linear'
+variants = {'CLAE': default, 'CLAE as in 0.1.0, an attack in each step and a head of two layers': '--temperature .5 --every 1 --head mlp',
+    'SimCLR': '--temperature .5 --eps 0 --head linear', 'CLAE, head of two layers': '--temperature .5 --every 4 --head mlp',
+    'CLAE, temperature .1': '--temperature .1 --every 4 --head linear'}
 rows_of = dict(raw='raw pixels', untrained='untrained encoder')
 labels = {'1': '1 label a class', '5': '5 labels a class', 'all': 'all labels'}
 
@@ -37,7 +37,8 @@ def markdown(df):
     def cell(v): return f"{v.mean():.1f} ({', '.join(f'{o:.1f}' for o in v)})"
     lines = ['| encoder | ' + ' | '.join(labels.values()) + ' |', '|---|---|---|---|']
     lines += [f'| {e} | ' + ' | '.join(cell(pct.loc[e, n].sort_index()) for n in labels) + ' |' for e in pct.index]
-    pairs = [('CLAE','CLAE, an attack in each step'), ('CLAE','SimCLR'), ('CLAE, temperature .1','CLAE')]
+    names = list(variants)
+    pairs = [('CLAE', o) for o in names[1:4]] + [(names[4],'CLAE')]
     lines += ['', '| paired by seed | ' + ' | '.join(labels.values()) + ' |', '|---|---|---|---|']
     lines += [f'| {a}, less {b} | ' + ' | '.join(interval(pct.loc[a, n] - pct.loc[b, n])[0] for n in labels) + ' |' for a,b in pairs if {a,b} <= {*pct.index}]
     about = json.loads(df['about'].iloc[-1])
@@ -48,8 +49,8 @@ def markdown(df):
 def main():
     file = out/'digits.csv'
     df = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=['options','seed'])
-    for seed in seeds:
-        for variant,options in variants.items():
+    for variant,options in variants.items():
+        for seed in seeds:
             if 'options' in df and ((df['options'] == options) & (df['seed'] == seed)).any(): continue
             df = pd.concat([df, pd.DataFrame(rows(seed, variant, options, run(seed, options)))])
             df.to_csv(file, index=False)

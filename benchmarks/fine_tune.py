@@ -25,7 +25,7 @@ def fine_tuned(learn, dls, seed):
 def run(folder, seed, n):
     set_seed(seed)
     dls = get_dls('folder', folder, bs=128, device='cpu')
-    learn = clae_learner(dls, resnet8, temperature=.5, every=1) # the paper's
+    learn = clae_learner(dls, resnet8, temperature=.5, head='mlp', every=1) # the paper's
     random = fine_tuned(learn, dls, seed)
     set_seed(seed)
     start = time.time()

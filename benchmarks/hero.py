@@ -39,7 +39,7 @@ def main():
     set_seed(0)
     with tempfile.TemporaryDirectory() as tmp:
         write_tiles(Path(tmp))
-        learn = clae_learner(get_dls('folder', tmp, bs=32), resnet8, views='weak', temperature=.1, every=1)
+        learn = clae_learner(get_dls('folder', tmp, bs=32), resnet8, views='weak', temperature=.1, head='mlp', every=1)
         learn.fit_one_cycle(epochs, 3e-3)
         images = adversarial_images(learn, 32).iloc[[*shown]]
     plot_adversarial_images(images).savefig(picture := io.BytesIO(), dpi=150)

@@ -52,7 +52,7 @@ class Study:
     def learner(self, seed, **kwargs):
         "With its weights as they are at the start"
         set_seed(seed)
-        return clae_learner(self.dls(), arch, temperature=temperature, channels_last=True, **kwargs)
+        return clae_learner(self.dls(), arch, temperature=temperature, head='linear', channels_last=True, **kwargs)
 
     def trained(self, seed, epochs, adversary):
         learn = self.learner(seed, **adversary)
@@ -106,7 +106,7 @@ class Study:
         dls = self.dls()
         lines += ['', f"Test accuracy in percent, mean over {t.seed.nunique()} seeds (each seed's value), on {len(dls.valid_ds)} images; {len(dls.train_ds)} to train on, "
             f"all of them without labels: {', '.join(f'{k} {n} epochs' for k,(n,_) in trainings.items())}, CLAE with FGSM of eps .03 in every fourth step. {arch} at {side} pixels, "
-            f"temperature {temperature}, batches of {bs}, one cycle to {lr}. kNN: on h, as many neighbours as labels a class, at most 20, mean over 20 draws of the labels. "
+            f"temperature {temperature}, a linear head, batches of {bs}, one cycle to {lr}. kNN: on h, as many neighbours as labels a class, at most 20, mean over 20 draws of the labels. "
             f"Fine-tuned: one draw a seed, `encoder_learner(...).fine_tune(40, {lr}, freeze_epochs=5)` (with all labels 20 epochs), batches of 64, flips, small turns and zooms, last epoch. On {' and '.join(t.device.unique())}."]
         if self.out == report.root/'results': report.write('labels', command, lines)
         else: (self.out/'labels.md').write_text('\n'.join(lines) + '\n')

@@ -4,7 +4,7 @@ DIR is a folder of CIFAR-10 images, train/<class>/*.png and test/<class>/*.png, 
 
 lightly, its settings       SimCLR as lightly's CIFAR-10 benchmark has it: its transform without blur, loader, head, loss at temperature .5;
                             batches of 128, SGD (.06, momentum .9, decay 5e-4), cosine
-lightly, our settings       the same with our optimiser, schedule and temperature
+lightly, our settings       the same with our optimiser, schedule, temperature and head
 ours, the paper's settings  the recipe `simclr-cifar10`: CLAE in each step, temperature .5, batches of 256, Adam at 3e-4
 ours, recommended           `clae_learner` as it comes, batches of 128, one cycle at 3e-3
 
@@ -31,7 +31,7 @@ from lightly.transforms import SimCLRTransform
 from torch import nn
 
 import report
-from clae_fastai.all import clae_learner, create_encoder, evaluate, get_dls, get_recipe, knn_predict, extract_features, methods, num_features
+from clae_fastai.all import clae_learner, create_encoder, evaluate, get_dls, get_recipe, knn_predict, extract_features, methods, num_features, projection_head
 
 arch,side,bs,lr = 'resnet18_w16',32,128,3e-3
 marks = (.25,.5,.75) # shares of the time after which kNN is measured on the way, on every fifth test image
@@ -82,7 +82,8 @@ def get_dls_quietly(folder, **kwargs):
 def lightly(folder, seconds, own=True):
     encoder = create_encoder(arch, size=side)
     n = num_features(encoder, 3, side)
-    model = nn.Sequential(encoder, nn.Flatten(), SimCLRProjectionHead(n, n, 128)).to(memory_format=torch.channels_last)
+    head = SimCLRProjectionHead(n, n, 128) if own else projection_head(n, methods['simclr']['head'], methods['simclr']['n_out'])
+    model = nn.Sequential(encoder, nn.Flatten(), head).to(memory_format=torch.channels_last)
     loss_func = NTXentLoss() if own else NTXentLoss(methods['simclr']['temperature'])
     images = LightlyDataset(str(folder/'train'), transform=SimCLRTransform(input_size=side, gaussian_blur=0.))
     loader = torch.utils.data.DataLoader(images, bs, shuffle=True, drop_last=True, num_workers=os.cpu_count(), persistent_workers=True)

@@ -176,14 +176,18 @@ def test_recipe(cli, digits_dir):
     "Its settings reach the training, what is given goes before them, and its name is not the run's"
     args = ['--data', 'folder', '--path', digits_dir/'rgb', '--recipe', 'plain-cifar10', '--arch', 'resnet8', '--size', 16,
             '--limit', 64, '--epochs', 1, '--bs', 32, '--workers', 0]
-    for name in ('mine',None,None):
-        r = cli('clae_train', *args, *(['--name', name] if name else ['--lr', .01]))
+    for name,own in (('mine',[]), (None,['--lr', .01]), (None,['--lr', .01, '--head', 'mlp'])):
+        r = cli('clae_train', *args, *(['--name', name] if name else []), *own)
         assert r.returncode == 0, r.stderr
     assert sorted(o.name for o in (cli.cwd/'runs').iterdir()) == ['mine','rgb-plain-1','rgb-plain-2']
     run = cli.cwd/'runs'/'mine'
     s = summary(run)['settings']
     assert [s[k] for k in ('method','views','n_out','lr','eps','size')] == ['plain','plain',128,.03,.03,[16,16]]
-    opts = [load_checkpoint(checkpoints(o/'checkpoints')[-1])['opt']['param_groups'] for o in (run,run.parent/'rgb-plain-1')]
+    states = [load_checkpoint(checkpoints(run.parent/o/'checkpoints')[-1]) for o in ('mine','rgb-plain-1','rgb-plain-2')]
+    assert [summary(run.parent/o)['settings']['head'] for o in ('mine','rgb-plain-2')] == ['linear','mlp']
+    heads = [[v.shape for k,v in o['model'].items() if k.startswith('head') and v.ndim == 2] for o in states]
+    assert heads == [[(128,64)], [(128,64)], [(64,64),(128,64)]]
+    opts = [o['opt']['param_groups'] for o in states[:2]]
     for o,lr in zip(opts, (.03,.01)): assert [(g['momentum'],g['weight_decay'],g['lr']) for g in o] == [(.9,5e-4,lr)]*len(o)
 
 @pytest.fixture

@@ -116,7 +116,7 @@ def _fastai_dls(dls):
 methods = dict(
     plain=dict(loss=PlainLoss, temperature=.1, head='linear', n_out=128, views='plain'),
     uel=dict(loss=UELLoss, temperature=.1, head='linear', n_out=128, views='uel'),
-    simclr=dict(loss=NTXentLoss, temperature=.1, head='mlp', n_out=64, views='simclr'))
+    simclr=dict(loss=NTXentLoss, temperature=.1, head='linear', n_out=64, views='simclr'))
 
 def _loss(method, temperature):
     if callable(method):

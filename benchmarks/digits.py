@@ -16,9 +16,10 @@ from report import interval
 out = Path(__file__).parent.parent/'results'
 seeds = range(5)
 default = '--temperature .5 --every 4 --head linear'
-variants = {'CLAE': default, 'CLAE as in 0.1.0, an attack in each step and a head of two layers': '--temperature .5 --every 1 --head mlp',
-    'SimCLR': '--temperature .5 --eps 0 --head linear', 'CLAE, head of two layers': '--temperature .5 --every 4 --head mlp',
-    'CLAE, temperature .1': '--temperature .1 --every 4 --head linear'}
+before = '--temperature .5 --every 1 --head mlp' # as 0.1.0 did it
+variants = {'CLAE': default, 'SimCLR': '--temperature .5 --eps 0 --head linear', 'CLAE of 0.1.0': before,
+    'CLAE of 0.1.0, attack through the clean batch norm': before + ' --attack-bn clean',
+    'CLAE, head of two layers': '--temperature .5 --every 4 --head mlp', 'CLAE, temperature .1': '--temperature .1 --every 4 --head linear'}
 rows_of = dict(raw='raw pixels', untrained='untrained encoder')
 labels = {'1': '1 label a class', '5': '5 labels a class', 'all': 'all labels'}
 
@@ -37,13 +38,13 @@ def markdown(df):
     def cell(v): return f"{v.mean():.1f} ({', '.join(f'{o:.1f}' for o in v)})"
     lines = ['| encoder | ' + ' | '.join(labels.values()) + ' |', '|---|---|---|---|']
     lines += [f'| {e} | ' + ' | '.join(cell(pct.loc[e, n].sort_index()) for n in labels) + ' |' for e in pct.index]
-    names = list(variants)
-    pairs = [('CLAE', o) for o in names[1:4]] + [(names[4],'CLAE')]
+    first,second,*others = variants
+    pairs = [(first, second), *((first, o) for o in others)]
     lines += ['', '| paired by seed | ' + ' | '.join(labels.values()) + ' |', '|---|---|---|---|']
     lines += [f'| {a}, less {b} | ' + ' | '.join(interval(pct.loc[a, n] - pct.loc[b, n])[0] for n in labels) + ' |' for a,b in pairs if {a,b} <= {*pct.index}]
     about = json.loads(df['about'].iloc[-1])
     return '\n'.join([*lines, '', f"kNN accuracy on 450 held-out digits in percent: mean over {df['seed'].nunique()} seeds (each seed's value; with few labels itself a mean over 20 draws), "
-        "and differences with their 95 % intervals. `clae_train --seed S` with " + ', '.join(f'`{o}` ({v})' for v,o in variants.items())
+        "and differences with their 95 % intervals. `clae_train --seed S` with " + ', '.join(f'`{o}` ({v})' for v,o in variants.items() if v in pct.index)
         + f"; {about.pop('epochs')} epochs, {about.pop('arch')}, on {os.cpu_count()} CPU cores ({platform.machine()}), " + ', '.join(f'{k} {v}' for k,v in about.items()) + '.']) + '\n'
 
 def main():

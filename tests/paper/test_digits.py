@@ -1,4 +1,4 @@
-"The demonstration: `clae_train` as it is, for one seed. `benchmarks/digits.py` has three."
+"The demonstration: `clae_train` as it is, for one seed. `benchmarks/digits.py` has five."
 import json
 
 import numpy as np

@@ -179,8 +179,10 @@ def output(o, save, page, lookup):
         h = re.sub('|'.join(styles), '', text(data['text/html']), flags=re.S)
         return '<div class="output-html">\n' + re.sub(r'\n\s*\n', '\n', h) + '\n</div>'
     s = text(o.get('text') or data.get('text/plain')) or '\n'.join(o.get('traceback', []))
-    columns = len(re.findall(r'^.*\S {2,}\S', s, re.M)) > 1
-    return fence(re.sub(r'\x1b\[[0-9;]*m', '', s), '.text .output' + ' .columns'*columns) if s.strip() else ''
+    s = re.sub(r'\x1b\[[0-9;]*m', '', s)
+    columns = re.findall(r'^.*\S {2,}\S.*', s, re.M)
+    kind = '.text .output' + ' .columns'*(len(columns) > 1) + ' .wide'*(max(map(len, columns), default=0) > 100)
+    return fence(s, kind) if s.strip() else ''
 
 def merge_headings(parts):
     """A heading that only names the symbol documented below it is that symbol's; and no two have the same id (a function `grid`,

@@ -145,6 +145,55 @@ def test_search_finds_what_people_ask_for(site):
              'gpu memory','x-ray','fine-tune','similar images','out of memory')
     assert not [o for o in asked if o not in index]
 
+line = 'id="for-the-other-modules"'
+
+def entries(html): return re.findall(r'<h[2-6] class="api" id="[^"]+">(.+?)<a', html)
+
+def test_what_users_call_comes_first(pages):
+    "What only other modules call stands below a line, at the end of the page; pages without such names have no line"
+    helpers = yaml.safe_load((root/'tools'/'docs'/'helpers.yml').read_text())
+    for name,page in pages.items():
+        listed = helpers.get(name[:-5], [])
+        assert bool(listed) == (line in page.source), name
+        if not listed: continue
+        above,below = page.source.split(line)
+        if listed == 'all': assert not entries(above) and entries(below), name
+        else:
+            shown = [plain(o) for o in re.findall(r'<h[23][^>]*>(.*?)<a class="headerlink"', below, re.S)]
+            assert {o.removeprefix('## ').replace('`', '') for o in listed} <= set(shown), name
+            assert entries(above) and not {o.split('.')[0] for o in entries(above)} & set(listed), name
+    for module,user,helper in (('method.views','TwoViews','check_pixels'), ('method.models','create_encoder','arch_name'),
+                               ('train.checkpoint','Resume','run_state'), ('data.images','memory_dls','label_indices')):
+        html = pages[f'{module}.html'].source
+        assert html.index(f'id="{user.lower()}"') < html.index(line) < html.index(f'id="{helper}"')
+    html = pages['core.html'].source
+    assert html.index('id="gather"') < html.index(line) < min(html.index('id="at_least_float32"'), html.index('id="world_size"'))
+
+def test_no_tutorial_calls_what_is_below_the_line(pages):
+    "Nor do guides and the home page, in their code or in commands"
+    below = {o for page in pages.values() if line in page.source for o in entries(page.source.split(line)[1])}
+    assert {'at_least_float32','world_size','look_up','new_file'} <= below
+    used = {}
+    for name,page in pages.items():
+        if name.startswith(('tutorials/','guides/')) or name == 'index.html':
+            used |= {o: name for o in re.findall(r'(?<![.\w])\w+(?=\()', page.code) if o in below}
+    assert not used
+
+def test_symbols_stand_as_in_the_source(pages):
+    shown = [o for o in entries(pages['cli.html'].source) if o.startswith('clae_')]
+    assert shown == [f'clae_{o}' for o in 'train eval embed report export table figure'.split()]
+
+def test_every_cell_is_shown():
+    "Cells of another type are shown nowhere"
+    for p in notebooks():
+        assert {c['cell_type'] for c in json.loads(p.read_text())['cells']} <= {'markdown','code'}, p
+
+def test_training_tables_have_heads():
+    "fastai's rows without their names say nothing; without a progress bar it prints nothing else"
+    for p in notebooks():
+        for c in json.loads(p.read_text())['cells']:
+            for o in c.get('outputs', []): assert not re.search(r'^\[0, [\d.]+, ', ''.join(o.get('text', '')), re.M), p
+
 def public_names():
     for p in sorted((root/'clae_fastai').rglob('*.py')):
         if p.stem == 'all' or p.stem[0] == '_': continue
@@ -199,6 +248,15 @@ too_wide = '''[document.documentElement, ...document.querySelectorAll("article >
     .filter(o => o.getBoundingClientRect().right > innerWidth || o == document.documentElement && o.scrollWidth > innerWidth)
     .map(o => o.outerHTML.slice(0, 80))'''
 
+cut = '''[...document.querySelectorAll("article pre > code, article .output-html, article .output-html .md-typeset__scrollwrap")]
+    .filter(o => o.scrollWidth > o.clientWidth).map(o => o.textContent.trim().slice(0, 80))'''
+broken_columns = '''[...document.querySelectorAll("article .columns code")].flatMap(o => {
+    const pen = document.createElement("canvas").getContext("2d"), style = getComputedStyle(o)
+    pen.font = `${style.fontSize} ${style.fontFamily}`
+    const room = o.clientWidth - 2*parseFloat(style.paddingLeft)
+    return o.textContent.split("\\n").filter(l => /\\S {2,}\\S/.test(l) && pen.measureText(l).width > room)
+})'''
+
 @pytest.mark.parametrize('width', (1280, 390))
 def test_in_a_browser(site, pages, browser, width):
     tab,bad = browser.new_page(viewport={'width': width, 'height': 900}),[]
@@ -213,6 +271,9 @@ def test_in_a_browser(site, pages, browser, width):
         text = tab.evaluate(prose)
         bad += [f'{name}: {raw!r} unrendered' for raw in ('](', '$$', '\\frac', '\\(') if raw in text]
         bad += [f'{name}: wider than {width} px: {o}' for o in tab.evaluate(too_wide)]
+        if width == 1280:
+            bad += [f'{name}: code or output runs out of its box: {o}' for o in tab.evaluate(cut)]
+            bad += [f'{name}: columns are broken into two lines: {o}' for o in tab.evaluate(broken_columns)]
         shot = shots/f'{name[:-5].replace("/", "-")}-{width}.png'
         tab.screenshot(path=shot, full_page=True)
         assert shot.stat().st_size > 10_000

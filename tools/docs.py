@@ -6,6 +6,7 @@ the site: sidebar, search, phone and dark layouts, all of it also from `file://`
 that, and Jupyter Book 2 and Sphinx bring far more machinery along. LaTeX becomes MathML, which browsers draw themselves."""
 import ast, html, io, json, os, posixpath, re, shutil, tempfile, tokenize
 from base64 import b64decode
+from itertools import groupby
 from pathlib import Path
 from textwrap import fill
 import yaml
@@ -14,6 +15,7 @@ from fastcore.script import call_parse
 root = Path(__file__).resolve().parent.parent
 nbs,proc,assets = root/'nbs',root/'_proc',root/'tools'/'docs'
 nbsp = '\xa0'
+helpers = yaml.safe_load((assets/'helpers.yml').read_text()) # by page: names, and sections as '## Title'; or 'all'
 
 def text(o): return ''.join(o) if isinstance(o, list) else o or ''
 
@@ -29,6 +31,7 @@ class Page:
         mod = re.search(r'^#\| *default_exp +(\S+)', code, re.M)
         self.src = (root/'clae_fastai'/f'{mod[1].replace(".", "/")}.py').read_text() if mod else ''
         self.functions = functions(self.src)
+        self.helpers = helpers.get(self.out.stem, []) if mod else []
 
 # Links: to our own pages they are relative ones, whichever of its names a page is called by
 
@@ -176,7 +179,10 @@ def output(o, save, page, lookup):
         h = re.sub('|'.join(styles), '', text(data['text/html']), flags=re.S)
         return '<div class="output-html">\n' + re.sub(r'\n\s*\n', '\n', h) + '\n</div>'
     s = text(o.get('text') or data.get('text/plain')) or '\n'.join(o.get('traceback', []))
-    return fence(re.sub(r'\x1b\[[0-9;]*m', '', s), '.text .output') if s.strip() else ''
+    s = re.sub(r'\x1b\[[0-9;]*m', '', s)
+    columns = re.findall(r'^.*\S {2,}\S.*', s, re.M)
+    kind = '.text .output' + ' .columns'*(len(columns) > 1) + ' .wide'*(max(map(len, columns), default=0) > 100)
+    return fence(s, kind) if s.strip() else ''
 
 def merge_headings(parts):
     """A heading that only names the symbol documented below it is that symbol's; and no two have the same id (a function `grid`,
@@ -195,6 +201,48 @@ def merge_headings(parts):
         res.append(p)
     return res
 
+def in_order(parts, page):
+    "`parts` with neighbouring symbols as they stand in the source: nbdev turns those of a cell around"
+    order = {n: i for i,n in enumerate(page.functions)}
+    res = []
+    for is_symbol,group in groupby(parts, lambda p: bool(re_heading.match(p))):
+        res += sorted(group, key=lambda p: order.get(symbol(p), order.get(symbol(p).split('.')[-1], -1))) if is_symbol else group
+    return res
+
+def symbol(part):
+    "The name that a part of a page documents, or nothing"
+    m = re_heading.match(part)
+    return m[3].replace('\\', '') if m else ''
+
+def sections(parts):
+    "Lists of `parts`, each but the first with a heading of the second level at its beginning"
+    res = [[]]
+    for p in parts:
+        if p.startswith('## '): res.append([])
+        res[-1].append(p)
+    return res
+
+def helpers_last(parts, helpers):
+    "`parts` of a page, at the end and below a line those that only other modules need (`helpers` as in helpers.yml)"
+    if not helpers: return parts
+    def lowered(part): return part if part.startswith('````') else re.sub('^##(?=#* )', '###', part, flags=re.M)
+    line = '## For the other modules\n\nWhat other modules of the library call. A user needs none of it.'
+    if helpers == 'all':
+        i = next(i for i,p in enumerate(parts) if p.startswith('## ') or symbol(p))
+        return [*parts[:i], line, *map(lowered, parts[i:])]
+    above,below,found = [],[],set()
+    for s in sections(parts):
+        if (title := s[0].partition('\n')[0]) in helpers:
+            found.add(title)
+            below += map(lowered, s)
+        else:
+            moved = [p for p in s if symbol(p).split('.')[0] in helpers]
+            found.update(symbol(p).split('.')[0] for p in moved)
+            below += moved
+            if len(moved) < len(s) - (s[0] == '## Constants'): above += [p for p in s if p not in moved]
+    assert found == set(helpers), f'tools/docs/helpers.yml: no {sorted(set(helpers) - found)} on the page {parts[0][2:]}'
+    return [*above, line, *below]
+
 def markdown(page, pages, cfg, lookup, out):
     files = []
     def save(data, ext):
@@ -204,7 +252,7 @@ def markdown(page, pages, cfg, lookup, out):
     parts = [f'# {page.title}', page.meta.get('description', '') and page.meta['description'] + '\n{ .lead }']
     for c in page.nb['cells']:
         src = text(c['source']).strip('\n')
-        if c['cell_type'] == 'markdown': parts.append(callouts(src))
+        if c['cell_type'] == 'markdown': parts += re.split(r'\n+(?=## )', callouts(src))
         if c['cell_type'] != 'code': continue
         opts = dict(re.findall(r'^#\| *([\w-]+): *(.*?) *$', src, re.M))
         src = re.sub(r'^#\|.*\n?', '', src, flags=re.M).strip()
@@ -218,7 +266,7 @@ def markdown(page, pages, cfg, lookup, out):
             parts.append(code)
         if opts.get('output') != 'false': parts += [output(o, save, page, lookup) for o in c.get('outputs', [])]
     if page.src: parts += constants(page, {m[2] for p in parts if (m := re_heading.match(p))})
-    parts = merge_headings([p for p in parts if p])
+    parts = merge_headings(helpers_last(in_order([p for p in parts if p], page), page.helpers))
     front = yaml.dump({'title': page.title, 'description': page.meta.get('description', '').replace('`', '')})
     return f'---\n{front}---\n' + relink('\n\n'.join(parts), page, pages, cfg)
 

@@ -63,7 +63,7 @@ class Evaluation:
         if p.best_epoch: rows.append((f"its best epoch on the test set, {p.best_epoch}", metric, p.best_on_test))
         width = max(len(what) for what,*_ in rows)
         return '\n'.join([f"{self.dataset}, protocol {self.protocol!r}: {self.n_train} training images, "
-            f"{self.n_test} test images, {self.n_classes} classes; accuracy in percent", '',
+            f"{self.n_test} test images, {self.n_classes} classes", 'accuracy in percent', '',
             *(f"{what:{width}}  {metric:14}  {100*value:5.1f}" for what,metric,value in rows)])
 
 def _dataset_dls(dataset, info, kwargs):
@@ -135,7 +135,7 @@ class Transfer:
     def to_json(self): return json.dumps(vars(self), default=Evaluation.to_dict)
     def __repr__(self):
         done = [f"{name:14}{e.probe.metric:16}{100*e.result:6.1f}{100*e.knn:8.1f}" for name,e in self.results.items()]
-        missing = [f'{name:14}missing: {why}' for name,why in self.missing.items()]
+        missing = ['', *(f'{name} is missing: {why}' for name,why in self.missing.items())] if self.missing else []
         return '\n'.join([f"{'data set':14}{'metric':16}{'linear':>6}{'kNN':>8}", *done, *missing])
 
 def transfer(

@@ -96,7 +96,7 @@ _numbers = dict( # meaning and scale
     z_std=('spread of the embeddings', '0 collapsed, {even:.3f} at most'),
     alignment=('squared distance of two views', '0 for equal ones, 2 for unrelated ones'),
     uniformity=('evenness of the embeddings', '0 collapsed, near -4 at best'),
-    own_view=("how often an image's own other view is its nearest", '{chance:.3f} by chance, 1 at most'),
+    own_view=("how often an image's other view is its nearest", '{chance:.3f} by chance, 1 at most'),
     rankme=("effective rank of held-out images' features", '1 collapsed, {most_rank:.0f} at most'))
 
 @dataclass

@@ -57,7 +57,7 @@ def knn_table(
     "The table that a run ends with"
     draws = len(first(first(knn.values()).values())['values'])
     least = test_labels.unique(return_counts=True)[1].min()
-    title = (f"kNN accuracy on {len(test_labels)} held-out images, {least} of the smallest class, percent "
+    title = (f"kNN accuracy on {len(test_labels)} held-out images, {least} of the smallest class, in percent\n"
         f"(mean ± standard deviation over {draws} draws of the labels)")
     return f'{title}\n\n{_knn_cells(knn).to_string(col_space=18)}'
 

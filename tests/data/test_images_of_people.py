@@ -682,7 +682,7 @@ def test_accuracy_of_the_mean_class(tmp_path):
     e = evaluate(torch.nn.Flatten(), dls, k=5)
     (x,y),(test_x,test_y) = (extract_features(torch.nn.Flatten(), o) for o in dls.loaders)
     assert e.knn_mean_per_class == pytest.approx(balanced_accuracy_score(test_y, knn_predict(x, y, test_x, 5)))
-    assert 'mean per class' in str(e).splitlines()[3]
+    assert 'mean per class' in str(e).splitlines()[4]
 
 # 13. Messages
 

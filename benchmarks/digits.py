@@ -38,8 +38,8 @@ def markdown(df):
     def cell(v): return f"{v.mean():.1f} ({', '.join(f'{o:.1f}' for o in v)})"
     lines = ['| encoder | ' + ' | '.join(labels.values()) + ' |', '|---|---|---|---|']
     lines += [f'| {e} | ' + ' | '.join(cell(pct.loc[e, n].sort_index()) for n in labels) + ' |' for e in pct.index]
-    first,second,*others = variants
-    pairs = [(first, second), *((first, o) for o in others)]
+    new,plain,old,clean,two_layers,cold = variants
+    pairs = (new, plain), (new, old), (clean, old), (new, two_layers), (cold, new)
     lines += ['', '| paired by seed | ' + ' | '.join(labels.values()) + ' |', '|---|---|---|---|']
     lines += [f'| {a}, less {b} | ' + ' | '.join(interval(pct.loc[a, n] - pct.loc[b, n])[0] for n in labels) + ' |' for a,b in pairs if {a,b} <= {*pct.index}]
     about = json.loads(df['about'].iloc[-1])

@@ -113,7 +113,7 @@ def test_baseline_is_the_plain_method(digits_dir, quiet, kw):
         dls.one_batch()
         enc = create_encoder(resnet8, n_in=1, size=16)
         views = TwoViews.from_preset('digits', 16, 1, ([.5],[.5]))
-        model = ContrastiveModel(enc, projection_head(num_features(enc, 1, 16)))
+        model = ContrastiveModel(enc, projection_head(num_features(enc, 1, 16), 'linear'))
         return Learner(dls, model, CLAELoss(NTXentLoss()), opt_func=FusedAdam, cbs=CLAECallback(views))
     baseline = train(partial(clae_learner, arch=resnet8, views='digits', temperature=.5, **kw)).model
     a,b = baseline.state_dict(),train(plain).model.state_dict()

@@ -148,13 +148,17 @@ def write(df, args):
     lines += ['', f"Percent on {n_test:,} test images, of {arch} after {args.seconds:g} seconds of training on {n_train:,} images of {side} pixels, {args.seeds} seeds; "
               "differences paired by seed, with 95 % intervals. What each is: benchmarks/peers.py."]
     report.write('peers', f'python benchmarks/peers.py DIR --seconds {args.seconds:g} --seeds {args.seeds}', lines)
-    fig,ax = plt.subplots(figsize=(6.4,4), layout='tight')
+    draw(df)
+
+def draw(df):
+    fig,ax = plt.subplots(figsize=(6.8,4), layout='tight')
     for i,name in enumerate(contenders):
-        of = df[df.contender == name].groupby('seconds')['knn']
-        ax.errorbar(of.mean().index, 100*of.mean(), [100*(of.mean() - of.min()), 100*(of.max() - of.mean())], marker='o', capsize=3, color=f'C{i}', label=name)
-    ax.set(xlabel='seconds of training', ylabel='kNN accuracy, %', title='Mean, least and greatest of the seeds')
+        of = 100*df[df.contender == name].groupby('seconds')['knn'].agg(['mean','min','max'])
+        ax.errorbar(of.index, of['mean'], [of['mean'] - of['min'], of['max'] - of['mean']], marker='o', capsize=3, color=f'C{i}')
+        ax.annotate(name, (of.index[-1], of['mean'].iloc[-1]), (8,0), textcoords='offset points', va='center', color=f'C{i}')
+    ax.set(xlabel='seconds of training', ylabel='kNN accuracy on test images, %', title='Mean of the seeds; bars to the least and greatest')
+    ax.spines[['top','right']].set_visible(False)
     ax.grid(alpha=.3)
-    ax.legend()
     fig.savefig(report.root/'results'/'peers.png', dpi=110)
 
 if __name__ == '__main__': main()

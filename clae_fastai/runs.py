@@ -306,14 +306,14 @@ def _peak_memory(device):
     return f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**(30 if sys.platform == "darwin" else 20):.1f} GiB'
 
 class _FewBatches(Callback):
-    "Ends a fit after five training batches; `seconds` is what one takes"
-    order = Recorder.order+10
-    def before_fit(self): self.times = []
+    "Ends a fit after one training batch and four more, or as many as whole cycles of `every` take; `seconds` is the mean of these"
+    order,run_valid = Recorder.order+10,False
+    def __init__(self, every): self.n,self.times = 1 + every*math.ceil(4/every),[]
     def after_batch(self):
         self.times.append(time.monotonic())
-        if len(self.times) == min(5, self.n_iter): raise CancelFitException
+        if len(self.times) == self.n: raise CancelFitException
     @property
-    def seconds(self): return float(np.median(np.diff(self.times))) if len(self.times) > 1 else math.nan
+    def seconds(self): return (self.times[-1] - self.times[0])/(self.n-1)
 
 class _Run:
     "A training by `options`; in `folder`, if it was begun there"
@@ -416,7 +416,8 @@ class _Run:
             learn = self.learner()
             print(self.describe(learn))
             from_all(None) # are here
-            with learn.distributed(), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=(few := _FewBatches()))
+            few = _FewBatches(min(learn.clae.every, 8))
+            with learn.distributed(), learn.no_bar(), learn.no_logging(): learn.fit(few.n, cbs=few)
         n,epochs = n_batches(learn.dls.train),self.settings['epochs']
         print(f"A step takes {few.seconds:.2g} seconds, and {_peak_memory(learn.dls.device)} of memory with all that is loaded; "
             f"{epochs} epochs of {n} steps take about {format_time(few.seconds*n*epochs)}.")

@@ -83,6 +83,11 @@ def test_the_sidebar_is_what_a_visitor_looks_for():
     assert parts['Use'][0] == 'train.learner' and {o.split('.')[0] for o in parts['Use'][1:]} == {'data','method','measure','cli'}
     assert parts['Extend'] == ['method.losses','method.attacks','method.models']
 
+def test_the_changes_are_those_of_the_changelog():
+    cell = json.loads((root/'nbs'/'changes.ipynb').read_text())['cells'][-1]
+    shown = ''.join(cell['outputs'][0]['data']['text/markdown'])
+    assert '# Changelog\n\n' + shown.replace('](', '](nbs/').replace('](nbs/http', '](http') + '\n' == (root/'CHANGELOG.md').read_text()
+
 def test_next_leads_a_visitor(site, pages):
     "From home page by page through tutorials, guides, results and API, to every page of the site"
     order,name = [],'index.html'

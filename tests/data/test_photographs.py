@@ -227,10 +227,12 @@ def test_all_that_is_broken_is_listed(tmp_path):
     with pytest.raises(ValueError, match='6 of 7 .* listed in .*unreadable.txt'): get_dls(tmp_path, bs=2)
     assert len((tmp_path/'.clae-unreadable.txt').read_text().splitlines()) == 6
 
-def test_what_a_run_would_take(cli, photos):
-    r = cli('clae_train', '--path', photos, '--arch', 'resnet8', '--size', 32, '--bs', 4, '--epochs', 3, '--dry-run')
-    assert r.returncode == 0 and '20 training images of 2 classes' in r.stdout and '5 steps an epoch' in r.stdout, r.stderr
-    assert 'A step takes' in r.stdout and 'GiB' in r.stdout and '3 epochs of 5 steps take about' in r.stdout
+@pytest.mark.parametrize('bs,steps', [(4,5), (20,1)])
+def test_what_a_run_would_take(cli, photos, bs, steps):
+    "Also where an epoch has fewer steps than are timed"
+    r = cli('clae_train', '--path', photos, '--arch', 'resnet8', '--size', 32, '--bs', bs, '--epochs', 3, '--dry-run')
+    assert r.returncode == 0 and '20 training images of 2 classes' in r.stdout and f'{steps} steps an epoch' in r.stdout, r.stderr
+    assert 'A step takes' in r.stdout and 'GiB' in r.stdout and f'3 epochs of {steps} steps take about' in r.stdout
     assert not (cli.cwd/'runs').exists()
 
 def test_how_long_a_run_takes(cli, photos):

@@ -345,14 +345,14 @@ def evaluation(args):
         f(); sync(); start = time.perf_counter()
         res = f()
         sync()
-        return f'{time.perf_counter() - start:.2f}',res
+        return time.perf_counter() - start,res
     def _features(arch):
         learn = learner_of(memory_images(s['images'], s['sides'][-1]), s['batches'][0], arch, eps=0)
         t,(h,_) = _twice(lambda: extract_features(learn, learn.dls.train.new(shuffle=False, drop_last=False)))
-        return t,f"{len(h)/float(t):,.0f} images a second"
+        return f'{t:.2f}',f"{len(h)/t:,.0f} images a second"
     def _knn(device):
         t,predicted = _twice(lambda: knn_predict(*(o.to(device) for o in (x, y, test_x)), min(200, len(x)//2)))
-        return t,f'{100*(predicted.cpu() == test_y).float().mean():.2f} % right'
+        return f'{t:.2f}',f'{100*(predicted.cpu() == test_y).float().mean():.2f} % right'
     def _probe(solver):
         start = time.perf_counter()
         p = linear_probe((x, y), (test_x, test_y), solver, epochs=s['adam'], l2s=[1.,.1,.01], device=device)

@@ -21,7 +21,7 @@ def _message(error):
     return ' '.join(text.split())
 
 def _local_rank():
-    "Among the processes that a launcher has started on this machine; None where there was none, whatever is left in the environment"
+    "Among the processes of a launcher on this machine; None where there was none, whatever is left in the environment"
     n,rank = (os.environ.get(k, '') for k in ('WORLD_SIZE','LOCAL_RANK'))
     return int(rank) if n.isdecimal() and int(n) > 1 and rank.isdecimal() else None
 
@@ -60,7 +60,8 @@ def _add(group, param, about):
     if kind is bool: takes = dict(action='store_true')
     elif kind is list: takes = dict(type=float, nargs=2, metavar=('LOW','HIGH'))
     elif choices: takes = dict(type=type(choices[0]), choices=choices)
-    else: takes = dict(type=_text if kind is str else kind, metavar={int: 'N', float: 'X'}.get(kind, param.name.upper()))
+    elif kind is str: takes = dict(type=_text, metavar=param.name.upper())
+    else: takes = dict(type=kind, metavar={int: 'N', float: 'X'}[kind])
     if param.default is param.empty: group.add_argument(param.name, help=about, **takes)
     else: group.add_argument(f"--{param.name.replace('_','-')}", default=param.default, help=about, **takes)
 
@@ -101,9 +102,9 @@ def main(
     func(**options)
 
 def _take_gpu():
-    "Of several processes each takes its own, before fastai is imported, which takes the first one for all that have none"
-    if os.environ.get('WORLD_SIZE', '') in ('','0','1'):
-        for k in ('RANK','LOCAL_RANK'): os.environ.pop(k, None) # left over from something else; fastai would believe them
+    "Of several processes each takes its own, before fastai is imported, which takes the first for all that have none"
+    if os.environ.get('WORLD_SIZE', '') in ('','0','1'): # what is left of something else fastai would believe
+        for k in ('RANK','LOCAL_RANK'): os.environ.pop(k, None)
     if not (rank := _local_rank()): return
     import torch
     if rank < torch.cuda.device_count(): torch.cuda.set_device(rank) # if not, `runs.train` says so
@@ -119,16 +120,18 @@ def _do(work, options):
         for o in streams: o.end()
 
 # %% ../nbs/27_cli.ipynb #41c5d659
-_data = tuple('digits fashion_mnist cifar10 cifar100 tinyimagenet imagenet100 cars aircraft dtd pets caltech101 flowers '
+_data = tuple(
+    'digits fashion_mnist cifar10 cifar100 tinyimagenet imagenet100 cars aircraft dtd pets caltech101 flowers '
     'folder'.split())
 _methods = 'plain','uel','simclr'
 _views = *_methods,'imagenet','weak','gentle','digits'
-_questions = 'random','start','compute','strong','temperature','every','weak','others','rate','best','headline','confirm'
+_questions = tuple(
+    'random start compute strong temperature every weak others rate best headline headline_weak confirm'.split())
 _recipes = *(f'{m}-{d}' for d in ('cifar10','cifar100','tinyimagenet') for m in _methods),'simclr-imagenet100'
 
 @command
 def clae_train(
-    path:str=None, # Folder of the data, by default fastai's; images in train/<class> and test/<class>, or <class>, or alone
+    path:str=None, # Folder, by default fastai's; images in train/<class> and test/<class>, or <class>, or alone
     data:Literal[_data]=None, # Data set, digits by default (scikit-learn's), with --path folder
     arch:str=None, # Encoder, any of torchvision or timm; resnet18 by default, for digits resnet8
     pretrained:bool=False, # Start from the encoder's usual weights, a download
@@ -140,12 +143,12 @@ def clae_train(
     alpha:float=None, # Weight of the adversarial loss, 1 by default
     temperature:float=None, # Softmax temperature of the loss, the method's by default
     attack:Literal['fgsm','rfgsm','ffgsm','pgd','random']=None, # Attack, fgsm by default
-    views:Literal[_views]=None, # Augmentations, the method's by default; weak: colours stay; gentle: sides, too, as in X-rays
+    views:Literal[_views]=None, # Augmentations, the method's by default; weak: colours stay; gentle: sides, too
     epochs:int=None, # Passes over the training images, 20 by default
     bs:int=None, # Images a batch, 64 by default
     lr:float=None, # Largest learning rate of the one-cycle schedule, or first of a recipe's own; 3e-3 by default
     recipe:Literal[_recipes]=None, # The paper's settings; other options given here go before them
-    size:int=None, # Side of the images in pixels, the data set's by default; a folder's own where that is one and small, else 224
+    size:int=None, # Side of images in pixels; by default the data set's, a folder's if it is one and small, else 224
     channels:Literal[1,3]=None, # Read all images of a folder as grey (1) or in colour (3)
     value_range:list=None, # Values of images of more than 8 bits that become black and white; found by default
     background:str='white', # Colour beneath transparent parts
@@ -155,18 +158,18 @@ def clae_train(
     limit:int=None, # Use this many training images
     seed:int=42, # Seed of everything random
     name:str=None, # Name of the run, whose folder is runs/NAME; a free one by default
-    log:Literal['tensorboard','wandb']=None, # Log each epoch there, with a picture of views; TensorBoard's files are in the run's folder
+    log:Literal['tensorboard','wandb']=None, # Log each epoch there, with a picture of views; tensorboard: in the run
     precision:Literal['fp32','bf16','fp16','auto']='fp32', # auto: bf16 where the device is faster with it
     channels_last:bool=False, # Channels-last memory order, faster for convolutions
     deterministic:bool=False, # Same seed, same weights, on a GPU, too; slower there
     workers:int=None, # Processes that load images; by default one a core, for digits none
     skip_bad:bool=False, # Leave out files that are no images, and count them
     attack_bn:Literal['adv','clean']='adv', # Batch norm that the attack looks through; adv is the paper's
-    every:int=None, # Steps from one attack to the next, 4 by default: three of four go without adversarial examples; 1 is the paper's
-    on_nonfinite:Literal['stop','skip']='stop', # Where a loss or gradient is not finite; skip: at most ten steps in a row
+    every:int=None, # Steps from one attack to the next, 4 by default: three of four have no adversary; 1 is the paper's
+    on_nonfinite:Literal['stop','skip']='stop', # Where a loss or gradient is not finite; skip: at most ten in a row
     every_batches:int=None, # Batches between checkpoints; by default only one after each epoch
-    resume:str=None, # Go on with this interrupted run (name or folder); with --path, if its images are elsewhere now, and no other option
-    extend:str=None, # Train this finished run longer, in a new run: its last weights, --epochs and --lr of a new schedule
+    resume:str=None, # Go on with this interrupted run (name or folder); with --path if its images have moved, no more
+    extend:str=None, # Train this finished run longer, in a new run: its last weights, a new --epochs and --lr
     dry_run:bool=False, # Say what would be trained, and what a step takes, and stop
 ):
     """Train an encoder without labels by contrastive learning with adversarial examples, and evaluate it.
@@ -262,7 +265,7 @@ def clae_export(
 @command
 def clae_table(
     which:Literal['1','2',*_questions], # 1, 2 (transfer), or a question beyond the paper
-    scale:Literal['paper','small','fast','smoke']='small', # paper: its own; small: hours; fast: minutes a trial; smoke: digits, a minute
+    scale:Literal['paper','small','fast','smoke']='small', # small: hours; fast: minutes a trial; smoke: digits
     data:str=None, # Data sets, separated by commas: NAME, NAME=FOLDER, or a folder; the scale's by default
     seeds:int=None, # Number of seeds; 3 by default, at smoke 1
     workers:int=1, # Processes that share the trials

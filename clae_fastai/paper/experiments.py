@@ -31,7 +31,7 @@ class Grid:
     base:dict=field(default_factory=dict) # Options of every trial, before the scale's
     x:str=None # A figure's horizontal axis; None: only a table
     metrics:tuple=('knn','linear') # Columns of a trial's row
-    budget:int=None # What each trial costs, in forwards of a batch of the scale's size, from which epochs follow where they are not given
+    budget:int=None # Cost of a trial, in forwards of a batch of the scale's size, from which its epochs follow
     omit:tuple=() # (data, metric) that the paper leaves out
     paper:dict=field(default_factory=dict) # (data, metric, label, ...): the paper's percentage
 
@@ -75,11 +75,14 @@ def grids(
         return {'third view': {'none': off} | {
             f"{kind}, eps {e:g}, {'each step' if k == 1 else f'each step of {k}'}": dict(attack=a, eps=e, every=k)
             for e,k in eps_every for a,kind in kinds.items()}}
+    budget = dict(fast=9360, small=4680).get(scale)
     def equal(title, axes, **options):
-        return replace(simclr(f'{title}, at equal compute', axes, **options), budget=dict(fast=9360, small=4680).get(scale))
+        return replace(simclr(f'{title}, at equal compute', axes, **options), budget=budget)
     strengths = [(e,k) for e in (.03,.1,.3) for k in (1,4)]
-    as_long = {'none, for as many seconds as adversarial': dict(off, epochs=35)} if scale == 'fast' else {} # by bench_every.py
     linear,plain,fourth = dict(head='linear'),dict(views='plain'),third_views((.03,4))
+    each_fourth = fourth['third view']
+    if scale == 'fast': # seconds of bench_every.py
+        each_fourth = each_fourth | {'none, for as many seconds as adversarial': dict(off, epochs=35)}
     return dict(
         table1=Grid(
             'Table 1: three methods, with and without adversarial examples',
@@ -111,16 +114,25 @@ def grids(
         every=equal('How often, and how strong', third_views(*strengths, (.03,2), (.03,8)), **_tuned),
         weak=equal('Where colours mean something', third_views(*strengths), **_tuned, views='weak'),
         others=equal('Plain and UEL', axis('method', 'plain', 'uel') | third_views((.03,1), (.03,4))),
-        rate=equal('Learning rate, batch, head and views', dict(changed={'nothing': {}}
-            | {f'lr {o:g}': dict(lr=o) for o in (1e-3,1e-2)} | {f'batch {o}': dict(bs=o) for o in (64,256)}
-            | {f'{o} dimensions': dict(n_out=o) for o in (32,128,256)}
-            | {'linear head': linear, "Plain's views": plain, "linear head, Plain's views": linear | plain}), **_tuned, eps=0),
+        rate=equal('Learning rate, batch, head and views', dict(changed={
+            'nothing': {},
+            **{f'lr {o:g}': dict(lr=o) for o in (1e-3,1e-2)},
+            **{f'batch {o}': dict(bs=o) for o in (64,256)},
+            **{f'{o} dimensions': dict(n_out=o) for o in (32,128,256)},
+            'linear head': linear,
+            "Plain's views": plain,
+            "linear head, Plain's views": linear | plain}), **_tuned, eps=0),
         best=equal('The best settings', dict(setting={
-            'SimCLR, temperature .05': dict(temperature=.05), 'SimCLR, linear head': _tuned | linear,
-            'Plain': dict(method='plain'), 'UEL': dict(method='uel')}) | fourth),
-        headline=equal('An adversary over the best setting', {'third view': fourth['third view'] | as_long}, **_tuned, **linear),
+            'SimCLR, temperature .05': dict(temperature=.05),
+            'SimCLR, linear head': _tuned | linear,
+            'Plain': dict(method='plain'),
+            'UEL': dict(method='uel')}) | fourth),
+        headline=equal('An adversary over the best setting', {'third view': each_fourth}, **_tuned, **linear),
+        headline_weak=equal('An adversary over weak views', third_views((.1,1)), **_tuned, **linear, views='weak'),
         confirm=equal('The best settings on a larger encoder', dict(setting={
-            "the paper's": dict(temperature=.5), 'temperature .1': _tuned | off, 'linear head': _tuned | linear | off,
+            "the paper's": dict(temperature=.5),
+            'temperature .1': _tuned | off,
+            'linear head': _tuned | linear | off,
             'linear head, random signs each step of 4': _tuned | linear | dict(attack='random', every=4),
             'linear head, adversarial each step of 4': _tuned | linear | dict(every=4)})))
 
@@ -148,7 +160,8 @@ def _epochs(o, budget, bs):
 
 def _spell(o):
     "One trial has one spelling: the paper's settings are left out, and those of an attack that there is not"
-    same = dict(paper_settings[o['method']], every=1) if 'recipe' not in o else dict(n_out=paper_settings[o['method']]['n_out'], every=1)
+    same = dict(paper_settings[o['method']], every=1)
+    if 'recipe' in o: same = {k: same[k] for k in ('n_out','every')}
     if not o['eps']: same['every'],o['attack'] = o.get('every'),'fgsm'
     return {k: v for k,v in o.items() if v is not None and (k not in same or v != same[k])}
 
@@ -409,7 +422,8 @@ def _draw_cells(ax, cells, colour, colour_of, line):
     if line: ax.plot(cells['at'], 100*cells['mean'].where(cells['n'] > 1), color=colour, lw=1.5)
     for c in cells.to_dict('records'):
         style,several = dict(marker='o', color=colour_of(c)),c['n'] > 1
-        ax.errorbar(c['at'], 100*c['mean'], 100*c['std'] if several else None, ms=6, capsize=3, mfc=None if several else 'white', **style)
+        sd,fill = (100*c['std'],None) if several else (None,'white')
+        ax.errorbar(c['at'], 100*c['mean'], sd, ms=6, capsize=3, mfc=fill, **style)
         if several: ax.scatter([c['at']]*c['n'], 100*np.array(c['values']), s=12, alpha=.5, lw=0, **style)
 
 def _draw_metric(ax, grid, df, metric):
@@ -463,7 +477,8 @@ def draw(self:Grid,
 def _collect(out, trials):
     file = out/'trials.csv'
     with filelock.FileLock(out/'.trials.lock'):
-        rows = pd.read_csv(file, engine='python') if file.exists() else pd.DataFrame(columns=['trial']) # whose floats are exact
+        none = pd.DataFrame(columns=['trial'])
+        rows = pd.read_csv(file, engine='python') if file.exists() else none # this engine's floats are exact
         done = {d/'summary.json': o for d,o in trials.items() if _is_done(d)}
         if done:
             new = pd.DataFrame([trial_row(o, json.loads(f.read_bytes())) for f,o in done.items()])
@@ -494,7 +509,9 @@ def _check_images(trials, rows, images):
             try: now[key] = images(o)
             except FileNotFoundError: now[key] = None # they are elsewhere, and the results are here
         if now[key] and (differ := other_images(json.loads(known[name]), now[key], moved=True)):
-            raise ValueError(f"The results of {_data_name(o)} that are here are of other images than those in {o['path']} ({differ}): "
+            raise ValueError(
+                f"The results of {_data_name(o)} that are here are of other images than those in {o['path']} "
+                f"({differ}): "
                 "give a folder of its own for their results (--out), or give the data another name.")
 
 def _run_and_render(
@@ -528,7 +545,7 @@ def _run_and_render(
     return file
 
 def table(
-    which:str, # '1', '2'; beyond the paper: 'random', 'start', 'compute', 'strong'
+    which:str, # '1', '2', or a question beyond the paper, as 'random' or 'temperature'
     scale:str='small', # 'paper', 'small', 'fast' or 'smoke'
     data:list=None, # Names, `NAME=FOLDER`, or folders of images; the scale's by default
     seeds:int=None, # Number of seeds; by default 3, at 'smoke' 1

@@ -32,7 +32,8 @@ def send(
     kind = torch.device(ifnone(device, default_device())).type
     return to_device(b, device, non_blocking=kind not in ('cpu','mps'))
 
-# fastai's code of whatever version, with another `to_device`: it has no argument for that, and others' loaders stay as they are
+# fastai's code of whatever version, with another `to_device`:
+# it has no argument for that, and others' loaders stay as they are
 _iter_sending = FunctionType(DataLoader.__iter__.__code__, {**DataLoader.__iter__.__globals__, 'to_device': send})
 
 def iter_batches(
@@ -119,8 +120,8 @@ def make_folder(
     try: folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         what = first(o for o in (*folder.parents[::-1], folder) if os.path.lexists(o) and not o.is_dir())
-        raise NotADirectoryError(f"{what} is no folder{', but a link to nothing' if what.is_symlink() else ''}, and one is needed "
-            "there: move it away, or choose another place.") from None
+        raise NotADirectoryError(f"{what} is no folder{', but a link to nothing' if what.is_symlink() else ''}, "
+            "and one is needed there: move it away, or choose another place.") from None
     return folder
 
 def write_text(
@@ -139,7 +140,8 @@ def say(
 def check_regular(
     file:str|Path # To be opened
 ) -> tuple: # Its size and its times of change, by which it is known again
-    "Raises `OSError` for what is no regular file: a pipe, a socket or a device can keep whoever opens it waiting for ever"
+    "Raises `OSError` for what is no regular file: " \
+    "a pipe, a socket or a device can keep whoever opens it waiting for ever"
     status = os.stat(file)
     if not stat.S_ISREG(status.st_mode): raise OSError(f"{Path(file).name} is no regular file")
     return status.st_size,status.st_mtime_ns,status.st_ctime_ns
@@ -262,7 +264,8 @@ def read_safetensors(
     file:str|Path, # Written by `write_safetensors`
     format:str # What it has to be
 ) -> tuple: # Tensors by name, on the CPU, and the header without format and checksum
-    "Read such a file. Raises `FileNotFoundError` where there is none, and `ValueError` where it is damaged, or something else"
+    "Read such a file. Raises `FileNotFoundError` where there is none, " \
+    "and `ValueError` where it is damaged, or something else"
     try:
         check_regular(file)
         with utf8_name(file) as name, safetensors.safe_open(name, 'pt') as f:

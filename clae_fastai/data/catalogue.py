@@ -102,7 +102,8 @@ def _read_cars(root, **_):
     def _part(folder, notes):
         rows = _read_mat(root/notes, 'annotations')
         return [ImageItem(root/folder/str(o['fname']), classes[int(o['class'])-1]) for o in rows]
-    return _part('cars_train', 'devkit/cars_train_annos.mat'),_part('cars_test', 'cars_test_annos_withlabels.mat'),classes
+    return (_part('cars_train', 'devkit/cars_train_annos.mat'),
+        _part('cars_test', 'cars_test_annos_withlabels.mat'), classes)
 
 def _read_aircraft(root, **_):
     data = root/'data'
@@ -178,7 +179,8 @@ catalogue = {row[0]: DataSet(*row) for row in (
     ('imagenet100', 126689, 5000, 100, 224, 'path', _imagenet_terms, 'top1',
         'https://image-net.org/download.php', _read_imagenet100, ('imagenet','ImageNet')),
     ('cars', 8144, 8041, 196, 224, 'fastai', 'non-commercial research', 'top1',
-        'https://ai.stanford.edu/~jkrause/cars/car_dataset.html', _read_cars, ('stanford_cars','stanford-cars'), 'CARS'),
+        'https://ai.stanford.edu/~jkrause/cars/car_dataset.html', _read_cars,
+        ('stanford_cars','stanford-cars'), 'CARS'),
     ('aircraft', 6667, 3333, 100, 224, 'torchvision', 'non-commercial research', 'mean_per_class',
         f'{_vgg_page}fgvc-aircraft/', _read_aircraft, ('fgvc-aircraft-2013b',), 'FGVCAircraft'),
     ('dtd', 3760, 1880, 47, 224, 'torchvision', 'research', 'top1',
@@ -237,20 +239,22 @@ def get_dls(
     name:str|Path, # One of `datasets()`, or a folder of images
     path:str|Path=None, # Where the images are or go to; by default fastai's data folder
     bs:int=64, # Images a batch, 2 or more
-    size:int|tuple=None, # Images' side in pixels, or (height, width); by default the catalogue's, in folders `folder_dls`'s
+    size:int|tuple=None, # Side in pixels, or (height, width); by default the catalogue's, in folders `folder_dls`'s
     limit:int=None, # Use this many training images, chosen by `seed`
     seed:int=42, # Seed of that choice, a folder's held-out images, and Caltech-101's split
     download:bool=True, # Fetch what is not there?
     **kwargs # Of a folder for `folder_dls`, and for the `DataLoaders`, such as `batch_tfms`, `num_workers`, `device`
 ) -> DataLoaders: # `train`: the images to train on; `valid`: the test images
     "`DataLoaders` of a data set, by name. Raises `FileNotFoundError` or `ValueError` before any training"
-    if path is None and isinstance(name, (str,Path)) and name not in catalogue and os.path.exists(Path(name).expanduser()):
+    if (path is None and isinstance(name, (str,Path))
+            and name not in catalogue and os.path.exists(Path(name).expanduser())):
         name,path = 'folder',name
     entry = look_up(name, catalogue, 'data set', 'or pass a folder of images that exists')
     if path is not None: path = check_folder(path, must_exist=name == 'folder')
     check_batches(bs)
     sides = tuple(size) if isinstance(size, (tuple,list)) else (size,)
-    if size is not None and not (len(sides) in (1,2) and all(isinstance(o, numbers.Integral) and o >= 4 for o in sides)):
+    if size is not None and not (len(sides) in (1,2)
+            and all(isinstance(o, numbers.Integral) and o >= 4 for o in sides)):
         raise ValueError(f"size must be 4 pixels or more, or (height, width), and it is {size!r}.")
     check_choice('channels', kwargs.get('channels'), (None,1,3))
     if name == 'folder':

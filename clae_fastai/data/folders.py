@@ -56,13 +56,15 @@ def _check_split_first(root, files):
 
 def _labels(files, root, classes=None):
     "The class folder of each file, None where there are no `classes`; by default those of `root` are all that it has"
-    labels = [name and unicodedata.normalize('NFC', name) for name in (first(f.relative_to(root).parts[:-1]) for f in files)]
+    labels = [name and unicodedata.normalize('NFC', name)
+        for name in (first(f.relative_to(root).parts[:-1]) for f in files)]
     found,stray = {*labels} - {None},[f for f,label in zip(files, labels) if label is None]
     if classes is None: # or those of the only folder, where images lie beside that
         inner = {f.relative_to(root).parts[1:-1] for f,label in zip(files, labels) if label}
         classes = found if len(found) > 1 or stray and len(inner) > 1 else ()
     if classes and stray:
-        raise ValueError(f"{len(stray)} of the {len(files)} images in {root} lie in none of its class folders: {name_files(stray)}. "
+        raise ValueError(f"{len(stray)} of the {len(files)} images in {root} lie in none of its class folders: "
+            f"{name_files(stray)}. "
             "Move them into a class or out of the folder, or train without labels: unlabelled=True (--unlabelled).")
     return labels if classes else [None]*len(files)
 
@@ -70,12 +72,13 @@ def _classes(items): return sorted({o.label for o in items} - {None})
 
 def _check_classes(train, test, root, test_root):
     if unknown := set(_classes(test)) - set(_classes(train)):
-        raise ValueError(f"{test_root} has classes that {root} has not: {', '.join(sorted(unknown))}. Sort the images of both "
-            "by the same classes, or train without labels: unlabelled=True (--unlabelled).")
+        raise ValueError(f"{test_root} has classes that {root} has not: {', '.join(sorted(unknown))}. "
+            "Sort the images of both by the same classes, or train without labels: unlabelled=True (--unlabelled).")
 
 def _hold_out(items, root, share, seed):
     "Items to train on, and `share` of each class, of one that has two at least one, to test on"
-    def _draw(item): return hashlib.blake2b(f'{seed} {item.image.relative_to(root).as_posix()}'.encode(errors='replace')).digest()
+    def _draw(item):
+        return hashlib.blake2b(f'{seed} {item.image.relative_to(root).as_posix()}'.encode(errors='replace')).digest()
     labelled,train,test = items[0].label is not None,[],[]
     if share is None: share = .2 if labelled else .05
     if not 0 <= share < 1: raise ValueError(f"valid_pct must be 0 or more and less than 1, and it is {share}.")
@@ -108,8 +111,10 @@ def _find_files(path, reader, skip_bad):
         raise FileNotFoundError(f"There is no image in {path}: "
             f"expected files such as {path}/<class>/1.png, or {path}/1.png for images without classes.")
     names = ', '.join(f'{suffix} {n}' for suffix,n in sorted(others.items(), key=lambda o: (-o[1],o[0])))
-    if others: notes.append(f"Left out, as no images by their names: {names} in {path}.")
-    if again: notes.append(f"Left out: {len(again)} names of files or folders that are there already, {name_files(again)}.")
+    if others:
+        notes.append(f"Left out, as no images by their names: {names} in {path}.")
+    if again:
+        notes.append(f"Left out: {len(again)} names of files or folders that are there already, {name_files(again)}.")
     return files,info_of,notes
 
 def _check(files, root, info_of, reader, skip_bad):
@@ -119,7 +124,8 @@ def _check(files, root, info_of, reader, skip_bad):
 def _read_all(path, reader, skip_bad):
     "All images, whatever lies where, in the order of their names"
     files,info_of,notes = _find_files(path, reader, skip_bad)
-    files,infos,skipped = _check(files.sorted(lambda f: f.relative_to(path).as_posix()), path, info_of, reader, skip_bad)
+    files,infos,skipped = _check(files.sorted(lambda f: f.relative_to(path).as_posix()),
+        path, info_of, reader, skip_bad)
     notes = [f"{path}: {len(files)} images.", *notes, *filter(None, [skipped])]
     return _Folder(files, [], files, infos, notes, 0)
 
@@ -140,7 +146,8 @@ def _read_folder(path, reader, seed, skip_bad, unlabelled, valid_pct):
         all_files,all_infos = all_files + [*good],all_infos + [*infos]
         if skipped: notes.append(skipped)
     classes = _classes(parts[0])
-    what = f"of {len(classes)} classes, {', '.join(classes[:10])}{', ...' if classes[10:] else ''}" if classes else "without classes"
+    what = (f"of {len(classes)} classes, {', '.join(classes[:10])}{', ...' if classes[10:] else ''}" if classes
+        else "without classes")
     notes.insert(0, f"{roots[0]}: {len(parts[0])} images {what}.")
     if len(parts) == 2:
         _check_classes(*parts, *roots) # without what was skipped
@@ -180,8 +187,10 @@ def _decide(folder, size, channels, value_range, **options):
     reader = ImageReader(_n_channels(folder.infos, channels), found, **options)
     sizes = {(o.height,o.width) for o in folder.infos}
     notes = folder.notes + describe_images(folder.files, folder.infos, reader)
-    if value_range is not None and found is None: notes.append("value_range is not used, as no image has more than 8 bits.")
-    if size is None and len(sizes) > 1: notes.append(f"Of {len(sizes)} sizes, and cropped to 224 pixels (size=, --size).")
+    if value_range is not None and found is None:
+        notes.append("value_range is not used, as no image has more than 8 bits.")
+    if size is None and len(sizes) > 1:
+        notes.append(f"Of {len(sizes)} sizes, and cropped to 224 pixels (size=, --size).")
     return reader,tuplify(size or _default_size(folder), match=(0,0)),len(sizes) == 1 and max(first(sizes)) <= 64,notes
 
 def _in_memory(path, files, train, test, classes, reader):
@@ -189,11 +198,13 @@ def _in_memory(path, files, train, test, classes, reader):
     def _set(items): return MemoryImages.from_items(items, classes, reader)
     if len(files) > 1000 and not reader.read: # nobody knows when a function changes
         files,options = sorted(files),(reader.channels, reader.value_range, reader.background)
-        with one_at_a_time(path, 'images'): every, = cached_images(path, files, lambda: [MemoryImages(read_images(files, reader))], options)
+        with one_at_a_time(path, 'images'):
+            every, = cached_images(path, files, lambda: [MemoryImages(read_images(files, reader))], options)
         index = {f: i for i,f in enumerate(files)}
         def _set(items):
             own = [o.image for o in items]
-            return MemoryImages(every.images[[index[f] for f in own]], label_indices(items, classes), classes, reader, own)
+            return MemoryImages(every.images[[index[f] for f in own]], label_indices(items, classes),
+                classes, reader, own)
     train = _set(train)
     return train,_set(test) if test else train.new_empty()
 

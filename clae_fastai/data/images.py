@@ -26,7 +26,8 @@ def read_images(
     "Decode images into one tensor, in threads"
     def _pixels(image):
         im = reader(image)
-        if isinstance(im, Tensor): return im.as_subclass(Tensor) if size is None else TF.resize(im, size, antialias=True)
+        if isinstance(im, Tensor):
+            return im.as_subclass(Tensor) if size is None else TF.resize(im, size, antialias=True)
         if size is not None: im = im.resize(size[::-1], Image.BILINEAR)
         return torch.from_numpy(np.array(im)).view(*im.shape, reader.channels).permute(2,0,1)
     out = torch.empty(len(files), *_pixels(files[0]).shape, dtype=torch.uint8)
@@ -78,7 +79,8 @@ class ImageSet:
             raise ValueError(f"There are {len(images)} images, {len(labels)} labels.")
         if vocab and labels is not None and len(labels) and labels.device.type == 'cpu': # a GPU would be waited for
             low,high = map(int, labels.aminmax())
-            if low < 0 or high >= len(vocab): raise ValueError(f"There are {len(vocab)} classes, and labels from {low} to {high}.")
+            if low < 0 or high >= len(vocab):
+                raise ValueError(f"There are {len(vocab)} classes, and labels from {low} to {high}.")
         self.images,self.labels,self.vocab,self.reader = images,labels,CategoryMap(L(vocab), sort=False),reader
 
     @property
@@ -91,7 +93,8 @@ class ImageSet:
     def set_split_idx(self, i): yield from replacing_yield(self, 'split_idx', i)
     def __len__(self): return len(self.images)
 
-    def item(self, i): return ImageItem(self.images[i], None if self.labels is None else self.vocab[int(self.labels[i])])
+    def item(self, i):
+        return ImageItem(self.images[i], None if self.labels is None else self.vocab[int(self.labels[i])])
 
     def with_labels(self, x, i):
         "Images `x` as what they are, and the labels of the images `i`"
@@ -99,7 +102,8 @@ class ImageSet:
         return (x,) if self.labels is None else (x,TensorCategory(self.labels[i]))
 
     def decode(self, o, full=True):
-        "The image, or its crops side by side, and its class's name; embeddings, which a learner may give, stay as they are"
+        "The image, or its crops side by side, and its class's name; " \
+        "embeddings, which a learner may give, stay as they are"
         x = o[0] if o[0].ndim < 4 else torch.cat([*o[0]], -1)
         return (x, *(y if getattr(y, 'ndim', 0) else Category(self.vocab[int(y)]) for y in o[1:]))
 
@@ -111,7 +115,8 @@ def _fits(n_bytes, device):
 
 class MemoryImages(ImageSet):
     "Images in one tensor"
-    elsewhere = None # a device that batches have gone to, and the copy that is there; that is None where it would be too large
+    # a device that batches have gone to, and the copy that is there; that is None where it would be too large
+    elsewhere = None
     def __init__(self,
         images:Tensor, # (N,C,H,W), uint8
         labels:Tensor=None, # (N,), indices into `vocab`
@@ -120,7 +125,8 @@ class MemoryImages(ImageSet):
         files:list=None # Where they were read from
     ):
         super().__init__(images, labels, vocab, ifnone(reader, ImageReader(images.shape[1])))
-        if files is not None and len(files) != len(images): raise ValueError(f"There are {len(images)} images, {len(files)} files.")
+        if files is not None and len(files) != len(images):
+            raise ValueError(f"There are {len(images)} images, {len(files)} files.")
         self.files = None if files is None else L(files)
 
     @classmethod
@@ -146,7 +152,8 @@ class MemoryImages(ImageSet):
             self.elsewhere = None # its memory is free before the next is asked for
             tensors = [o for o in (self.images,self.labels) if o is not None]
             fits = _fits(sum(o.nbytes for o in tensors), device)
-            there = type(self)(*send(tensors, device), vocab=self.vocab, reader=self.reader, files=self.files) if fits else None
+            there = (type(self)(*send(tensors, device), vocab=self.vocab, reader=self.reader, files=self.files)
+                if fits else None)
             self.elsewhere = device,there
         return self if self.elsewhere is None else ifnone(self.elsewhere[1], self)
 
@@ -246,7 +253,8 @@ def _stamps(files, root, options):
     return h.hexdigest()
 
 def _to_tensors(sets):
-    return {f'{k}_{i}': t for i,o in enumerate(sets) for k,t in (('images',o.images), ('labels',o.labels)) if t is not None}
+    return {f'{k}_{i}': t for i,o in enumerate(sets)
+        for k,t in (('images',o.images), ('labels',o.labels)) if t is not None}
 
 def _to_sets(tensors, vocab):
     n = sum(k.startswith('images') for k in tensors)
@@ -264,7 +272,8 @@ def cached_images(
         tensors,header = read_safetensors(cache, format)
         if header.get('fingerprint') == fingerprint: return _to_sets(tensors, json.loads(header['vocab']))
     sets = read()
-    try: write_safetensors(cache, _to_tensors(sets), format, fingerprint=fingerprint, vocab=json.dumps(list(sets[0].vocab)))
+    try: write_safetensors(cache, _to_tensors(sets), format,
+        fingerprint=fingerprint, vocab=json.dumps(list(sets[0].vocab)))
     except OSError as e: say(f"The images could not be kept ({e}), and are read anew next time.")
     return sets
 
@@ -280,7 +289,8 @@ def random_box(
     for _ in range(10):
         pixels,aspect = h*w*rng.uniform(*area),math.exp(rng.uniform(math.log(low), math.log(high)))
         width,height = round(math.sqrt(pixels*aspect)),round(math.sqrt(pixels/aspect))
-        if 0 < width <= w and 0 < height <= h: return int(rng.integers(w-width+1)),int(rng.integers(h-height+1)),width,height
+        if 0 < width <= w and 0 < height <= h:
+            return int(rng.integers(w-width+1)),int(rng.integers(h-height+1)),width,height
     return largest_box(h, w, min(max(w/h, low), high))
 
 def largest_box(
@@ -368,7 +378,8 @@ class FileImages(ImageSet):
     def __getitem__(self, i): return self.with_labels(self.crops([i])[0], i)
     def batch(self, idxs, seed=None, device=None): return self.with_labels(self.crops(idxs, seed), torch.tensor(idxs))
 
-    def _copy(self, images, labels, area=None): return type(self)(images, self.size, labels, self.vocab, self.reader, area)
+    def _copy(self, images, labels, area=None):
+        return type(self)(images, self.size, labels, self.vocab, self.reader, area)
     def take(self, idxs):
         images = self.images[idxs] if isinstance(idxs, slice) else [self.images[i] for i in idxs]
         return self._copy(images, None if self.labels is None else self.labels[idxs], self.area)
@@ -428,11 +439,13 @@ def file_dls(
     **kwargs # For `image_dls`
 ) -> DataLoaders:
     "`DataLoaders` of images in files; training drops a smaller last batch"
-    def _set(items): return FileImages([o.image for o in items], size, label_indices(items, classes), classes or (), reader)
+    def _set(items):
+        return FileImages([o.image for o in items], size, label_indices(items, classes), classes or (), reader)
     return image_dls(_set(train), _set(valid), FileDL, **kwargs)
 
 class TwoCrops(RandTransform):
-    "Two random crops of an image to train on, (2,C,H,W), and for validation one in the middle, (C,H,W): for a `DataBlock` of one's own"
+    "Two random crops of an image to train on, (2,C,H,W), and for validation one in the middle, (C,H,W): " \
+    "for a `DataBlock` of one's own"
     split_idx,order = None,ToTensor.order-1
     def __init__(self,
         size:int|tuple, # Side of the crops in pixels, or (height, width)
@@ -455,19 +468,22 @@ def fingerprint(
 ) -> dict: # Aspect: text, JSON can hold it
     "What tells images from others"
     aspects = defaultdict(lambda: hashlib.blake2b(digest_size=8))
-    def _add(aspect, what): aspects[aspect].update(what if isinstance(what, memoryview) else f'{what}\n'.encode(errors='surrogateescape'))
+    def _add(aspect, what):
+        aspects[aspect].update(what if isinstance(what, memoryview) else f'{what}\n'.encode(errors='surrogateescape'))
     files = []
     for o in sets:
         if isinstance(o, ImageSet) and o.labels is not None: _add('classes', (list(o.vocab),o.labels.tolist()))
         if isinstance(o, MemoryImages): _add('contents', memoryview(o.images.cpu().contiguous().numpy().reshape(-1)))
-        else: files += [Path(f) for f in (o.images if isinstance(o, FileImages) else getattr(o, 'items', ())) if isinstance(f, (str,Path))]
+        else: files += [Path(f) for f in (o.images if isinstance(o, FileImages) else getattr(o, 'items', ()))
+            if isinstance(f, (str,Path))]
     stats = [f.stat() for f in files]
     for f,s in zip(files, stats):
         about = dict(names=Path(os.path.relpath(f, root)).as_posix(), sizes=s.st_size, times=s.st_mtime_ns)
         for aspect,what in about.items(): _add(aspect, what)
     step = math.ceil(sum(s.st_size for s in stats)/_read_at_most)
     for f in files[::max(1, step)]: _add('contents', memoryview(f.read_bytes()))
-    return dict(number=' and '.join(str(len(o)) for o in sets if hasattr(o, '__len__')), **{k: h.hexdigest() for k,h in aspects.items()})
+    return dict(number=' and '.join(str(len(o)) for o in sets if hasattr(o, '__len__')),
+        **{k: h.hexdigest() for k,h in aspects.items()})
 
 def other_images(
     before:dict, # A `fingerprint`

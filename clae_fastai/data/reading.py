@@ -89,7 +89,8 @@ def _open_file(file, max_pixels):
         with suppress(ImportError):
             import pillow_heif
             pillow_heif.register_heif_opener()
-    if max_pixels and Image.MAX_IMAGE_PIXELS: Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels) # of this process
+    if max_pixels and Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels) # of this process
     with _open(file) as im:
         if max_pixels and im.width*im.height > max_pixels:
             raise Image.DecompressionBombError(f"It has {im.width*im.height} pixels, and max_pixels is {max_pixels}.")
@@ -107,7 +108,8 @@ def _as_array(values):
     values = np.asarray(values)
     h,w,c = (*values.shape, 0, 0, 0)[:3]
     if values.ndim == 3 and h <= 16 < c and h < w:
-        raise ValueError(f"an array (H,W,C) was expected, and its shape {values.shape} looks like (C,H,W): transpose it")
+        raise ValueError(f"an array (H,W,C) was expected, and its shape {values.shape} looks like (C,H,W): "
+            "transpose it")
     if values.ndim == 3 and values.shape[2] == 1: values = values[:,:,0]
     if values.ndim not in (2,3) or not values.size:
         raise ValueError(f"an array (H,W) or (H,W,C) was expected, and its shape is {values.shape}")
@@ -125,10 +127,11 @@ def name_files(
 
 def _reason(file, error):
     "Why a file cannot be read"
-    if isinstance(error, UnidentifiedImageError): error = 'Pillow does not know its format; a function of yours may, read='
+    if isinstance(error, UnidentifiedImageError):
+        error = 'Pillow does not know its format; a function of yours may, read='
     if isinstance(file, (str,Path)) and Path(file).suffix.lower() in _heic_suffixes and 'HEIF' not in Image.OPEN:
-        return ("HEIC needs a package: pip install pillow-heif; the commands and get_dls then register it by themselves, "
-            "as pillow_heif.register_heif_opener() does")
+        return ("HEIC needs a package: pip install pillow-heif; "
+            "the commands and get_dls then register it by themselves, as pillow_heif.register_heif_opener() does")
     if isinstance(error, Image.DecompressionBombError):
         return f"{error} Where it can be trusted, raise the limit with max_pixels=N (--max-pixels N)"
     return ' '.join(str(error).rstrip('.').split()) or type(error).__name__
@@ -142,15 +145,18 @@ class ImageReader(DisplayedTransform):
         read:Callable=None, # `read(file) -> array`, (H,W) or (H,W,C), in place of Pillow
         max_pixels:int=None # Most pixels that an image may have; by default Pillow's limit, 179 million
     ):
-        if max_pixels is not None and max_pixels < 1: raise ValueError(f"max_pixels must be 1 or more, and it is {max_pixels}.")
+        if max_pixels is not None and max_pixels < 1:
+            raise ValueError(f"max_pixels must be 1 or more, and it is {max_pixels}.")
         try: opaque = (*ImageColor.getrgb(background), 255)[3] == 255
         except (ValueError, AttributeError): opaque = False
-        if not opaque: raise ValueError(f"background must be a colour such as 'white' or '#808080', and it is {background!r}.")
+        if not opaque:
+            raise ValueError(f"background must be a colour such as 'white' or '#808080', and it is {background!r}.")
         if value_range is not None:
             try: low,high = value_range = tuple(int(o) if float(o).is_integer() else float(o) for o in value_range)
             except (TypeError, ValueError): low = high = math.nan
             if not -math.inf < low < high < math.inf:
-                raise ValueError(f"value_range must be (low, high), two numbers of which the first is smaller, and it is {value_range!r}.")
+                raise ValueError("value_range must be (low, high), two numbers of which the first is smaller, "
+                    f"and it is {value_range!r}.")
         store_attr()
 
     def values(self, image):
@@ -168,7 +174,8 @@ class ImageReader(DisplayedTransform):
         if self.read is None:
             with _open(file) as im:
                 turned = im.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
-                if im.format != 'MPO': pages = getattr(im, 'n_frames', 1) # further frames of a phone's JPEG are no pages
+                if im.format != 'MPO': # further frames of a phone's JPEG are no pages
+                    pages = getattr(im, 'n_frames', 1)
         if isinstance(values, Image.Image):
             transparent = _is_transparent(values)
             mode = 'L' if values.mode in ('1','L','LA','La') else 'RGB'
@@ -182,7 +189,9 @@ class ImageReader(DisplayedTransform):
             transparent, turned, pages)
 
     @property
-    def limit(self): "Most pixels that an image may have"; return self.max_pixels or 2*(Image.MAX_IMAGE_PIXELS or math.inf)
+    def limit(self):
+        "Most pixels that an image may have"
+        return self.max_pixels or 2*(Image.MAX_IMAGE_PIXELS or math.inf)
 
     def _scale(self, values):
         low,high = float(values.min()),float(values.max())
@@ -191,7 +200,8 @@ class ImageReader(DisplayedTransform):
                 "say with value_range=(low, high) which of them are black and white (--value-range LOW HIGH)")
         black,white = self.value_range
         if not black <= low <= high <= white:
-            raise ValueError(f"it has values from {low:g} to {high:g}, and value_range ({black:g}, {white:g}) does not hold them: "
+            raise ValueError(f"it has values from {low:g} to {high:g}, "
+                f"and value_range ({black:g}, {white:g}) does not hold them: "
                 "give one that does (--value-range LOW HIGH), or clip them in a function of yours, read=")
         values = values.astype(np.float32 if values.dtype.itemsize <= 2 else np.float64)
         return ((values - black)*(255/(white - black))).round().astype(np.uint8)
@@ -200,8 +210,10 @@ class ImageReader(DisplayedTransform):
         if isinstance(values, np.ndarray):
             if values.dtype != np.uint8: values = self._scale(values)
             n = values.shape[2] if values.ndim == 3 else 1
-            if n == self.channels and n not in (1,3): return TensorChannels(torch.from_numpy(values.copy()).permute(2,0,1))
-            if n not in (1,3) and (n not in (2,4) or self.read): raise ValueError(f"it has {n} channels, and {self.channels} were expected")
+            if n == self.channels and n not in (1,3):
+                return TensorChannels(torch.from_numpy(values.copy()).permute(2,0,1))
+            if n not in (1,3) and (n not in (2,4) or self.read):
+                raise ValueError(f"it has {n} channels, and {self.channels} were expected")
             values = Image.fromarray(values)
         if self.channels not in (1,3):
             raise ValueError(f"it has {len(values.getbands())} channels, and {self.channels} were expected")
@@ -215,20 +227,23 @@ class ImageReader(DisplayedTransform):
         return im if isinstance(im, Tensor) else (PILImageBW if self.channels == 1 else PILImage)(im.copy())
 
     def pixels(self, image):
-        "A file, PIL image, array (H,W) or (H,W,C), or tensor (C,H,W) as a PIL image, grey or RGB, or as a `TensorChannels`"
+        "A file, PIL image, array (H,W) or (H,W,C), or tensor (C,H,W) " \
+        "as a PIL image, grey or RGB, or as a `TensorChannels`"
         try: return self._convert(self.values(image))
         except Exception as e: # whatever it is, of whatever library; none names the file
             file = getattr(image, 'filename', image)
             name = name_files([file]) if isinstance(file, (str,Path)) else f'An image ({type(image).__name__})'
-            remedy = '' if isinstance(e, (ValueError,Image.DecompressionBombError)) else ' Restore or replace it.' # they have their own
+            remedy = ('' if isinstance(e, (ValueError,Image.DecompressionBombError)) # they have their own
+                else ' Restore or replace it.')
             raise ValueError(f"{name} cannot be read as an image ({_reason(image, e)}).{remedy}") from None
 
 # %% ../../nbs/08_data.reading.ipynb #476ad3a6
 Image.preinit() # the usual formats first, as Pillow tries them in this order
 Image.init()
-_image_suffixes = {s for s,name in Image.EXTENSION.items() if name in Image.OPEN}.union(_heic_suffixes).difference(_no_pictures)
-_clutter = ('@eadir @recycle @tmp @sharebin @recently-snapshot @__thumb #recycle #snapshot $recycle.bin __macosx __pycache__ '
-    'lost+found').split() + ['system volume information']
+_image_suffixes = ({s for s,name in Image.EXTENSION.items() if name in Image.OPEN}
+    .union(_heic_suffixes).difference(_no_pictures))
+_clutter = ('@eadir @recycle @tmp @sharebin @recently-snapshot @__thumb #recycle #snapshot $recycle.bin '
+    '__macosx __pycache__ lost+found').split() + ['system volume information']
 
 def is_clutter(
     name:str # Of a folder or file
@@ -250,7 +265,8 @@ def _identity(path):
         if status.st_ino: return status.st_dev,status.st_ino
 
 def _walk(root, again):
-    "`(file or folder is a link, file)` of all that is no clutter; each folder once, under its own name rather than a link's"
+    "`(file or folder is a link, file)` of all that is no clutter; " \
+    "each folder once, under its own name rather than a link's"
     seen,todo = {_identity(o) or o for o in root.resolve().parents},[(False,root)]
     while todo:
         linked,parent = heapq.heappop(todo) # the first of those that are no links
@@ -276,15 +292,18 @@ def check_folder(
     if path.is_dir(): return path
     if any(o.lower() in _archives for o in path.suffixes) and path.exists():
         raise ValueError(f"{path} is an archive: unpack it, and give the folder that its images are in then.")
-    if path.exists(): raise ValueError(f"{path} is a file, and a folder of images is expected: give the one that it lies in.")
-    if must_exist: raise FileNotFoundError(f"There is no folder {path}.")
+    if path.exists():
+        raise ValueError(f"{path} is a file, and a folder of images is expected: give the one that it lies in.")
+    if must_exist:
+        raise FileNotFoundError(f"There is no folder {path}.")
     return path
 
 def find_images(
     folder:str|Path, # Where to look, in folders below it, too
     read:Callable=None # As for `is_image`
-) -> tuple: # `L` of image files in the order of their names, a `Counter` of other files' endings, and `L` of names left out
-    "Image files by their names. What has several is found once, and its further names are left out: links, back to where one was, too"
+) -> tuple: # `L` of image files in their names' order, `Counter` of other files' endings, and `L` of names left out
+    "Image files by their names. " \
+    "What has several is found once, and its further names are left out: links, back to where one was, too"
     files,others,again = {},Counter(),[]
     for _,file in sorted(_walk(Path(folder), again)):
         if not is_image(file.name, read): others[file.suffix.lower() or 'without ending'] += 1
@@ -329,7 +348,8 @@ def _load_checked(file, background):
         check_regular(file)
         memo = json.loads(file.read_bytes())
         types = {tuple(map(type, o)) for o in memo['images'].values()}
-        if [memo['format'], memo['background'], types] == [_checked_format, background, {_row_types}]: return memo['images']
+        if [memo['format'], memo['background'], types] == [_checked_format, background, {_row_types}]:
+            return memo['images']
     return {}
 
 def check_images(
@@ -367,7 +387,8 @@ def check_images(
         what = f"{len(bad)} of {len(files)} files cannot be read as images: {names}{more}."
         if not skip_bad or not good:
             skip = "; or leave them out with skip_bad=True (--skip-bad)" if good else ''
-            raise ValueError(f"{what} Restore, convert or delete them, or read them by a function of yours, read={skip}.")
+            raise ValueError(f"{what} Restore, convert or delete them, "
+                f"or read them by a function of yours, read={skip}.")
         skipped = ' '.join(filter(None, [f"Left out: {what}", skipped]))
     return L(f for f,_ in good),L(ImageInfo(*found[3:]) for _,found in good),skipped
 
@@ -377,14 +398,16 @@ def find_value_range(
     infos:list, # Their `ImageInfo`s
     value_range:tuple=None # (low, high), where the user says it
 ) -> tuple: # (low, high), or None where no image has more than 8 bits
-    "The values that become black and white. Raises `ValueError` where they must be asked for, or do not hold all images"
+    "The values that become black and white. " \
+    "Raises `ValueError` where they must be asked for, or do not hold all images"
     deep = [(f,o) for f,o in zip(files, infos) if o.kind != 'uint8']
     if not deep: return None
     def _which(images):
         low,high = min(o.low for _,o in images),max(o.high for _,o in images)
         return f"{len(images)} of the {len(infos)} images, such as {name_files([images[0][0]])}, have values",low,high
     if nan := [o for o in deep if not math.isfinite(o[1].low + o[1].high)]:
-        raise ValueError(f"{_which(nan)[0]} that are infinite or no numbers: replace them in a function of yours, read=.")
+        raise ValueError(f"{_which(nan)[0]} that are infinite or no numbers: "
+            "replace them in a function of yours, read=.")
     if value_range is None:
         if unclear := [o for o in deep if o[1].kind == 'float' or o[1].low < 0]:
             what,low,high = _which(unclear)
@@ -394,7 +417,8 @@ def find_value_range(
     black,white = value_range
     if outside := [o for o in deep if not black <= o[1].low <= o[1].high <= white]:
         what,low,high = _which(outside)
-        raise ValueError(f"{what} from {low:g} to {high:g}, which the value_range ({black:g}, {white:g}) does not hold: "
+        raise ValueError(f"{what} from {low:g} to {high:g}, "
+            f"which the value_range ({black:g}, {white:g}) does not hold: "
             "give one that does (--value-range LOW HIGH), or clip them in a function of yours, read=.")
     return value_range
 
@@ -406,9 +430,10 @@ def describe_images(
     "What is done to the images of a folder, and what is odd about them"
     tests = [ # text, test, and how many names are given
         ("Turned upright, as their EXIF orientation says", lambda o: o.turned, 1),
-        (f"Laid on {reader.background} where they are transparent (background=, --background)", lambda o: o.transparent, 1),
-        ("Scaled from the range {:g} to {:g} to 8 bits (value_range=, --value-range)".format(*reader.value_range or (0,255)),
-            lambda o: o.kind != 'uint8', 1),
+        (f"Laid on {reader.background} where they are transparent (background=, --background)",
+            lambda o: o.transparent, 1),
+        ("Scaled from the range {:g} to {:g} to 8 bits (value_range=, --value-range)"
+            .format(*reader.value_range or (0,255)), lambda o: o.kind != 'uint8', 1),
         ("Read without the pages or frames behind the first", lambda o: o.pages > 1, 3),
         ("In colour, and read as grey (channels=, --channels)", lambda o: o.channels == 3 and reader.channels == 1, 1),
         ("Of one colour throughout", lambda o: o.constant, 10)]

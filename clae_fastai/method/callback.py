@@ -32,7 +32,8 @@ def check_clae(
             "Learner(..., cbs=CLAECallback(...)).")
     if fitting and clae.attacking: check_dual_bn(get_model(learn.model))
     if not (isinstance(clae.every, int) and clae.every >= 1):
-        raise ValueError(f"every must be a whole number of 1 or more, the steps from one attack to the next, and it is {clae.every!r}.")
+        raise ValueError("every must be a whole number of 1 or more, the steps from one attack to the next, "
+            f"and it is {clae.every!r}.")
     return stats
 
 def step_units(
@@ -56,7 +57,8 @@ def check_loader(
     if getattr(dl, 'n', None) and getattr(dl, 'bs', None): check_batches(dl.bs, dl.n, dl.drop_last)
 
 class LossTerms(Callback):
-    "Columns `loss_aug` and, with an attack, `loss_adv` (eq. 16): means over those of the epoch's training batches that have them"
+    "Columns `loss_aug` and, with an attack, `loss_adv` (eq. 16): " \
+    "means over those of the epoch's training batches that have them"
     checkpoint_attrs = ('sums','counts')
     def __init__(self,
         adversarial:bool=True # Is there an adversarial term?

@@ -21,7 +21,8 @@ class DualBatchNorm(nn.Module):
         self.clean,self.adv,self.use_adv = clean,adv,False
 
     def forward(self, x):
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1: # in a backward: nothing public tells
+        # in a backward: nothing public tells
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise ValueError("Gradient checkpointing repeats forwards and forgets which batch norm they went through: "
                 "switch it off for the encoder (timm: set_grad_checkpointing(False)).")
         return (self.adv if self.use_adv else self.clean)(x)

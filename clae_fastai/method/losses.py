@@ -61,7 +61,8 @@ class NTXentLoss(TwoViewLoss):
     def rows(self, z_q, z_p):
         n = len(z_q)
         z = F.normalize(torch.cat([z_q, z_p]), dim=1) # (2b,D)
-        sim = (z @ self.everybody(z).T / self.temperature).fill_diagonal_(-torch.inf) # (2b,2B); nobody is its own negative
+        # (2b,2B); nobody is its own negative
+        sim = (z @ self.everybody(z).T / self.temperature).fill_diagonal_(-torch.inf)
         partner = torch.arange(2*n, device=z.device).roll(n)
         return F.cross_entropy(sim, partner, reduction='none').view(2, n).mean(0)
 

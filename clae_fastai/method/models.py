@@ -80,7 +80,8 @@ def arch_name(
     name = getattr(arch, '__name__', '')
     return name if arch is _functions().get(name) else ''
 
-def _of_timm(arch): return isinstance(arch, str) and arch not in _functions() # whose models are built for the channels at hand
+def _of_timm(arch):
+    return isinstance(arch, str) and arch not in _functions() # whose models are built for the channels at hand
 
 def _timm_model(name, weights, n_in):
     try:
@@ -90,7 +91,8 @@ def _timm_model(name, weights, n_in):
     if name.split('.')[0] not in names:
         known = _functions()
         close = difflib.get_close_matches(name, [*known, *names])
-        look_up(name, known, 'architecture', f"timm's go as well (pip install timm); nearest: {', '.join(close) or 'none'}")
+        look_up(name, known, 'architecture',
+            f"timm's go as well (pip install timm); nearest: {', '.join(close) or 'none'}")
     if weights not in (None,'DEFAULT'):
         raise ValueError(f"timm's weights go by the architecture's name, not by {weights!r}: "
             "use one such as 'resnet18.a1_in1k' with pretrained=True.")
@@ -174,20 +176,21 @@ def _split_weights(arch, pretrained, weights):
         if pretrained: raise ValueError("pretrained=True and weights= are two beginnings: leave one of them out.")
         return None,state
     if not (weights is None or isinstance(weights, (str,WeightsEnum))):
-        raise ValueError("weights must be the name of a weight set, one of torchvision's enums, a file, or a state dict, "
-            f"and it is a {type(weights).__name__}.")
+        raise ValueError("weights must be the name of a weight set, one of torchvision's enums, a file, "
+            f"or a state dict, and it is a {type(weights).__name__}.")
     name = 'DEFAULT' if pretrained and weights is None else weights
     if name is not None and isinstance(arch, nn.Module):
-        raise ValueError(f"A module is trained as it is, without {'pretrained=True' if weights is None else repr(weights)}: "
+        raise ValueError("A module is trained as it is, "
+            f"without {'pretrained=True' if weights is None else repr(weights)}: "
             "load its weights yourself, or give a state dict or a file.")
     return name,None
 
 def create_encoder(
-    arch, # Function such as `resnet18`, name (torchvision's, ours, timm's), or `nn.Module` that gives features, used as is
+    arch, # Function such as `resnet18`, name (torchvision's, ours, timm's), or `nn.Module` giving features, used as is
     stem:str=None, # 'imagenet', 'cifar' (3x3, stride 1, no max-pooling), or None: 'cifar' if possible and `size` <= 64
     n_in:int=3, # Channels of the images
     pretrained:bool=False, # Start from the library's default weights (a download)?
-    weights=None, # Torchvision's weights or their name; a file, state dict or checkpoint, ours or another tool's (`match_state`)
+    weights=None, # Torchvision's or their name; file, state dict or checkpoint, ours or another tool's (`match_state`)
     size:int|tuple=None # Images' side in pixels, or (height, width): chooses the stem
 ) -> nn.Module: # Maps images (B,n_in,H,W) to features (B,F) or maps (B,F,h,w)
     "The stock model of `arch` without its classifier, a last layer of 1000 outputs"
@@ -197,7 +200,8 @@ def create_encoder(
     if state is not None:
         state,said = match_state(state, model)
         if said: say(said)
-    if model is not arch and ifnone(stem, _choose_stem(model, size, name, state)) == 'cifar': _set_cifar_stem(model, arch, name)
+    if model is not arch and ifnone(stem, _choose_stem(model, size, name, state)) == 'cifar':
+        _set_cifar_stem(model, arch, name)
     if state is not None: _load_state(model, state, n_in)
     elif model is not arch and not _of_timm(arch): _set_n_in(model, n_in, keep_weights=name is not None)
     return model

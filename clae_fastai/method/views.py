@@ -68,7 +68,8 @@ class Clamp(nn.Module):
 
 _cifar = (.4914,.4822,.4465),(.2023,.1994,.2010)
 _half = (.5,.5,.5),(.5,.5,.5)
-view_presets = dict( # augmentations, statistics, and the crops' area where a crop and a flip are all geometry, and come first
+# augmentations, statistics, and the crops' area where a crop and a flip are all geometry, and come first
+view_presets = dict(
     plain=(_plain, _cifar, (.2,1.)),
     uel=(_plain, _cifar, (.2,1.)),
     simclr=(_simclr, _half, (.08,1.)),
@@ -78,14 +79,20 @@ view_presets = dict( # augmentations, statistics, and the crops' area where a cr
 
 # %% ../../nbs/05_method.views.ipynb #2eeebf90
 def _name(tfm): return type(tfm).__name__
-def _comes_from(tfm, library): return any(cls.__module__.startswith(library) for cls in type(tfm).__mro__) # or inherits from there
+
+def _comes_from(tfm, library):
+    return any(cls.__module__.startswith(library) for cls in type(tfm).__mro__) # or inherits from there
+
 _torchvision,_for_images = 'torchvision.transforms',('torchvision.transforms','albumentations')
-def _is_compose(tfm): return _name(tfm) == 'Compose' and getattr(tfm, 'p', 1) == 1 # albumentations' may be left out at random
+
+def _is_compose(tfm):
+    return _name(tfm) == 'Compose' and getattr(tfm, 'p', 1) == 1 # albumentations' may be left out at random
 
 def item_tfms(
     aug # Anything that augments
 ) -> list: # None for what augments batches
-    "Transforms of single images: a list of them, one of torchvision's or albumentations', or their `Compose`, which is taken apart"
+    "Transforms of single images: a list of them, one of torchvision's or albumentations', " \
+    "or their `Compose`, which is taken apart"
     if isinstance(aug, nn.Sequential) and len(aug) and all(_comes_from(o, _torchvision) for o in aug): aug = [*aug]
     if _comes_from(aug, _for_images): aug = aug.transforms if _is_compose(aug) else [aug]
     elif not isinstance(aug, (list,L)): return None
@@ -104,7 +111,8 @@ def _split_stats(tfms):
     "Item transforms before a `Normalize` at their end, and its (mean, std) or None"
     at = L(tfms).argwhere(lambda o: _any_named(o, ['Normalize']))
     if not at: return tfms,None
-    of_images = getattr(tfms[-1], 'normalization', 'standard') != 'standard' # albumentations' can take each image's own statistics
+    # albumentations' can take each image's own statistics
+    of_images = getattr(tfms[-1], 'normalization', 'standard') != 'standard'
     if at != [len(tfms)-1] or _name(tfms[-1]) != 'Normalize' or of_images:
         raise ValueError("Normalize must be the last of the views' transforms, by itself and the same for all images, "
             f"as evaluation normalises, too: {', '.join(map(_name, tfms))}.")
@@ -123,10 +131,12 @@ class _ByKeyword:
     "A transform of albumentations, which takes and gives arrays by keyword; its random numbers follow from Python's"
     def __init__(self, tfm): self.tfm = tfm
     def __call__(self, x):
-        if hasattr(self.tfm, 'set_random_seed'): self.tfm.set_random_seed(random.getrandbits(32)) # else it has a generator of its own
+        if hasattr(self.tfm, 'set_random_seed'): # else it has a generator of its own
+            self.tfm.set_random_seed(random.getrandbits(32))
         x = self.tfm(image=x.permute(1,2,0).numpy() if isinstance(x, Tensor) else np.array(x))['image']
         if isinstance(x, Tensor): return x
-        return PILImage.create(x.squeeze()) if x.dtype == np.uint8 and (x.ndim == 2 or x.shape[2] in (1,3)) else image2tensor(x)
+        return (PILImage.create(x.squeeze()) if x.dtype == np.uint8 and (x.ndim == 2 or x.shape[2] in (1,3))
+            else image2tensor(x))
     def __repr__(self): return repr(self.tfm)
 
 def _for_one(tfm):
@@ -147,9 +157,10 @@ _need_tensors = 'RandomErasing','ConvertImageDtype','LinearTransformation','Gaus
 class PerImage:
     "Item transforms, applied to each image of a batch on the CPU"
     def __init__(self,
-        tfms:list # Transforms of PIL images, fastai's, torchvision's, or albumentations'; all results must have one size
+        tfms:list # Transforms of PIL images, fastai's, torchvision's or albumentations'; all results must have one size
     ):
-        tfms = [o for o in item_tfms(tfms) if not isinstance(o, IntToFloatTensor)] # what comes out is made float in any case
+        # what comes out is made float in any case
+        tfms = [o for o in item_tfms(tfms) if not isinstance(o, IntToFloatTensor)]
         self.tfms = [_for_one(o) for o in sorted(tfms, key=lambda o: getattr(o, 'order', 0))]
         first_of = [L(self.tfms).argfirst(partial(_any_named, names=o)) for o in (_give_tensors,_need_tensors)]
         give,need = (ifnone(o, len(self.tfms)) for o in first_of)
@@ -174,19 +185,20 @@ def check_pixels(
     if x.dtype == torch.uint8 or -.5 <= low <= high <= 1.5: return
     how = "divide them by 255, or give uint8" if low >= 0 else "leave out what is not finite" if math.isnan(low) else \
         "normalise them behind the views, by the stats of TwoViews; clae_learner moves fastai's Normalize there"
-    raise ValueError(f"The images have values from {low:.4g} to {high:.4g}, and were expected as pixels in [0,1], which is all that "
-        f"views keep: {how}.")
+    raise ValueError(f"The images have values from {low:.4g} to {high:.4g}, and were expected as pixels in [0,1], "
+        f"which is all that views keep: {how}.")
 
 class TwoViews:
     "Two random augmentations of each image of a batch, normalised"
     def __init__(self,
         aug:Callable|list, # Augments a batch (B,C,H,W) in [0,1], each image by itself, or `item_tfms` (then `PerImage`)
-        stats:tuple=None # (mean, std), a number for each channel; None: those of a `Normalize` at the end of `item_tfms`, if any
+        stats:tuple=None # (mean, std), a number a channel; None: those of a `Normalize` that ends `item_tfms`, if any
     ):
         if (tfms := item_tfms(aug)) is not None:
             tfms,own = _split_stats(tfms)
             if own is not None and stats is not None:
-                raise ValueError("The images would be normalised twice: leave out stats, or the Normalize of the transforms.")
+                raise ValueError("The images would be normalised twice: "
+                    "leave out stats, or the Normalize of the transforms.")
             aug,stats = PerImage(tfms),ifnone(stats, own)
         elif isinstance(aug, nn.Module) and any(_name(o) == 'Normalize' for o in aug.modules()):
             raise ValueError("The transformation has a Normalize of its own: take it out and give stats=(mean, std), "
@@ -203,7 +215,8 @@ class TwoViews:
         **kwargs # The preset's own options: 'imagenet' has `blur=True`
     ):
         "The views called `name`"
-        aug,preset_stats,area = look_up(name, view_presets, 'view preset', 'a callable on batches can be passed as well')
+        aug,preset_stats,area = look_up(name, view_presets, 'view preset',
+            'a callable on batches can be passed as well')
         if stats is None: stats = preset_stats if n_in == 3 else [[tensor(o).mean()]*n_in for o in preset_stats]
         views = cls(nn.Sequential(*aug(tuplify(size, match=(0,0)), n_in, **kwargs)), stats)
         views.area = area
@@ -212,7 +225,8 @@ class TwoViews:
     def to_pixels(self, x):
         "A plain tensor in [0,1], float32 or wider, from `x` (B,C,H,W), uint8 or in [0,1]"
         x = x.as_subclass(Tensor)
-        if x.ndim not in (4,5): raise ValueError(f"Images come in batches (B,C,H,W), and this has shape {tuple(x.shape)}.")
+        if x.ndim not in (4,5):
+            raise ValueError(f"Images come in batches (B,C,H,W), and this has shape {tuple(x.shape)}.")
         return x.float()/255 if x.dtype == torch.uint8 else at_least_float32(x)
 
     def normalize(self,
@@ -220,7 +234,8 @@ class TwoViews:
     ) -> Tensor: # (B,C,H,W), float32
         "The images as they are, or the first of their crops, normalised as the views are"
         x = self.to_pixels(x if x.ndim < 5 else x[:,0])
-        if self.size: x = F.interpolate(x, self.size, mode='bilinear', antialias=True) # where views are smaller than images
+        if self.size: # where views are smaller than images
+            x = F.interpolate(x, self.size, mode='bilinear', antialias=True)
         return self._normalize(x)
 
     def _mean_std(self, x):

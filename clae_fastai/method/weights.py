@@ -13,7 +13,8 @@ import pickle, safetensors, safetensors.torch
 from ..core import *
 
 # %% ../../nbs/05b_method.weights.ipynb #81cc5f39
-def _is_compiled(model): return '_orig_mod' in getattr(model, '_modules', ()) # asking for its class would import the compiler
+def _is_compiled(model):
+    return '_orig_mod' in getattr(model, '_modules', ()) # asking for its class would import the compiler
 
 def plain_model(
     model:nn.Module # Any model
@@ -61,7 +62,8 @@ def check_finite(
     "Raises `ValueError` where a weight is infinite or no number"
     bad = [k for k,v in state.items() if v.is_floating_point() and not v.isfinite().all()]
     if bad:
-        raise ValueError(f"{whose} has weights that are not finite, in {len(bad)} tensors, such as {bad[0]}: it would give no features. "
+        raise ValueError(f"{whose} has weights that are not finite, in {len(bad)} tensors, such as {bad[0]}: "
+            "it would give no features. "
             "Take one from before the training went wrong, or train again with a lower learning rate or eps.")
 
 def load_state(
@@ -96,12 +98,14 @@ def read_weights(
                 with utf8_name(file) as name: return safetensors.torch.load_file(name)
         state = torch.load(file, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError: # PyTorch's own message proposes to read it all the same
-        raise ValueError(f"{file} is damaged, or holds more than tensors, which could execute code. Where you trust it, write its tensors "
-            "alone: torch.save(torch.load(file, weights_only=False)['state_dict'], new_file).") from None
+        raise ValueError(f"{file} is damaged, or holds more than tensors, which could execute code. "
+            "Where you trust it, write its tensors alone: "
+            "torch.save(torch.load(file, weights_only=False)['state_dict'], new_file).") from None
     except (safetensors.SafetensorError, RuntimeError, OSError, EOFError, LookupError, ValueError) as e:
         raise ValueError(f"{file} cannot be read as weights ({' '.join(str(e).split())[:200]}).") from None
     if isinstance(state, dict): return state
-    raise ValueError(f"{file} holds a {type(state).__name__}, and no state dict: torch.save(model.state_dict(), file) writes one.")
+    raise ValueError(f"{file} holds a {type(state).__name__}, and no state dict: "
+        "torch.save(model.state_dict(), file) writes one.")
 
 # %% ../../nbs/05b_method.weights.ipynb #e317a169
 _prefixes = 'module','_orig_mod','model','encoder_q','base_encoder','encoder','backbone'
@@ -132,13 +136,18 @@ def match_state(
     for parts in (k.split('.') for k in state):
         known = itertools.takewhile(_prefixes.__contains__, parts[:-1])
         prefixes |= {f'{o}.' for o in itertools.accumulate(known, '{}.{}'.format)}
-    found = {p: part for p in sorted(prefixes) for part in (_behind(p, state), _named(_behind(p, state), model)) if needed <= part.keys()}
-    if len(found) > 1: raise ValueError(f"The weights hold several encoders, behind {', '.join(map(repr, found))}: give one's state dict.")
+    found = {p: part for p in sorted(prefixes)
+        for part in (_behind(p, state), _named(_behind(p, state), model)) if needed <= part.keys()}
+    if len(found) > 1:
+        raise ValueError(f"The weights hold several encoders, behind {', '.join(map(repr, found))}: "
+            "give one's state dict.")
     if not found: return state,''
     (prefix,part), = found.items()
-    children,empty = dict(model.named_children()),tuple(f'{n}.' for n,m in model.named_modules() if isinstance(m, nn.Identity))
+    children,empty = dict(model.named_children()),tuple(
+        f'{n}.' for n,m in model.named_modules() if isinstance(m, nn.Identity))
     kept = {k: v for k,v in part.items() if k.partition('.')[0] in children and not k.startswith(empty)}
     rest = sorted({k for k in state if not k.startswith(prefix)} | {prefix + k for k in part.keys() - kept.keys()})
     names = ', '.join(rest[:3]) + (' and so on' if rest[3:] else '')
-    said = [f"taken from behind {prefix!r}"]*bool(prefix) + [f"left out {len(rest)} of {len(state)} tensors, {names}"]*bool(rest)
+    said = ([f"taken from behind {prefix!r}"]*bool(prefix)
+        + [f"left out {len(rest)} of {len(state)} tensors, {names}"]*bool(rest))
     return kept,f"Weights: {', '.join(said)}." if said else ''

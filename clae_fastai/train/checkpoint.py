@@ -64,7 +64,8 @@ def load_checkpoint(
     try: tensors,header = read_safetensors(file, _format)
     except OtherFormat as e:
         if e.format != 'clae-checkpoint-1': raise
-        raise _OldVersion(f"{file} is of clae_fastai 0.1.0: finish that run with pip install clae_fastai==0.1.0.") from None
+        raise _OldVersion(f"{file} is of clae_fastai 0.1.0: "
+            "finish that run with pip install clae_fastai==0.1.0.") from None
     return json.loads(header['state'], object_hook=partial(_unpack, tensors))
 
 # %% ../../nbs/15_train.checkpoint.ipynb #52600bbe
@@ -110,19 +111,23 @@ def _rates(learn):
     schedules = [cb.scheds for cb in learn.cbs if isinstance(cb, ParamScheduler)]
     hypers = {k: [h[k] for h in learn.opt.hypers] for k in ('lr','wd') if k in learn.opt.hypers[0]}
     points = {k: [f(p) for p in (0,.1,.25,.5,.75,1)] for scheds in schedules for k,f in scheds.items()}
-    return {f'{k} over time': ' '.join(f'{o:.6g}' for o in np.concatenate([*map(np.ravel, v)])) for k,v in {**hypers, **points}.items()}
+    return {f'{k} over time': ' '.join(f'{o:.6g}' for o in np.concatenate([*map(np.ravel, v)]))
+        for k,v in {**hypers, **points}.items()}
 
 def _run_identity(learn):
     "What makes a run another run, as text"
     opt,clae = learn.opt,getattr(learn, 'clae', None)
     steps = [type(opt.opt)] if isinstance(opt, OptimWrapper) else [getattr(step, 'func', step) for step in opt.cbs]
     res = dict(
-        epochs=learn.n_epoch, batches_an_epoch=len(learn.dls.train), images=getattr(local_dl(learn.dls.train), 'n', None),
+        epochs=learn.n_epoch, batches_an_epoch=len(learn.dls.train),
+        images=getattr(local_dl(learn.dls.train), 'n', None),
         loss=learn.loss_func, optimiser=[step.__name__ for step in steps],
         parameter_groups=[len(group) for group in opt.param_lists],
         precision=nested_attr(learn, 'mixed_precision.amp_mode', 'fp32'))
     res.update(_rates(learn))
-    if clae: res.update(views=getattr(clae.views, 'aug', clae.views), attack=clae.attack, attack_bn=clae.attack_bn, every=clae.every)
+    if clae:
+        res.update(views=getattr(clae.views, 'aug', clae.views),
+            attack=clae.attack, attack_bn=clae.attack_bn, every=clae.every)
     return {k: re.sub(' at 0x[0-9a-f]+', '', str(v)) for k,v in res.items()} # not the address of an object
 
 def _of_run(learn, given, run_id):
@@ -132,7 +137,8 @@ def _of_run(learn, given, run_id):
 
 def _parts(learn):
     "What has a state in some runs, and none in others"
-    parts = dict(loss_func=learn.loss_func, scaler=getattr(learn, 'scaler', None), attack=nested_attr(learn, 'clae.attack'))
+    parts = dict(loss_func=learn.loss_func, scaler=getattr(learn, 'scaler', None),
+        attack=nested_attr(learn, 'clae.attack'))
     return {k: part for k,part in parts.items() if hasattr(part, 'state_dict')}
 
 def run_state(
@@ -179,7 +185,8 @@ def checkpoints(
 ) -> L: # Files, oldest first
     "Checkpoints in `folder`, in the order in which a run makes them"
     found = {f: m for f in Path(folder).glob('epoch*') if (m := _pattern.fullmatch(f.name))}
-    return L(sorted(found, key=lambda f: (int(found[f][1]), float(found[f][2] or 'inf')))) # inside an epoch, then its end
+    # inside an epoch, then its end
+    return L(sorted(found, key=lambda f: (int(found[f][1]), float(found[f][2] or 'inf'))))
 
 _repeats = 5 # seconds in which a signal that comes again is the same
 
@@ -198,15 +205,18 @@ def _own_groups(dls):
 
 @contextmanager
 def _last_word(checkpoint, seconds=20):
-    "Says how to go on where a signal has found this process waiting for another one, which its launcher will not wait for"
+    "Says how to go on where a signal has found this process waiting for another one, " \
+    "which its launcher will not wait for"
     ours,signals = os.pipe()
     os.set_blocking(signals, False)
     ended,before = threading.Event(),signal.set_wakeup_fd(signals, warn_on_full_buffer=False)
     def _listen():
         while (got := os.read(ours, 1)[0]) not in (0, signal.SIGTERM, signal.SIGINT): pass
         if got and not ended.wait(seconds) and not checkpoint.stopping:
-            alert(f"\n{signal.Signals(got).name}: process {this_rank()} waits for another process, which does not answer. When the "
-                f"launcher ends it, go on from the last checkpoint in {checkpoint.folder}: Resume, or clae_train --resume.")
+            alert(f"\n{signal.Signals(got).name}: process {this_rank()} waits for another process, "
+                "which does not answer. "
+                f"When the launcher ends it, go on from the last checkpoint in {checkpoint.folder}: "
+                "Resume, or clae_train --resume.")
     (listener := threading.Thread(target=_listen, daemon=True)).start()
     try: yield
     finally:
@@ -224,7 +234,7 @@ class Checkpoint(Callback):
         folder:str|Path='checkpoints', # Made if it is not there
         every_batches:int=None, # Batches from one save to the next inside an epoch; None: at its end only
         keep:int=2, # Number of the latest files that are kept, 1 or more; the best is kept besides
-        monitor:str='valid_loss', # Column that tells the best: least 'loss' or 'error', most of all else; 'train_loss' if unknown
+        monitor:str='valid_loss', # Column of the best: least 'loss' or 'error', most of others; 'train_loss' if unknown
         settings:dict=None # What else makes it this run, such as its seed; `Resume` compares
     ):
         for name,n in dict(keep=keep, every_batches=ifnone(every_batches, 1)).items():
@@ -267,7 +277,8 @@ class Checkpoint(Callback):
         self._stop()
 
     def _own_states(self):
-        "What each process has of its own: random states; attack and callbacks, where `run_state` has only the first one's"
+        "What each process has of its own: " \
+        "random states; attack and callbacks, where `run_state` has only the first one's"
         own = random_state(self.dls)
         if world_size() < 2: return [own]
         if attack := _parts(self.learn).get('attack'): own['attack'] = attack.state_dict()
@@ -297,8 +308,9 @@ class Checkpoint(Callback):
         state = dict(**run_state(self.learn), **self.of_run, batch=batch, random=states, at_start=self.at_start)
         bad = [k for k,v in state['model'].items() if v.is_floating_point() and not v.isfinite().all()]
         if bad:
-            raise FloatingPointError(f"The weights are not finite ({len(bad)} tensors, such as {bad[0]}) in epoch {self.epoch}, "
-                "and not saved. Lower the learning rate or eps, or train in higher precision.")
+            raise FloatingPointError(f"The weights are not finite ({len(bad)} tensors, such as {bad[0]}) "
+                f"in epoch {self.epoch}, and not saved. "
+                "Lower the learning rate or eps, or train in higher precision.")
         file = self._file(batch)
         try:
             make_folder(self.folder) # somebody may have moved it away
@@ -306,7 +318,8 @@ class Checkpoint(Callback):
             save_checkpoint(file, state)
             for f in checkpoints(self.folder)[:-self.keep]:
                 if f.name != self.best[1]: f.unlink(missing_ok=True)
-        except OSError as e: alert(f"\nTHE CHECKPOINT {file} COULD NOT BE SAVED ({e}). Training goes on; earlier ones are kept.\n")
+        except OSError as e:
+            alert(f"\nTHE CHECKPOINT {file} COULD NOT BE SAVED ({e}). Training goes on; earlier ones are kept.\n")
 
     def _set_aside(self):
         "An earlier fit's checkpoints, into a folder of their own: two fits in one would be mixed up"
@@ -341,7 +354,8 @@ class Checkpoint(Callback):
     def guard(self,
         learn:Learner # Which has this callback while it lasts
     ):
-        """SIGTERM and Ctrl-C save after the batch at hand and exit (143 or 130), of several processes all after the same batch;
+        "SIGTERM and Ctrl-C save after the batch at hand and exit (143 or 130), " \
+        """of several processes all after the same batch;
         an error between two batches, such as a file that cannot be read, saves before it is raised"""
         main = threading.current_thread() is threading.main_thread() # no other can listen to signals
         self.guarding,self.signal,self.stopping,self.asked = True,0,0,-math.inf
@@ -405,11 +419,12 @@ class Resume(Callback):
             finished = state['batch'] is None and state['epoch']+1 == int(saved['epochs'])
             longer = (" To train a finished run longer, begin with its weights, "
                 f"load_state(learn.model, load_checkpoint('{file}')['model']), or take clae_train --extend NAME.")
-            raise ValueError(f"{file} is of another run ({'; '.join(differ)}): give the learner and `fit` what they had then."
-                f"{longer if finished else ''}")
+            raise ValueError(f"{file} is of another run ({'; '.join(differ)}): "
+                f"give the learner and `fit` what they had then.{longer if finished else ''}")
         if images := other_images(state['images'], self.of_run['images'], self.moved):
-            raise ValueError(f"{file} is of a run on other images ({images}): bring those back, or begin a new run. If the same files "
-                "were only copied or moved, say so: Resume(moved=True), or clae_train --resume NAME --path FOLDER.")
+            raise ValueError(f"{file} is of a run on other images ({images}): bring those back, or begin a new run. "
+                "If the same files were only copied or moved, say so: "
+                "Resume(moved=True), or clae_train --resume NAME --path FOLDER.")
         if (other := self._other_run(file, state)):
             raise ValueError(f"{file} and {other} are of two runs: take away what does not belong to this one.")
         self.state,self.inside = state,state['batch'] is not None

@@ -25,15 +25,17 @@ from ..core import *
 _launcher = 'RANK','LOCAL_RANK','WORLD_SIZE','MASTER_ADDR','MASTER_PORT'
 
 def launched() -> tuple: # (rank, number of processes); (0, 1) without a launcher
-    "What the process group is, or will be. Raises `ValueError` where the environment holds half of what a launcher says"
+    "What the process group is, or will be. " \
+    "Raises `ValueError` where the environment holds half of what a launcher says"
     if world_size() > 1: return this_rank(),world_size()
     found = {k: os.environ.get(k, '') for k in _launcher}
     if found['WORLD_SIZE'] in ('','0','1'): return 0,1
     bad = [k for k,v in found.items() if not (v.isdecimal() if k != 'MASTER_ADDR' else v)]
     own,n = (0,0) if bad else (int(found['RANK']),int(found['WORLD_SIZE']))
     if own < n: return own,n
-    raise ValueError(f"WORLD_SIZE is {found['WORLD_SIZE']}, and {', '.join(f'{k} is {found[k]!r}' for k in bad or ['RANK'])}: start the "
-        "processes with torchrun, or for one process remove the variable WORLD_SIZE (unset WORLD_SIZE).")
+    raise ValueError(f"WORLD_SIZE is {found['WORLD_SIZE']}, "
+        f"and {', '.join(f'{k} is {found[k]!r}' for k in bad or ['RANK'])}: "
+        "start the processes with torchrun, or for one process remove the variable WORLD_SIZE (unset WORLD_SIZE).")
 
 # %% ../../nbs/14_train.distributed.ipynb #13d9df1b
 class _RankDL(DistributedDL):
@@ -121,7 +123,8 @@ def _process_group(device_type):
     if dist.is_initialized():
         yield
         return
-    if not find_spec('accelerate'): raise ImportError("Training on several processes needs accelerate: pip install accelerate")
+    if not find_spec('accelerate'):
+        raise ImportError("Training on several processes needs accelerate: pip install accelerate")
     store,rank,n = next(dist.rendezvous('env://'))
     store = dist.PrefixStore(f'clae_fastai/{next(_group_numbers)}', store) # the launcher's outlives a group
     dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=n)
@@ -130,7 +133,8 @@ def _process_group(device_type):
 
 @contextmanager
 def processes():
-    "Each process that a launcher has started takes its GPU, and joins a group that ends with the context; one alone does not"
+    "Each process that a launcher has started takes its GPU, and joins a group that ends with the context; " \
+    "one alone does not"
     set_rank_device()
     with _process_group(default_device().type) if launched()[1] > 1 else nullcontext(): yield
 
@@ -164,7 +168,8 @@ def distributed(self:Learner,
     own,logger = launched()[0],self.logger
     progress = self.cbs.filter(risinstance(ProgressCallback)) if own else [] # one log
     with _process_group(device_type):
-        if getattr(getattr(self, 'clae', None), 'every', 1) > 1: # in most steps the adversarial batch norms take no part
+        if getattr(getattr(self, 'clae', None), 'every', 1) > 1:
+            # in most steps the adversarial batch norms take no part
             handlers = [DistributedDataParallelKwargs(find_unused_parameters=True), *options.get('kwargs_handlers', [])]
             options = merge(options, dict(kwargs_handlers=handlers))
         trainer = _RankTrainer(**options)
@@ -177,7 +182,8 @@ def distributed(self:Learner,
 
 # %% ../../nbs/14_train.distributed.ipynb #2af00335
 class Agreement:
-    "The largest number that any process says, known to all of them one call later; every process calls it equally often"
+    "The largest number that any process says, known to all of them one call later; " \
+    "every process calls it equally often"
     def __init__(self): self.group,self.work = dist.new_group(backend='gloo'),None
 
     def __call__(self,

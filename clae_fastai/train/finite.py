@@ -13,7 +13,8 @@ from ..core import *
 def _copy_all(to, source):
     "Copy tensors to others, all of a dtype at once"
     for pairs in groupby(zip(to, source), lambda o: o[0].dtype).values():
-        torch._foreach_copy_(*zip(*pairs)) # of 120 buffers, each of a few numbers, PyTorch has no public way to copy all
+        # of 120 buffers, each of a few numbers, PyTorch has no public way to copy all
+        torch._foreach_copy_(*zip(*pairs))
 
 class CheckFinite(Callback):
     "Stop when the training loss is not finite, or leave out steps whose loss or gradients are not"
@@ -40,7 +41,8 @@ class CheckFinite(Callback):
     def before_step(self):
         if self.on_nonfinite == 'stop': return
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        largest = torch.nn.utils.get_total_norm(grads, math.inf) # of all values: sums and squares of finite ones can overflow
+        # of all values: sums and squares of finite ones can overflow
+        largest = torch.nn.utils.get_total_norm(grads, math.inf)
         ok = (self.loss.detach().isfinite().all() & largest.isfinite()).float()
         if world_size() > 1: torch.distributed.all_reduce(ok, torch.distributed.ReduceOp.MIN)
         if ok.item():

@@ -73,8 +73,9 @@ def deterministic_algorithms():
     except RuntimeError as e:
         if 'deterministic' not in str(e): raise
         why = ' '.join(str(e).split())
-        raise ValueError(f"Something of this training cannot be deterministic: take another architecture or views, or leave out "
-            f"deterministic=True (--deterministic). PyTorch says: {why}") from e
+        raise ValueError("Something of this training cannot be deterministic: "
+            "take another architecture or views, or leave out deterministic=True (--deterministic). "
+            f"PyTorch says: {why}") from e
     finally:
         torch.set_deterministic_debug_mode(mode)
         cudnn.deterministic,cudnn.benchmark = before

@@ -140,8 +140,8 @@ def say(
 def check_regular(
     file:str|Path # To be opened
 ) -> tuple: # Its size and its times of change, by which it is known again
-    "Raises `OSError` for what is no regular file: " \
-    "a pipe, a socket or a device can keep whoever opens it waiting for ever"
+    """Raises `OSError` for what is no regular file:
+    a pipe, a socket or a device can keep whoever opens it waiting for ever"""
     status = os.stat(file)
     if not stat.S_ISREG(status.st_mode): raise OSError(f"{Path(file).name} is no regular file")
     return status.st_size,status.st_mtime_ns,status.st_ctime_ns
@@ -264,8 +264,8 @@ def read_safetensors(
     file:str|Path, # Written by `write_safetensors`
     format:str # What it has to be
 ) -> tuple: # Tensors by name, on the CPU, and the header without format and checksum
-    "Read such a file. Raises `FileNotFoundError` where there is none, " \
-    "and `ValueError` where it is damaged, or something else"
+    """Read such a file. Raises `FileNotFoundError` where there is none,
+    and `ValueError` where it is damaged, or something else"""
     try:
         check_regular(file)
         with utf8_name(file) as name, safetensors.safe_open(name, 'pt') as f:

@@ -102,8 +102,8 @@ class ImageSet:
         return (x,) if self.labels is None else (x,TensorCategory(self.labels[i]))
 
     def decode(self, o, full=True):
-        "The image, or its crops side by side, and its class's name; " \
-        "embeddings, which a learner may give, stay as they are"
+        """The image, or its crops side by side, and its class's name;
+        embeddings, which a learner may give, stay as they are"""
         x = o[0] if o[0].ndim < 4 else torch.cat([*o[0]], -1)
         return (x, *(y if getattr(y, 'ndim', 0) else Category(self.vocab[int(y)]) for y in o[1:]))
 
@@ -444,8 +444,8 @@ def file_dls(
     return image_dls(_set(train), _set(valid), FileDL, **kwargs)
 
 class TwoCrops(RandTransform):
-    "Two random crops of an image to train on, (2,C,H,W), and for validation one in the middle, (C,H,W): " \
-    "for a `DataBlock` of one's own"
+    """Two random crops of an image to train on, (2,C,H,W), and for validation one in the middle, (C,H,W):
+    for a `DataBlock` of one's own"""
     split_idx,order = None,ToTensor.order-1
     def __init__(self,
         size:int|tuple, # Side of the crops in pixels, or (height, width)

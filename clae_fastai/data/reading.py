@@ -227,8 +227,8 @@ class ImageReader(DisplayedTransform):
         return im if isinstance(im, Tensor) else (PILImageBW if self.channels == 1 else PILImage)(im.copy())
 
     def pixels(self, image):
-        "A file, PIL image, array (H,W) or (H,W,C), or tensor (C,H,W) " \
-        "as a PIL image, grey or RGB, or as a `TensorChannels`"
+        """A file, PIL image, array (H,W) or (H,W,C), or tensor (C,H,W)
+        as a PIL image, grey or RGB, or as a `TensorChannels`"""
         try: return self._convert(self.values(image))
         except Exception as e: # whatever it is, of whatever library; none names the file
             file = getattr(image, 'filename', image)
@@ -265,8 +265,8 @@ def _identity(path):
         if status.st_ino: return status.st_dev,status.st_ino
 
 def _walk(root, again):
-    "`(file or folder is a link, file)` of all that is no clutter; " \
-    "each folder once, under its own name rather than a link's"
+    """`(file or folder is a link, file)` of all that is no clutter;
+    each folder once, under its own name rather than a link's"""
     seen,todo = {_identity(o) or o for o in root.resolve().parents},[(False,root)]
     while todo:
         linked,parent = heapq.heappop(todo) # the first of those that are no links
@@ -302,8 +302,8 @@ def find_images(
     folder:str|Path, # Where to look, in folders below it, too
     read:Callable=None # As for `is_image`
 ) -> tuple: # `L` of image files in their names' order, `Counter` of other files' endings, and `L` of names left out
-    "Image files by their names. " \
-    "What has several is found once, and its further names are left out: links, back to where one was, too"
+    """Image files by their names.
+    What has several is found once, and its further names are left out: links, back to where one was, too"""
     files,others,again = {},Counter(),[]
     for _,file in sorted(_walk(Path(folder), again)):
         if not is_image(file.name, read): others[file.suffix.lower() or 'without ending'] += 1
@@ -398,8 +398,8 @@ def find_value_range(
     infos:list, # Their `ImageInfo`s
     value_range:tuple=None # (low, high), where the user says it
 ) -> tuple: # (low, high), or None where no image has more than 8 bits
-    "The values that become black and white. " \
-    "Raises `ValueError` where they must be asked for, or do not hold all images"
+    """The values that become black and white.
+    Raises `ValueError` where they must be asked for, or do not hold all images"""
     deep = [(f,o) for f,o in zip(files, infos) if o.kind != 'uint8']
     if not deep: return None
     def _which(images):

@@ -57,8 +57,8 @@ def check_loader(
     if getattr(dl, 'n', None) and getattr(dl, 'bs', None): check_batches(dl.bs, dl.n, dl.drop_last)
 
 class LossTerms(Callback):
-    "Columns `loss_aug` and, with an attack, `loss_adv` (eq. 16): " \
-    "means over those of the epoch's training batches that have them"
+    """Columns `loss_aug` and, with an attack, `loss_adv` (eq. 16):
+    means over those of the epoch's training batches that have them"""
     checkpoint_attrs = ('sums','counts')
     def __init__(self,
         adversarial:bool=True # Is there an adversarial term?

@@ -91,8 +91,8 @@ def _is_compose(tfm):
 def item_tfms(
     aug # Anything that augments
 ) -> list: # None for what augments batches
-    "Transforms of single images: a list of them, one of torchvision's or albumentations', " \
-    "or their `Compose`, which is taken apart"
+    """Transforms of single images: a list of them, one of torchvision's or albumentations',
+    or their `Compose`, which is taken apart"""
     if isinstance(aug, nn.Sequential) and len(aug) and all(_comes_from(o, _torchvision) for o in aug): aug = [*aug]
     if _comes_from(aug, _for_images): aug = aug.transforms if _is_compose(aug) else [aug]
     elif not isinstance(aug, (list,L)): return None

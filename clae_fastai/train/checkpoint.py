@@ -205,8 +205,8 @@ def _own_groups(dls):
 
 @contextmanager
 def _last_word(checkpoint, seconds=20):
-    "Says how to go on where a signal has found this process waiting for another one, " \
-    "which its launcher will not wait for"
+    """Says how to go on where a signal has found this process waiting for another one,
+    which its launcher will not wait for"""
     ours,signals = os.pipe()
     os.set_blocking(signals, False)
     ended,before = threading.Event(),signal.set_wakeup_fd(signals, warn_on_full_buffer=False)
@@ -277,8 +277,8 @@ class Checkpoint(Callback):
         self._stop()
 
     def _own_states(self):
-        "What each process has of its own: " \
-        "random states; attack and callbacks, where `run_state` has only the first one's"
+        """What each process has of its own:
+        random states; attack and callbacks, where `run_state` has only the first one's"""
         own = random_state(self.dls)
         if world_size() < 2: return [own]
         if attack := _parts(self.learn).get('attack'): own['attack'] = attack.state_dict()
@@ -354,8 +354,8 @@ class Checkpoint(Callback):
     def guard(self,
         learn:Learner # Which has this callback while it lasts
     ):
-        "SIGTERM and Ctrl-C save after the batch at hand and exit (143 or 130), " \
-        """of several processes all after the same batch;
+        """SIGTERM and Ctrl-C save after the batch at hand and exit (143 or 130),
+        of several processes all after the same batch;
         an error between two batches, such as a file that cannot be read, saves before it is raised"""
         main = threading.current_thread() is threading.main_thread() # no other can listen to signals
         self.guarding,self.signal,self.stopping,self.asked = True,0,0,-math.inf

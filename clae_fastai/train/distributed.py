@@ -25,8 +25,8 @@ from ..core import *
 _launcher = 'RANK','LOCAL_RANK','WORLD_SIZE','MASTER_ADDR','MASTER_PORT'
 
 def launched() -> tuple: # (rank, number of processes); (0, 1) without a launcher
-    "What the process group is, or will be. " \
-    "Raises `ValueError` where the environment holds half of what a launcher says"
+    """What the process group is, or will be.
+    Raises `ValueError` where the environment holds half of what a launcher says"""
     if world_size() > 1: return this_rank(),world_size()
     found = {k: os.environ.get(k, '') for k in _launcher}
     if found['WORLD_SIZE'] in ('','0','1'): return 0,1
@@ -133,8 +133,8 @@ def _process_group(device_type):
 
 @contextmanager
 def processes():
-    "Each process that a launcher has started takes its GPU, and joins a group that ends with the context; " \
-    "one alone does not"
+    """Each process that a launcher has started takes its GPU, and joins a group that ends with the context;
+    one alone does not"""
     set_rank_device()
     with _process_group(default_device().type) if launched()[1] > 1 else nullcontext(): yield
 
@@ -182,8 +182,8 @@ def distributed(self:Learner,
 
 # %% ../../nbs/14_train.distributed.ipynb #2af00335
 class Agreement:
-    "The largest number that any process says, known to all of them one call later; " \
-    "every process calls it equally often"
+    """The largest number that any process says, known to all of them one call later;
+    every process calls it equally often"""
     def __init__(self): self.group,self.work = dist.new_group(backend='gloo'),None
 
     def __call__(self,

@@ -45,7 +45,8 @@ def _make_new(paths, make):
 def _write_new(file, text):
     "Write `file`, or where that is taken file-2, file-3, ...; returns which"
     ends = itertools.chain([''], map('-{}'.format, itertools.count(2)))
-    new = _make_new((file.with_name(f'{file.stem}{end}{file.suffix}') for end in ends), partial(Path.touch, exist_ok=False))
+    new = _make_new((file.with_name(f'{file.stem}{end}{file.suffix}') for end in ends),
+        partial(Path.touch, exist_ok=False))
     try: write_text(new, text)
     except BaseException:
         new.unlink(missing_ok=True)
@@ -54,7 +55,8 @@ def _write_new(file, text):
 
 def _holds_nothing(folder):
     "Is this a folder of a run that never began, but for its lock and half files?"
-    return not folder.is_symlink() and folder.is_dir() and all(o.name == '.lock' or o.suffix == '.tmp' for o in folder.iterdir())
+    return not folder.is_symlink() and folder.is_dir() and all(
+        o.name == '.lock' or o.suffix == '.tmp' for o in folder.iterdir())
 
 def _lock(folder):
     try: return filelock.FileLock(folder/'.lock').acquire(timeout=0)
@@ -94,8 +96,9 @@ _versions = dict(clae_fastai=__version__, python=platform.python_version(),
 train_options = { # type, and value where nothing is said; None: `_fill_in` or the library decides
     **dict.fromkeys('path data arch weights method attack views head recipe name extends log'.split(), (str,None)),
     **dict.fromkeys('n_out epochs bs size channels limit workers every every_batches max_pixels'.split(), (int,None)),
-    **dict.fromkeys('eps alpha temperature lr valid_pct'.split(), (float,None)), 'value_range': (list,None), 'background': (str,'white'),
-    'seed': (int,42), 'precision': (str,'fp32'), 'attack_bn': (str,'adv'), 'on_nonfinite': (str,'stop'),
+    **dict.fromkeys('eps alpha temperature lr valid_pct'.split(), (float,None)),
+    'value_range': (list,None), 'background': (str,'white'), 'seed': (int,42),
+    'precision': (str,'fp32'), 'attack_bn': (str,'adv'), 'on_nonfinite': (str,'stop'),
     **dict.fromkeys('channels_last deterministic pretrained skip_bad unlabelled'.split(), (bool,False))}
 _of_folders = 'channels value_range background max_pixels skip_bad valid_pct unlabelled'.split()
 _not_given = {name: default for name,(_,default) in train_options.items()}
@@ -132,8 +135,8 @@ def read_options(
 _defaults = dict(arch='resnet18', method='simclr', eps=.03, alpha=1., attack='fgsm', every=4, epochs=20, bs=64, lr=3e-3)
 _digits = dict(arch='resnet8', views='digits')
 _limits = dict(
-    epochs=(1,math.inf), bs=(1,math.inf), n_out=(1,math.inf), every=(1,math.inf), every_batches=(1,math.inf), limit=(2,math.inf),
-    size=(8,4096), max_pixels=(1,math.inf), workers=(0,256), seed=(0,2**32-1),
+    epochs=(1,math.inf), bs=(1,math.inf), n_out=(1,math.inf), every=(1,math.inf), every_batches=(1,math.inf),
+    limit=(2,math.inf), size=(8,4096), max_pixels=(1,math.inf), workers=(0,256), seed=(0,2**32-1),
     **dict.fromkeys(('lr','temperature'), (math.ulp(0.),sys.float_info.max)))
 
 def _check_limits(values):
@@ -247,20 +250,23 @@ def _table_features(learn, untrained):
     sample = itertools.islice(learn.dls.train.new(shuffle=False), max(1, 2048//learn.dls.train.bs))
     rows = _Rows(learn.clae.views, untrained.to(device), plain_model(learn.model))
     with no_random(reproducible=False):
-        update_bn((rows.views.normalize(to_device(b[0], device)) for b in sample), untrained) # the statistics of batch norm
+        # the statistics of batch norm
+        update_bn((rows.views.normalize(to_device(b[0], device)) for b in sample), untrained)
     parts = [extract_features(rows, dl) for dl in learn.dls.loaders]
     split = [(x.split(rows.sizes, 1),y) for x,y in parts]
     return {name: [(xs[k],y) for xs,y in split] for k,name in enumerate(('raw','untrained','encoder'))}
 
 def _draw_neighbours(learn, features, monitor):
-    "Neighbours among held-out images, whose features table or monitor have, or among as many training images as take a moment"
+    ("Neighbours among held-out images, whose features table or monitor have, "
+     "or among as many training images as take a moment")
     valid,seen = learn.dls.valid_ds,monitor.held_out
     if features and len(valid) > 12: data,(x,y),among = valid,features['encoder'][1],'held-out images'
     elif seen and len(seen[0]) >= 48: data,(_,x,y),among = valid.take(seen[0]),seen,f'of {len(valid):,} held-out images'
     else:
         n,(h,w) = len(learn.dls.train_ds),learn.encoder_info['size']
         most = int(np.clip(2**17//(h*w), 32, 500))
-        data,among = learn.dls.train_ds.take(evenly_spread(n, most)),f'of {n:,} training images' if n > most else 'training images'
+        data,among = (learn.dls.train_ds.take(evenly_spread(n, most)),
+            f'of {n:,} training images' if n > most else 'training images')
         with no_random(reproducible=False): dl = learn.dls.train.new(data, shuffle=False, drop_last=False)
         x,y = extract_features(learn, dl)
     return plot_neighbours(data, x, y, data.vocab, f'{len(x):,} {among}')
@@ -269,7 +275,8 @@ def _draw_neighbours(learn, features, monitor):
 def _check_log(log):
     if log is None: return
     look_up(log, ('tensorboard','wandb'), 'log')
-    if not find_spec(log): raise ValueError(f"--log {log} needs a package that is not installed: pip install 'clae_fastai[{log}]'.")
+    if not find_spec(log):
+        raise ValueError(f"--log {log} needs a package that is not installed: pip install 'clae_fastai[{log}]'.")
 
 class _SideWriter:
     "TensorBoard's writer, which loses what it cannot write"
@@ -306,7 +313,8 @@ def _peak_memory(device):
     return f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**(30 if sys.platform == "darwin" else 20):.1f} GiB'
 
 class _FewBatches(Callback):
-    "Ends a fit after one training batch and four more, or as many as whole cycles of `every` take; `seconds` is the mean of these"
+    ("Ends a fit after one training batch and four more, or as many as whole cycles of `every` take; "
+     "`seconds` is the mean of these")
     order,run_valid = Recorder.order+10,False
     def __init__(self, every): self.n,self.times = 1 + every*math.ceil(4/every),[]
     def after_batch(self):
@@ -327,17 +335,21 @@ class _Run:
     def dls(self):
         "The run's images"
         s = self.settings
-        return get_dls(s['data'], **_given(num_workers=s['workers'], **self._some('path bs size limit seed')), **_of_folder(s))
+        return get_dls(s['data'], **_given(num_workers=s['workers'], **self._some('path bs size limit seed')),
+            **_of_folder(s))
 
     def learner(self):
         "The learner as it is before training"
         s,_some = self.settings,self._some
         set_seed(s['seed'])
         dls = self.dls()
-        own = self.recipe.learner_kwargs() if self.recipe else _some('arch method eps alpha attack every temperature head n_out views')
-        learn = clae_learner(dls, **own, **_some('pretrained weights precision channels_last deterministic attack_bn on_nonfinite'))
+        own = (self.recipe.learner_kwargs() if self.recipe else
+            _some('arch method eps alpha attack every temperature head n_out views'))
+        learn = clae_learner(dls, **own,
+            **_some('pretrained weights precision channels_last deterministic attack_bn on_nonfinite'))
         begun = self.folder and checkpoints(self.folder/'checkpoints') # then `Resume` brings the weights
-        if s['extends'] and not begun: load_state(learn.model, last_checkpoint(Path(s['extends'])/'checkpoints')[1]['model'])
+        if s['extends'] and not begun:
+            load_state(learn.model, last_checkpoint(Path(s['extends'])/'checkpoints')[1]['model'])
         return learn
 
     @property
@@ -353,7 +365,8 @@ class _Run:
             if self.settings['deterministic']: held.enter_context(deterministic_algorithms())
             with processes():
                 first_one = not this_rank()
-                if first_one and self.folder is None and self.settings['name'] is not None: _check_name(self.settings['name'])
+                if first_one and self.folder is None and self.settings['name'] is not None:
+                    _check_name(self.settings['name'])
                 learn = self.learner()
                 self.resolve(learn)
                 if first_one: held.enter_context(self.at_work(learn))
@@ -391,8 +404,10 @@ class _Run:
         file,images = self.folder/'settings.json',_images(learn.dls)
         before = json.loads(file.read_bytes()).get('images') if file.exists() else None
         if before and (differ := other_images(before, images, self.moved)):
-            raise ValueError(f"The images of {self.data} are not those that {self.folder} was trained on ({differ}): bring those back, or "
-                "begin a new run. If the same files were only copied or moved, say where they are: --resume NAME --path FOLDER.")
+            raise ValueError(
+                f"The images of {self.data} are not those that {self.folder} was trained on ({differ}): "
+                "bring those back, or begin a new run. "
+                "If the same files were only copied or moved, say where they are: --resume NAME --path FOLDER.")
         _write_json(file, dict(options=self.settings, images=images, versions=_versions))
 
     def describe(self, learn):
@@ -419,7 +434,8 @@ class _Run:
             few = _FewBatches(min(learn.clae.every, 8))
             with learn.distributed(), learn.no_bar(), learn.no_logging(): learn.fit(few.n, cbs=few)
         n,epochs = n_batches(learn.dls.train),self.settings['epochs']
-        print(f"A step takes {few.seconds:.2g} seconds, and {_peak_memory(learn.dls.device)} of memory with all that is loaded; "
+        print(f"A step takes {few.seconds:.2g} seconds, "
+              f"and {_peak_memory(learn.dls.device)} of memory with all that is loaded; "
             f"{epochs} epochs of {n} steps take about {format_time(few.seconds*n*epochs)}.")
 
     def fit(self, learn):
@@ -431,19 +447,22 @@ class _Run:
         learn.path,checkpoints_of = self.folder,self.folder/'checkpoints'
         settings = {k: v for k,v in self.settings.items() if k not in ('name','path','workers','every_batches','log')}
         self.log,self.monitor = RunLog(self.folder/'history.csv', not terminal, self.side),CollapseMonitor()
-        cbs = [self.log, self.monitor] + ([Resume(checkpoints_of, settings, self.moved)] if checkpoints(checkpoints_of) else [])
+        cbs = [self.log, self.monitor] + (
+            [Resume(checkpoints_of, settings, self.moved)] if checkpoints(checkpoints_of) else [])
         guard = Checkpoint(checkpoints_of, self.settings['every_batches'], settings=settings).guard(learn)
         try:
-            with learn.distributed(), ContextManagers(quiet), guard, _logging(self.settings['log'], self.folder, self.side) as logs:
+            with (learn.distributed(), ContextManagers(quiet), guard,
+                    _logging(self.settings['log'], self.folder, self.side) as logs):
                 if self.recipe: self.recipe.fit(learn, cbs=cbs+logs)
                 else: learn.fit_one_cycle(self.settings['epochs'], self.settings['lr'], cbs=cbs+logs)
         except (RuntimeError, EOFError, ConnectionError) as e: # the last two: while a batch was handed over
             go_on = f"go on with --resume {self.folder.name}."
             if is_lost_process(e):
-                raise ValueError(f"Another process of this training has ended: what it said stands above, and nothing where it was "
-                    f"killed. Then {go_on}") from e
+                raise ValueError("Another process of this training has ended: what it said stands above, "
+                    f"and nothing where it was killed. Then {go_on}") from e
             if isinstance(e, RuntimeError) and 'DataLoader worker' not in str(e): raise
-            raise ValueError(f"A process that loads images died, perhaps for want of memory ({e!r}). Free some, and {go_on}") from e
+            raise ValueError(f"A process that loads images died, perhaps for want of memory ({e!r}). "
+                f"Free some, and {go_on}") from e
 
     def draw(self, name, draw):
         "Write a picture"
@@ -470,13 +489,15 @@ class _Run:
         metrics.update(more(learn))
         if verdict := self.monitor.verdict: metrics['verdict'] = asdict(verdict)
         settings = dict(s, name=folder.name, size=learn.encoder_info['size'], device=str(learn.dls.device),
-            tf32=takes_tf32(learn.dls.device, learn.precision), processes=launched()[1], images=getattr(learn.dls, 'notes', []))
+            tf32=takes_tf32(learn.dls.device, learn.precision), processes=launched()[1],
+            images=getattr(learn.dls, 'notes', []))
         # this says that the run is finished, so it comes last
-        _write_json(folder/'summary.json', dict(settings=settings, seed=s['seed'], images=_images(learn.dls), versions=_versions,
-            metrics=metrics, not_written=self.side.missing))
+        _write_json(folder/'summary.json', dict(settings=settings, seed=s['seed'], images=_images(learn.dls),
+            versions=_versions, metrics=metrics, not_written=self.side.missing))
         print(f"The encoder is {folder/'encoder.safetensors'}; what the adversary does is in {folder/'views.png'}, "
             f"and what the encoder finds alike in {folder/'neighbours.png'}. As one page: clae_report {folder}")
-        if self.side.missing: alert(f"NOT WRITTEN in {folder}: {', '.join(f'{k} ({v})' for k,v in self.side.missing.items())}.")
+        if self.side.missing:
+            alert(f"NOT WRITTEN in {folder}: {', '.join(f'{k} ({v})' for k,v in self.side.missing.items())}.")
 
     def write_encoder(self, learn):
         "To the run's folder, also if somebody has moved that away; or to where there is room"
@@ -487,7 +508,8 @@ class _Run:
             learn.export_encoder(file)
         except OSError as e:
             with contextlib.suppress(OSError):
-                elsewhere = f" Meanwhile it is {learn.export_encoder(Path(tempfile.mkdtemp(prefix='clae-'))/file.name)}."
+                elsewhere = (" Meanwhile it is "
+                    f"{learn.export_encoder(Path(tempfile.mkdtemp(prefix='clae-'))/file.name)}.")
             raise OSError(f"The encoder is trained, and could not be written to {file} ({e}).{elsewhere} "
                 f"Make room, then clae_train --resume {self.folder.name} does what is left.") from e
 
@@ -496,7 +518,8 @@ _of_extension = 'epochs lr seed name workers every_batches log'.split()
 def _extended(run, given):
     "Options of a run that begins where a finished one has ended"
     parent = _find('settings.json', run, 'run').parent
-    if not (parent/'summary.json').exists(): raise ValueError(f"The run {run} is not finished: go on with --resume {run}.")
+    if not (parent/'summary.json').exists():
+        raise ValueError(f"The run {run} is not finished: go on with --resume {run}.")
     _refuse('extend', given.keys() - _of_extension)
     return read_options(parent, to_continue=True) | dict(name=None) | given | dict(extends=str(parent.resolve()))
 
@@ -506,10 +529,11 @@ def _refuse(option, given):
 
 def _check_place(options, folder, remedy):
     if options['path'] and not Path(options['path']).is_dir():
-        raise FileNotFoundError(f"The images of {folder} were in {options['path']}, which is not there: say where they are, {remedy}.")
+        raise FileNotFoundError(f"The images of {folder} were in {options['path']}, which is not there: "
+            f"say where they are, {remedy}.")
 
 def train(
-    resume:str=None, # Name or folder of an interrupted run to go on with; takes only `path`, where its images are elsewhere now
+    resume:str=None, # Name or folder of an interrupted run to go on with; takes only `path`, if its images have moved
     extend:str=None, # Name or folder of a finished run to train longer, in a new run
     dry_run:bool=False, # Say what would be trained and what it takes, and stop
     **kwargs # Options of `clae_train`, where they are not its defaults
@@ -517,7 +541,8 @@ def train(
     "Train and evaluate an encoder, in a run's folder"
     if unknown := kwargs.keys() - _not_given: raise TypeError(f"There is no option {', '.join(unknown)}.")
     given = {k: v for k,v in kwargs.items() if v != _not_given[k]}
-    if 'path' in given: given['path'] = os.path.abspath(Path(given['path']).expanduser()) # also from another folder it is this one
+    # also from another folder it is this one
+    if 'path' in given: given['path'] = os.path.abspath(Path(given['path']).expanduser())
     if is_weight_file(given.get('weights')): given['weights'] = str(Path(given['weights']).expanduser().resolve())
     with redirect_stdout(io.StringIO() if launched()[0] else sys.stdout): # of several processes the first one prints
         if resume is None:
@@ -529,7 +554,8 @@ def train(
             options = read_options(folder, to_continue=True) | given
             _check_place(options, folder, f"--resume {folder.name} --path FOLDER")
             return _Run(options, folder, moved='path' in given).start()
-        print(f"The run {resume} is finished; nothing is left to do. To train it longer: clae_train --extend {resume} --epochs N.")
+        print(f"The run {resume} is finished; nothing is left to do. "
+              f"To train it longer: clae_train --extend {resume} --epochs N.")
 
 # %% ../nbs/26_runs.ipynb #8b2b23fb
 def _encoder_file(run):
@@ -540,7 +566,8 @@ def _encoder_file(run):
 def _own_data(file):
     "Name of the data that the run of an encoder file was trained on, and further arguments of `get_dls`"
     if not (file.parent/'settings.json').is_file():
-        raise ValueError(f"{file} is in no run's folder: say what to evaluate it on, with --data NAME or --path FOLDER.")
+        raise ValueError(f"{file} is in no run's folder: "
+            "say what to evaluate it on, with --data NAME or --path FOLDER.")
     settings,_ = _fill_in(read_options(file.parent))
     _check_place(settings, file.parent, "--path FOLDER")
     seed = ['seed'] if settings['data'] == 'folder' else [] # that held images out
@@ -550,12 +577,15 @@ def _check_own_data(dls, folder, purpose='to evaluate it on'):
     "Are these the images of the run in `folder`, and are those that are held out the same?"
     content = json.loads((folder/'settings.json').read_bytes())
     version,images = content['versions']['clae_fastai'],content.get('images')
-    if images and content['options'].get('limit') is None and (differ := other_images(images, _images(dls), moved=True)):
-        raise ValueError(f"The images in {dls.path} are not those that {folder} was trained on ({differ}): bring those back, or say what "
-            f"{purpose}, with --path FOLDER.")
+    if (images and content['options'].get('limit') is None
+            and (differ := other_images(images, _images(dls), moved=True))):
+        raise ValueError(f"The images in {dls.path} are not those that {folder} was trained on ({differ}): "
+            f"bring those back, or say what {purpose}, with --path FOLDER.")
     if getattr(dls, 'held_out', 0) and version.startswith('0.1.'):
-        raise ValueError(f"{folder} is a run of clae_fastai {version}, which chose the images to hold out in another way, so that "
-            f"this version would test on images that the run was trained on: say what {purpose}, with --path FOLDER.")
+        raise ValueError(
+            f"{folder} is a run of clae_fastai {version}, which chose the images to hold out in another way, "
+            "so that this version would test on images that the run was trained on: "
+            f"say what {purpose}, with --path FOLDER.")
 
 def evaluate_run(
     run:str, # Name or folder of a run, or an encoder file
@@ -575,7 +605,8 @@ def evaluate_run(
     file = _encoder_file(run)
     if data is None and path is None: data,own = _own_data(file)
     else: data,own = ifnone(data, 'folder'),dict(path=path)
-    given = dict(channels=channels, value_range=value_range, background=background, max_pixels=max_pixels, skip_bad=skip_bad or None)
+    given = dict(channels=channels, value_range=value_range, background=background, max_pixels=max_pixels,
+        skip_bad=skip_bad or None)
     own,dataset = _given(bs=bs, num_workers=workers, **own) | _given(**given),data
     if 'seed' in own: # `evaluate` has one of its own
         dataset,own = get_dls(data, drop_last=False, **own),{}
@@ -586,8 +617,10 @@ def evaluate_run(
 
 def _check_new(out):
     "A file to write. Raises `FileNotFoundError` or `FileExistsError` where it cannot be"
-    if not out.parent.is_dir(): raise FileNotFoundError(f"There is no folder {out.parent} to write {out.name} to.")
-    if os.path.lexists(out): raise FileExistsError(f"{out} exists, and nothing is overwritten: give another name with --out.")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"There is no folder {out.parent} to write {out.name} to.")
+    if os.path.lexists(out):
+        raise FileExistsError(f"{out} exists, and nothing is overwritten: give another name with --out.")
     return out
 
 def _as_in_training(file, path, **given):
@@ -629,8 +662,10 @@ def export_run(
     out:str=None # File to write, which must be new; encoder.FORMAT by default
 ):
     "Write an encoder to a file of its own"
-    write = look_up(format, dict(safetensors=shutil.copyfile, onnx=partial(export_onnx, with_preprocessing=with_preprocessing)), 'format')
-    if with_preprocessing and format != 'onnx': raise ValueError("Only ONNX can hold the preprocessing: add --format onnx.")
+    write = look_up(format,
+        dict(safetensors=shutil.copyfile, onnx=partial(export_onnx, with_preprocessing=with_preprocessing)), 'format')
+    if with_preprocessing and format != 'onnx':
+        raise ValueError("Only ONNX can hold the preprocessing: add --format onnx.")
     out = _check_new(Path(ifnone(out, f'encoder.{format}')))
     with new_file(out) as tmp: write(_encoder_file(run), tmp)
     print(f"Wrote {out}.")
@@ -639,11 +674,13 @@ def export_run(
 def _read_summary(folder):
     "What a finished run found"
     file = folder/'summary.json'
-    if not file.is_file(): raise ValueError(f"The run {folder} is not finished: first go on with it, clae_train --resume {folder.name}.")
+    if not file.is_file():
+        raise ValueError(f"The run {folder} is not finished: first go on with it, clae_train --resume {folder.name}.")
     try:
         summary = json.loads(file.read_bytes())
         for k in ('settings','versions','metrics'): dict(summary[k])
-    except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{file} is damaged ({e!r}): there is nothing to report.") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{file} is damaged ({e!r}): there is nothing to report.") from None
     return summary
 
 def _unless_damaged(file, read):
@@ -671,7 +708,8 @@ def _loaders_of(folder, file, path, workers, skip_bad):
     dls = run.dls()
     _check_own_data(dls, folder, 'to look at')
     check_value_range(dls, read_encoder(file)[1])
-    return dict(zip(('training','held-out'), dls.loaders)),' of the run, those that it was trained on and those that it held out'
+    return (dict(zip(('training','held-out'), dls.loaders)),
+        ' of the run, those that it was trained on and those that it held out')
 
 def report_run(
     run:str, # Name or folder of a finished run
@@ -687,7 +725,8 @@ def report_run(
     print("Looking at the images; their map takes up to half a minute after that.", flush=True)
     seen = look_at(file, loaders)
     losses,views = _unless_damaged(folder/'history.csv', plot_losses),_unless_damaged(folder/'views.png', _read_picture)
-    evaluations = {f.name: found for f in sorted(folder.glob('eval-*.json')) if (found := _unless_damaged(f, _read_evaluation))}
+    evaluations = {f.name: found for f in sorted(folder.glob('eval-*.json'))
+        if (found := _unless_damaged(f, _read_evaluation))}
     page = report_page(folder.name, summary, seen, where, losses, views, evaluations)
     plt.close('all')
     new = _write_new(folder/'report.html', page)
@@ -704,7 +743,8 @@ def _trial_options(options, folder):
     return options,targets
 
 def _few_held_out(dls):
-    "A copy that measures `valid_loss` on two batches: in a sweep nobody watches it, and it would take a quarter of the time"
+    ("A copy that measures `valid_loss` on two batches: "
+     "in a sweep nobody watches it, and it would take a quarter of the time")
     few = dls.valid_ds.take(evenly_spread(len(dls.valid_ds), 2*dls.train.bs))
     return DataLoaders(dls.train, dls.valid.new(few), path=dls.path, device=dls.device)
 
@@ -714,7 +754,8 @@ def trial(
 ):
     "Do a trial of a sweep, or go on with it; its summary has the accuracies on the whole test set"
     options,targets = _trial_options(options, folder)
-    if (folder/'settings.json').exists(): options = dict(read_options(folder, True), path=options['path']) # or say that it cannot
+    if (folder/'settings.json').exists(): # or say that it cannot
+        options = dict(read_options(folder, True), path=options['path'])
     run = _Run(options, folder)
     def _accuracies(learn):
         e = evaluate(learn, learn.dls)

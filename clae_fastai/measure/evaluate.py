@@ -71,7 +71,8 @@ def _dataset_dls(dataset, info, kwargs):
         if kwargs: raise ValueError(f"{', '.join(kwargs)} would go to get_dls, but the data are DataLoaders.")
         return 'DataLoaders','top1',dataset
     own = dict(size=info.get('size') and tuple(info['size']), drop_last=False)
-    if dataset == 'folder': own |= {k: info[k] for k in ('value_range','background') if k in info} # how its images were read
+    if dataset == 'folder': # how its images were read
+        own |= {k: info[k] for k in ('value_range','background') if k in info}
     with no_random(reproducible=False): dls = get_dls(dataset, **own | kwargs)
     return dataset,catalogue[dataset].metric,dls
 
@@ -107,8 +108,8 @@ def evaluate(
     name,metric,dls = _dataset_dls(dataset, info, kwargs)
     for dl,part in zip(dls.loaders, ('training','test')):
         if not has_labels(dl):
-            raise ValueError(f"There are no labels to evaluate with, or no {part} images: give images in class folders, "
-                "such as train/<class> and test/<class>.")
+            raise ValueError(f"There are no labels to evaluate with, or no {part} images: "
+                "give images in class folders, such as train/<class> and test/<class>.")
     check_value_range(dls, info)
     train,test = _features(dls.train),_features(dls.valid)
     x,y = train[knn_on]

@@ -106,7 +106,7 @@ ImageFeatures = namedtuple('ImageFeatures', 'features files')
 @patch
 def embed(self:Learner,
     files:str|Path|list # A folder, whatever its layout, or a list of files or images
-) -> ImageFeatures: # `features` (N,F), on the CPU, and `files`, in their order: as given, or those of the folder, sorted by name
+) -> ImageFeatures: # `features` (N,F), on the CPU, and `files`, in their order: as given, or the folder's, by name
     "What the encoder sees in images: `features,files = learn.embed('photos')`"
     if isinstance(files, (str,Path)):
         folder = check_folder(files)
@@ -179,19 +179,22 @@ def check_data(
             raise ValueError(f"Features must be a table (N,F), and the {part} features have shape {tuple(x.shape)}.")
         bad = torch.cat([~rows.isfinite().all(1) for rows in x.split(4096)]).nonzero().flatten()
         if len(bad):
-            raise ValueError(f"{len(bad)} of the {len(x)} {part} features are NaN or infinite, such as rows {bad[:5].tolist()}. "
+            raise ValueError(
+                f"{len(bad)} of the {len(x)} {part} features are NaN or infinite, such as rows {bad[:5].tolist()}. "
                 "Look at those images, and whether the training diverged.")
         for y in labels:
             if y is None: raise ValueError(f"The {part} images have no labels.")
             if y.is_floating_point() or y.shape != x.shape[:1]:
-                raise ValueError(f"{len(x)} {part} features need as many integer labels, not {y.dtype} of shape {tuple(y.shape)}.")
+                raise ValueError(f"{len(x)} {part} features need as many integer labels, "
+                    f"not {y.dtype} of shape {tuple(y.shape)}.")
     if train[0].shape[1] != test[0].shape[1]:
         raise ValueError(f"Training features have {train[0].shape[1]} numbers, test features {test[0].shape[1]}: "
             "take both from the same encoder.")
     for y in test[1:]:
         unseen = np.setdiff1d(y.cpu(), train[1].cpu())
         if len(unseen):
-            raise ValueError(f"{len(unseen)} classes of the test set are not in the training set, such as {unseen[:5].tolist()}.")
+            raise ValueError(f"{len(unseen)} classes of the test set are not in the training set, "
+                f"such as {unseen[:5].tolist()}.")
 
 def has_labels(
     dl # A loader of images
@@ -238,7 +241,8 @@ def share_correct(
     hit = predicted.to(labels.device) == labels
     if metric == 'top1': return float(hit.float().mean())
     n = labels.bincount()
-    right = torch.where(hit, labels, len(n)).bincount(minlength=len(n)+1)[:-1] # with weights it is not deterministic on a GPU
+    # with weights it is not deterministic on a GPU
+    right = torch.where(hit, labels, len(n)).bincount(minlength=len(n)+1)[:-1]
     return float((right/n)[n > 0].mean())
 
 def knn_accuracy(
@@ -291,7 +295,8 @@ def label_draws(
     if len(few): raise ValueError(f"There are not {n} images to draw of the classes {few[:5].tolist()}.")
     g = torch.Generator().manual_seed(seed)
     members = [(labels == c).nonzero().flatten() for c in classes]
-    return [torch.cat([idx[torch.randperm(len(idx), generator=g)[:m]] for idx,m in zip(members, sizes)]) for _ in range(draws)]
+    return [torch.cat([idx[torch.randperm(len(idx), generator=g)[:m]] for idx,m in zip(members, sizes)])
+        for _ in range(draws)]
 
 def few_label_knn(
     train_features:Tensor, # (N,D)

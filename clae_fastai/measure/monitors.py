@@ -69,7 +69,7 @@ def _ends(curve):
 
 def judge(
     losses:list, # Clean losses over a training, means of equally many batches
-    spreads:list, # `z_std` times the square root of D, as often: 0 where all embeddings are equal, 1 where they fill the sphere
+    spreads:list, # `z_std` times sqrt(D), as often: 0 where all embeddings are equal, 1 where they fill the sphere
     collapse_level:float # Loss where all embeddings are equal
 ) -> tuple: # 'collapsed', 'not learning', 'still falling' or 'learning', and why
     "What became of a training, by the first of the rules above that holds"
@@ -81,10 +81,12 @@ def judge(
     went = f"the loss went from {start:.2f} to {end:.2f}"
     if math.isfinite(collapse_level): went += f" (all embeddings equal: {collapse_level:.2f})"
     if narrow < .01 or narrow < .2 and narrow < wide/2:
-        return 'collapsed',(f"all images have nearly the same embedding, spread {100*narrow:.0f} % as far as they could be: "
+        return 'collapsed',(
+            f"all images have nearly the same embedding, spread {100*narrow:.0f} % as far as they could be: "
             "lower the learning rate, and see that the loss has negatives")
     if fall < max(.02*abs(start), 3*noise):
-        return 'not learning',(f"{went}, so it does not leave its first value: look for a learning rate with learn.lr_find(), "
+        return 'not learning',(
+            f"{went}, so it does not leave its first value: look for a learning rate with learn.lr_find(), "
             "and at learn.show_views() whether images can still be told apart")
     if late > .2*fall:
         return 'still falling',f"{went}, and {100*late/fall:.0f} % of that fall came in the last third: train longer"
@@ -111,7 +113,8 @@ class Verdict:
         return '\n'.join([f"Without labels, {self.state}: {self.sentence}.", *rows])
 
 class CollapseMonitor(_Columns):
-    "Adds what tells a healthy training from a collapsed one to the training table, and prints a `Verdict` after the fit"
+    ("Adds what tells a healthy training from a collapsed one to the training table, "
+     "and prints a `Verdict` after the fit")
     names,run_valid = ('collapse_level','z_std','alignment','uniformity','own_view','rankme'),False
     checkpoint_attrs = ('batches','curve','last','shape')
     def before_fit(self):
@@ -126,7 +129,8 @@ class CollapseMonitor(_Columns):
     def after_loss(self):
         z_q,z_p = (F.normalize(at_least_float32(z.detach()), dim=1) for z in self.pred[:2]) # (B,D)
         if self.level is None: self.level,self.shape = self.at_collapse(z_q),[*z_q.shape]
-        if self.batches is None or len(self.batches) != self.n_iter: # resumed in another number of processes: these see other batches
+        # resumed in another number of processes: these see other batches
+        if self.batches is None or len(self.batches) != self.n_iter:
             self.batches = z_q.new_full((self.n_iter, len(self.names)), math.nan)
         if self.iter >= self.n_iter: return # a loader whose length is not what it says
         alignment = (z_q - z_p).square().sum(1).mean()
@@ -164,7 +168,8 @@ class CollapseMonitor(_Columns):
         rank,most_rank = self.held_out_rank()
         self.row = [*row, rank]
         n,d = self.shape
-        self.last = dict(zip(self.names, self.row), loss_aug=loss, even=d**-.5, chance=1/(n*world_size()), most_rank=most_rank)
+        self.last = dict(zip(self.names, self.row), loss_aug=loss, even=d**-.5, chance=1/(n*world_size()),
+            most_rank=most_rank)
 
     @property
     def verdict(self):
@@ -172,9 +177,11 @@ class CollapseMonitor(_Columns):
         if not self.curve: return None
         losses,z_stds = np.array(self.curve).T
         state,sentence = judge(losses, z_stds/self.last['even'], self.last['collapse_level'])
-        def _number(name, meaning, scale): return dict(value=self.last[name], meaning=meaning, scale=scale.format(**self.last))
+        def _number(name, meaning, scale):
+            return dict(value=self.last[name], meaning=meaning, scale=scale.format(**self.last))
         numbers = {name: _number(name, *about) for name,about in _numbers.items()}
-        return Verdict(state, sentence, {k: o for k,o in numbers.items() if 'nan' not in o['scale']}) # what is unknown is left out
+        # what is unknown is left out
+        return Verdict(state, sentence, {k: o for k,o in numbers.items() if 'nan' not in o['scale']})
 
     def after_fit(self):
         if self.curve and not this_rank() and not hasattr(self.learn, 'lr_finder'): print(f'\n{self.verdict}')

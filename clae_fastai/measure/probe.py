@@ -112,7 +112,8 @@ def linear_probe(
     if adam and not (epochs >= 1 and bs >= 1 and lr > 0):
         raise ValueError(f"epochs and bs must be 1 or more, and lr above 0, not {epochs}, {bs} and {lr}.")
     if l2s is None: l2s = np.logspace(5, -6, 45).tolist()
-    if not (len(l2s) and min(l2s) >= 0): raise ValueError(f"l2s must be one penalty or more, each 0 or above, not {l2s}.")
+    if not (len(l2s) and min(l2s) >= 0):
+        raise ValueError(f"l2s must be one penalty or more, each 0 or above, not {l2s}.")
     check_data(train, test)
     if valid: check_data(train, valid)
     classes = train[1].unique()

@@ -23,7 +23,9 @@ from .features import *
 
 # %% ../../nbs/22_measure.report.ipynb #7f1087e9
 _curves = dict(
-    loss_aug='loss_aug: two views', loss_adv='loss_adv: a view and its adversary', valid_loss='valid_loss: two views of held-out images')
+    loss_aug='loss_aug: two views',
+    loss_adv='loss_adv: a view and its adversary',
+    valid_loss='valid_loss: two views of held-out images')
 
 def plot_losses(
     history:pd.DataFrame|str|Path # Training table of a run, a row an epoch, or its `history.csv`
@@ -48,7 +50,8 @@ _columns = {'1': '1 label a class', 'all': 'all labels'}
 
 def _knn_cells(knn):
     def _cell(mean, values, **_): return f'{100*mean:.1f}' + (f' ± {100*np.std(values):.1f}' if len(values) > 1 else '')
-    return pd.DataFrame({_rows[k]: {_columns.get(n, f'{n} labels a class'): _cell(**v) for n,v in row.items()} for k,row in knn.items()}).T
+    return pd.DataFrame({_rows[k]: {_columns.get(n, f'{n} labels a class'): _cell(**v) for n,v in row.items()}
+        for k,row in knn.items()}).T
 
 def knn_table(
     knn:dict, # {'raw', 'untrained', 'encoder'}: {labels a class, or 'all'}: {'mean', 'values'}, accuracies as fractions
@@ -97,7 +100,7 @@ def _fit(im, side):
 
 # %% ../../nbs/22_measure.report.ipynb #87ba9a79
 def plot_neighbours(
-    images, # `images[i]` is image i, (C,H,W), uint8 or from 0 to 1, or a tuple that begins with it; only what is drawn is read
+    images, # `images[i]` is image i, (C,H,W), uint8 or from 0 to 1, or a tuple that begins with it; read only if drawn
     features:Tensor, # (N,F), of all of them
     labels:Tensor=None, # (N,), indices into `vocab`
     vocab:list=(), # Names of the classes
@@ -127,11 +130,13 @@ def plot_neighbours(
     ax.imshow(canvas)
     ax.set_axis_off()
     red = '' if labels is None else '; red: of another class'
-    ax.set_title(f"Nearest neighbours among {among or f'{len(features)} images'}\nby cosine of the features{red}", fontsize=9)
+    ax.set_title(f"Nearest neighbours among {among or f'{len(features)} images'}\nby cosine of the features{red}",
+        fontsize=9)
     return fig
 
 # %% ../../nbs/22_measure.report.ipynb #4d40233f
-_most_different = .12 # root mean square of what two near-duplicates differ by, as a part of their contrast, at 8x8 pixels
+# root mean square of what two near-duplicates differ by, as a part of their contrast, at 8x8 pixels
+_most_different = .12
 _small_gap = .25 # of the usual distance, 1-cosine, to the tenth neighbour
 
 def _small_pixels(images):
@@ -143,8 +148,9 @@ def near_duplicates(
     features:Tensor, # (N,F)
     images:Tensor, # (N,C,H,W), uint8 or from 0 to 1; small ones will do
     most:int=24 # How many pairs are returned
-) -> tuple: # `[(i, j, cosine)]`, the most similar first; how many pairs there are; how many images are in one; the least cosine
-    "Pairs of images that are the same but for how they were saved: their features are much alike, and so are their pixels"
+) -> tuple: # `[(i, j, cosine)]`, the most similar first; how many pairs there are; of how many images; the least cosine
+    ("Pairs of images that are the same but for how they were saved: "
+     "their features are much alike, and so are their pixels")
     x,pixels = F.normalize(at_least_float32(features), dim=1),_small_pixels(images)
     n,contrast = len(x),pixels.var(1, correction=0)
     pixels,bias = pixels - pixels.mean(), (2/255)**2
@@ -175,7 +181,8 @@ def _places(features):
     with warnings.catch_warnings(), np.errstate(all='ignore'): # of features that are all the same
         warnings.simplefilter('ignore')
         x = PCA(min(50, *x.shape), random_state=0).fit_transform(x)
-    start = x[:,:2]/max(x[:,0].std(), 1e-12) + np.random.default_rng(0).normal(size=(n,2))/100 # TSNE's own may divide by 0, and crashes
+    # TSNE's own may divide by 0, and crashes
+    start = x[:,:2]/max(x[:,0].std(), 1e-12) + np.random.default_rng(0).normal(size=(n,2))/100
     x = TSNE(perplexity=min(30, (n-1)/3), init=1e-4*start, random_state=0).fit_transform(x)
     side = math.ceil(math.sqrt(1.5*n))
     low,high = x.min(0),x.max(0)
@@ -214,7 +221,8 @@ class SeenImages:
 
 class _WithSmall:
     "A loader that keeps a small copy of each image that it gives"
-    def __init__(self, dl): self.dl,self.device,self.dataset,self.after_batch,self.small = dl,dl.device,dl.dataset,dl.after_batch,[]
+    def __init__(self, dl):
+        self.dl,self.device,self.dataset,self.after_batch,self.small = dl,dl.device,dl.dataset,dl.after_batch,[]
     def __len__(self): return len(self.dl)
     def __iter__(self):
         for b in self.dl:
@@ -238,7 +246,7 @@ class _SomeOf:
 
 def look_at(
     model:Learner|nn.Module|str|Path, # As in `extract_features`
-    loaders:dict, # Name of a part, 'training' or 'held-out', or '': its loader, of an `ImageSet`; batches are from 0 to 1, of one size
+    loaders:dict, # Part ('training', 'held-out' or ''): its loader, of an `ImageSet`; batches from 0 to 1, of one size
     most:int=10_000 # How many images are looked at, of all parts together, evenly spread
 ) -> SeenImages:
     "Images as an encoder sees them: each is read once, and kept as features and as a thumbnail"
@@ -257,8 +265,8 @@ def look_at(
     if not seen: raise ValueError("There are no images to look at.")
     x,small,places,names,parts,ys,sets = zip(*seen)
     labels = None if any(y is None for y in ys) else torch.cat(ys)
-    return SeenImages(torch.cat(x), torch.cat(small), _SomeOf(sum(places, [])), _below_one_folder(names), sum(parts, []),
-        labels, sets[0].vocab, sum(sizes))
+    return SeenImages(torch.cat(x), torch.cat(small), _SomeOf(sum(places, [])), _below_one_folder(names),
+        sum(parts, []), labels, sets[0].vocab, sum(sizes))
 
 # %% ../../nbs/22_measure.report.ipynb #e00ea6d1
 def _picture(im, alt, format='PNG', **kwargs):
@@ -269,7 +277,8 @@ def _picture(im, alt, format='PNG', **kwargs):
     else:
         im.save(out := io.BytesIO(), format, **kwargs)
         width,height,data = *im.size,out.getvalue()
-    return dict(src=f'data:image/{format.lower()};base64,{b64encode(data).decode()}', width=width, height=height, alt=alt)
+    return dict(src=f'data:image/{format.lower()};base64,{b64encode(data).decode()}',
+        width=width, height=height, alt=alt)
 
 class _Pictures:
     "Pictures of `seen` for the template, each made once"
@@ -322,9 +331,11 @@ def _duplicates_part(seen, picture):
             sentence += " Where one is held out and the other was trained on, accuracies are too good."
         if seen.labels is not None and any(seen.labels[i] != seen.labels[j] for i,j,_ in pairs):
             sentence += " Red: of two classes, so one of the labels is wrong, or both classes hold such images."
-    meaning = (f"Pairs whose features have a cosine of {level:.4f} or more, and whose pixels, made small, hardly differ: copies, "
-        "also ones that were scaled or saved again. Crops and mirror images are not among them. The level is that of images which are "
-        f"{1/_small_gap:g} times nearer to each other than an image of this set usually is to its tenth neighbour.")
+    meaning = (f"Pairs whose features have a cosine of {level:.4f} or more, and whose pixels, made small, "
+        "hardly differ: copies, also ones that were scaled or saved again. "
+        "Crops and mirror images are not among them. "
+        f"The level is that of images which are {1/_small_gap:g} times nearer to each other "
+        "than an image of this set usually is to its tenth neighbour.")
     return dict(sentence=sentence, meaning=meaning, pairs=[(picture(i), picture(j), c) for i,j,c in pairs])
 
 def _facts(summary):
@@ -359,9 +370,12 @@ def report_page(
     settings,metrics,picture = summary['settings'],summary['metrics'],_Pictures(seen)
     page = dict(name=name, facts=_facts(summary), notes=settings.get('images', ()), settings=settings,
         versions=summary['versions'])
-    page.update(_neighbours_part(seen, picture), map=_map_part(seen), duplicates=_duplicates_part(seen, picture), pixels=picture.pixels)
+    page.update(_neighbours_part(seen, picture), map=_map_part(seen), duplicates=_duplicates_part(seen, picture),
+        pixels=picture.pixels)
     n,n_all = len(seen.features),ifnone(seen.n_all, len(seen.features))
-    page.update(looked_at=f"All {n:,} images{where}." if n == n_all else f"{n:,} of the {n_all:,} images{where}, evenly chosen.",
+    page.update(
+        looked_at=f"All {n:,} images{where}." if n == n_all else
+            f"{n:,} of the {n_all:,} images{where}, evenly chosen.",
         about=f"{settings.get('arch')}, trained without labels by {settings.get('method')}")
     verdict = metrics.get('verdict')
     if verdict:

@@ -44,7 +44,8 @@ def adversarial_images(
         with torch.no_grad(): z_q,z_p,z_adv = model(x_q, x_p, x_adv)
         delta,cos = (x_adv - x_q).flatten(1),partial(F.cosine_similarity, z_q)
         numbers = dict(linf=delta.abs().amax(1), l2=delta.norm(dim=1), cos_p=cos(z_p), cos_adv=cos(z_adv))
-        return views_table(clae, n, x, x_q=x_q, x_p=x_p, x_adv=x_adv).assign(**{k: v[:n].tolist() for k,v in numbers.items()})
+        return views_table(clae, n, x, x_q=x_q, x_p=x_p, x_adv=x_adv).assign(
+            **{k: v[:n].tolist() for k,v in numbers.items()})
 
 plot_adversarial_images = draw_views
 
@@ -154,7 +155,8 @@ def _draw_curves(ax, rows, table, ylabel):
     _tidy(ax)
 
 def _legend(ax, what, level):
-    ax.legend(title=f"mean of {what}, {level:.0%} interval", title_fontsize=8, fontsize=8, alignment='left', frameon=False)
+    ax.legend(title=f"mean of {what}, {level:.0%} interval",
+        title_fontsize=8, fontsize=8, alignment='left', frameon=False)
 
 def plot_loss_vs_eps(
     rows:pd.DataFrame, # From `loss_vs_eps`
@@ -246,10 +248,11 @@ def bn_statistics(
     reestimate:bool=False, # Anew, by fixed weights on the same images, not as training left them?
     n_batches:int=30, # Training batches to re-estimate on
     seed:int=0 # Of these
-) -> pd.DataFrame: # `estimate` ('as trained', 're-estimated'), `layer`, `channel`, `kind` ('clean', 'adv', 'clean_p'), `mean`, `var`
+) -> pd.DataFrame: # `estimate` (as trained, re-estimated), `layer, channel`, `kind` (clean, adv, clean_p), `mean, var`
     "Mean and variance of every channel in every dual batch norm"
     if all(m.clean.running_mean is None for m in dual_bns(learn.model)):
-        raise ValueError("There is no dual batch norm with statistics: train one with an attack, and an encoder with batch norm.")
+        raise ValueError("There is no dual batch norm with statistics: "
+            "train one with an attack, and an encoder with batch norm.")
     estimate,res = 're-estimated' if reestimate else 'as trained',[]
     with seeded_clae(learn, seed, trained=True) as (clae,model,device):
         nets = dict(clean=model, adv=model)
@@ -304,7 +307,8 @@ def _draw_distances(ax, dist, same):
     rows = range(len(layers))
     if (dist.estimate == 'as trained').any():
         ax.plot(trained, rows, 's', ms=5, mfc='white', color='black', label='clean to adversarial, as trained')
-    if (dist.estimate == 're-estimated').any(): ax.plot(anew, rows, 'o', ms=6, color=_red, label='clean to adversarial, re-estimated')
+    if (dist.estimate == 're-estimated').any():
+        ax.plot(anew, rows, 'o', ms=6, color=_red, label='clean to adversarial, re-estimated')
     ax.hlines(rows, trained, anew, color='lightgrey', lw=1, zorder=0)
     title = "each layer, all its channels"
     if len(same):

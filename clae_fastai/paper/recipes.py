@@ -72,7 +72,8 @@ class Recipe:
         return '\n'.join(f"{k:13} {v!s:60} {sources.get(k, '')}".rstrip() for k,v in values.items())
 
 # %% ../../nbs/23_paper.recipes.ipynb #1d0805ce
-paper_settings = dict( # of each method, by the authors' code: what a recipe, and a trial of a grid, has where it says nothing else
+# of each method, by the authors' code: what a recipe, and a trial of a grid, has where it says nothing else
+paper_settings = dict(
     plain=dict(temperature=.1, head='linear', n_out=128, views='plain'),
     uel=dict(temperature=.1, head='linear', n_out=128, views='uel'),
     simclr=dict(temperature=.5, head='mlp', n_out=64, views='simclr'))

@@ -14,11 +14,11 @@ from ..core import *
 
 # %% ../../nbs/16b_train.callbacks.ipynb #cf647ae5
 _impossible = {
-    MixHandler: "mixes images and their labels, and contrastive training has no labels: leave it out, or mix images in views of your own "
-        "(views=)",
+    MixHandler: "mixes images and their labels, and contrastive training has no labels: "
+        "leave it out, or mix images in views of your own (views=)",
     (ModelResetter, RNNCallback, RNNRegularizer): "is for recurrent networks: leave it out",
-    (ModelToHalf, NonNativeMixedPrecision): "halves the weights themselves, which the attack and the loss need whole: leave it out, and "
-        "give clae_learner(precision='fp16') or 'bf16'"}
+    (ModelToHalf, NonNativeMixedPrecision): "halves the weights themselves, which the attack and the loss need whole: "
+        "leave it out, and give clae_learner(precision='fp16') or 'bf16'"}
 
 class CheckCallbacks(Callback):
     "Refuses other callbacks that cannot work beside a contrastive training, before its first step"
@@ -34,9 +34,10 @@ class CheckCallbacks(Callback):
         x,*others = self.xb
         same = all(o.shape == x.shape for o in others) and len(others) in (1,2)
         if same and self.yb and self.yb[0].shape == x.shape[:1] and not self.yb[0].is_floating_point(): return
-        names = ', '.join(cb.name for cb in self.learn.cbs.sorted('order') if cb.order > self.clae.order and hasattr(cb, 'before_batch'))
-        raise ValueError(f"A callback behind CLAECallback has changed the views or their targets, perhaps one of {names}: "
-            "views are made by views=, and changed there.")
+        names = ', '.join(cb.name for cb in self.learn.cbs.sorted('order')
+            if cb.order > self.clae.order and hasattr(cb, 'before_batch'))
+        raise ValueError("A callback behind CLAECallback has changed the views or their targets, "
+            f"perhaps one of {names}: views are made by views=, and changed there.")
 
 class CheckTrackers(Callback):
     "Refuses callbacks that watch or draw a column that the training table will not have, before the first step"
@@ -47,14 +48,18 @@ class CheckTrackers(Callback):
         there = columns
         if operator.length_hint(self.dls.valid, 1) == 0:
             if any(isinstance(cb, ShowGraphCallback) for cb in self.learn.cbs):
-                raise ValueError("ShowGraphCallback draws the validation loss, and there are no validation images to measure it on: "
+                raise ValueError(
+                    "ShowGraphCallback draws the validation loss, and there are no validation images to measure it on: "
                     "leave it out, and draw learn.recorder.plot_loss(with_valid=False) afterwards.")
             measured = self.loss_terms.metrics.attrgot('name') # in training
-            there = columns.filter(lambda o: o in measured or o not in L('valid_loss') + self.recorder.metrics.attrgot('name'))
+            there = columns.filter(
+                lambda o: o in measured or o not in L('valid_loss') + self.recorder.metrics.attrgot('name'))
         for cb in self.learn.cbs:
             if not isinstance(cb, TrackerCallback) or cb.monitor in there: continue
-            why = "there are no validation images to measure it on" if cb.monitor in columns else "the training table has no such column"
-            raise ValueError(f"{cb.name} watches {cb.monitor!r}, and {why}: give it monitor= one of {', '.join(there)}.")
+            why = ("there are no validation images to measure it on" if cb.monitor in columns else
+                "the training table has no such column")
+            raise ValueError(f"{cb.name} watches {cb.monitor!r}, and {why}: "
+                f"give it monitor= one of {', '.join(there)}.")
 
 # %% ../../nbs/16b_train.callbacks.ipynb #efcc8800
 def _is_a(cb, name): return any(cls.__name__ == name for cls in type(cb).__mro__)
@@ -67,14 +72,17 @@ class LogViews(Callback):
             if _is_a(cb, 'WandbCallback'): cb.log_preds = False
             if not _is_a(cb, 'TensorBoardCallback'): continue
             if cb.projector:
-                raise ValueError("TensorBoardCallback(projector=True) needs the layers and classes of a classifier: leave projector out.")
+                raise ValueError("TensorBoardCallback(projector=True) needs the layers and classes of a classifier: "
+                    "leave projector out.")
             cb.trace_model,cb.log_preds,cb.after_epoch = False,False,noop # which cannot log a column that is empty
 
     def after_epoch(self):
         for cb in self.learn.cbs:
             if cb.run and _is_a(cb, 'TensorBoardCallback'):
-                for name,value in zip(self.recorder.metric_names[2:], self.recorder.log[2:]): # train_loss it logs each batch
-                    if isinstance(value, Number) and math.isfinite(value): cb.writer.add_scalar(name, value, self.train_iter)
+                # train_loss it logs each batch
+                for name,value in zip(self.recorder.metric_names[2:], self.recorder.log[2:]):
+                    if isinstance(value, Number) and math.isfinite(value):
+                        cb.writer.add_scalar(name, value, self.train_iter)
                 if world_size() == 1: cb.writer.add_figure('views', self.learn.show_views(), self.train_iter)
             if cb.run and _is_a(cb, 'WandbCallback') and world_size() == 1:
                 import wandb
@@ -84,4 +92,5 @@ class LogViews(Callback):
 class LossesAsNumbers(Callback):
     "What the `Recorder` keeps of each batch for good is a number, and no tensor"
     order,run_valid = Recorder.order+1,False
-    def after_batch(self): self.recorder.losses[-1:] = map(float, self.recorder.losses[-1:]) # which are on the CPU already
+    def after_batch(self):
+        self.recorder.losses[-1:] = map(float, self.recorder.losses[-1:]) # which are on the CPU already

@@ -38,7 +38,8 @@ def _check_header(info):
     n = info.get('channels')
     def _numbers(name, n, kinds=(int,float), above=0, below=math.inf):
         values = info.get(name)
-        return isinstance(values, list) and len(values) == n and all(type(v) in kinds and above < v < below for v in values)
+        return (isinstance(values, list) and len(values) == n
+            and all(type(v) in kinds and above < v < below for v in values))
     good = dict(
         arch='arch' in info,
         stem=info.get('stem') in ('cifar','imagenet'),
@@ -51,7 +52,7 @@ def _check_header(info):
 
 def read_encoder(
     file:str|Path # Written by `export_encoder`
-) -> tuple: # State dict and header: arch, stem, channels, size, method, version, and what is known of mean, std, value_range, background
+) -> tuple: # State dict and header: arch, stem, channels, size, method, version, any mean, std, value_range, background
     "What is in an encoder file. Raises `FileNotFoundError` or `ValueError` where there is none"
     try: state,header = read_safetensors(file, _format)
     except FileNotFoundError: raise FileNotFoundError(f"There is no encoder file {file}.") from None
@@ -76,10 +77,12 @@ class _NoLarger(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in self.makers:
             self.room -= func(*args, **{**kwargs, 'device': 'meta'}).numel() # of no memory
-            if self.room < 0: raise ValueError("Its architecture has far more weights than it holds: it is damaged, or none of ours.")
+            if self.room < 0:
+                raise ValueError("Its architecture has far more weights than it holds: it is damaged, or none of ours.")
         return func(*args, **kwargs)
 
-_classifier = 2**24 # elements that `create_encoder` builds and drops again, and more: no architecture's last layer has as many
+# elements that `create_encoder` builds and drops again, and more: no architecture's last layer has as many
+_classifier = 2**24
 
 def load_encoder(
     file:str|Path, # Written by `export_encoder`
@@ -94,7 +97,8 @@ def load_encoder(
         with _NoLarger(room): encoder = create_encoder(arch, info['stem'], info['channels'])
     except ValueError as e: raise ValueError(f"{file} cannot be loaded. {e}") from None
     if diff := key_difference(state, encoder):
-        raise ValueError(f"{file}, of {info['arch'] or 'a module'}, does not fit {arch_name(arch) or 'the given one'}: it {diff}.")
+        raise ValueError(f"{file}, of {info['arch'] or 'a module'}, does not fit "
+            f"{arch_name(arch) or 'the given one'}: it {diff}.")
     load_state(encoder, state)
     encoder.info = info
     return encoder.eval()
@@ -127,8 +131,9 @@ def check_value_range(
     "Raises `ValueError` for images whose values beyond 8 bits mean something else than in the encoder's training"
     trained,own = info.get('value_range'),getattr(getattr(dls, 'reader', None), 'value_range', None)
     if trained is not None and own is not None and tuple(own) != tuple(trained):
-        raise ValueError(f"The encoder was trained on images whose values from {trained[0]:g} to {trained[1]:g} became 0 to 255, "
-            f"and these were read with value_range=({own[0]:g}, {own[1]:g}): read them with the encoder's (--value-range).")
+        raise ValueError(f"The encoder was trained on images whose values from {trained[0]:g} to {trained[1]:g} "
+            f"became 0 to 255, and these were read with value_range=({own[0]:g}, {own[1]:g}): "
+            "read them with the encoder's (--value-range).")
 
 # %% ../../nbs/16_train.encoder.ipynb #de530f2e
 class _FromPixels(nn.Module):
@@ -143,7 +148,8 @@ class _FromPixels(nn.Module):
 def _export_any_size(model, images, sides):
     "Its program for images of any size, or of this one where the architecture wants that"
     for dims in ({0: 'B', **sides}, {0: 'B'}):
-        with suppress(Exception), warnings.catch_warnings(): # PyTorch has an exception of its own for each thing that cannot vary
+        # PyTorch has an exception of its own for each thing that cannot vary
+        with suppress(Exception), warnings.catch_warnings():
             warnings.simplefilter('ignore') # about names of dimensions, which it then chooses itself
             return torch.onnx.export(model, (images,), dynamo=True, verbose=False, dynamic_shapes=(dims,),
                 input_names=['images'], output_names=['features'])
@@ -162,8 +168,10 @@ def export_onnx(
     images,sides = torch.zeros(2, c, h, w),{2: 'H', 3: 'W'}
     if with_preprocessing:
         if 'mean' not in info:
-            raise ValueError("The encoder's file does not know how its images were normalised: leave the preprocessing out.")
-        model,images,sides = _FromPixels(model, info['mean'], info['std']),torch.zeros(2, h, w, c, dtype=torch.uint8),{1: 'H', 2: 'W'}
+            raise ValueError("The encoder's file does not know how its images were normalised: "
+                "leave the preprocessing out.")
+        model,images,sides = (_FromPixels(model, info['mean'], info['std']),
+            torch.zeros(2, h, w, c, dtype=torch.uint8), {1: 'H', 2: 'W'})
     program = _export_any_size(model.eval(), images, sides)
     program.model.metadata_props.update(_header(info))
     program.save(file)

@@ -45,18 +45,21 @@ def _pixel_dls(dls):
         return dl.new(after_batch=Pipeline(split_normalize(dl.after_batch)[0])) if isinstance(dl, TfmdDL) else dl
     res = copy(dls)
     res.loaders = [_pixels(dl) for dl in dls.loaders]
-    if len(res.loaders) == 1 and isinstance(res.train, TfmdDL): # fastai's fit wants a validation set, which may be empty
+    # fastai's fit wants a validation set, which may be empty
+    if len(res.loaders) == 1 and isinstance(res.train, TfmdDL):
         res.loaders.append(res.train.new(getattr(dls.train_ds, 'new_empty', list)(), shuffle=False, drop_last=False))
     return res,image_stats(noop, dls)
 
 def _cropping_dls(dls, views, size):
-    "A shallow copy of `dls` for views that begin with a crop: crops of files, and images in memory not resized; is there one of these?"
+    ("A shallow copy of `dls` for views that begin with a crop: crops of files, and images in memory not resized; "
+     "is there one of these?")
     res,area,whole = copy(dls),getattr(views, 'area', None),False
     def _crops(dl):
         nonlocal whole
         data = getattr(dl, 'dataset', None)
         if not isinstance(data, (FileImages,MemoryImages)): return dl
-        ours = area and all(isinstance(o, (IntToFloatTensor,ResizeImages)) for o in dl.after_batch.fs) # `TwoViews` does both as well
+        # `TwoViews` does both as well
+        ours = area and all(isinstance(o, (IntToFloatTensor,ResizeImages)) for o in dl.after_batch.fs)
         after_batch = Pipeline([]) if ours else dl.after_batch
         if isinstance(data, FileImages): return dl.new(data.with_crops(area, size), after_batch=after_batch)
         if not ours or len(dl.after_batch.fs) < 2: return dl
@@ -103,13 +106,14 @@ def _fastai_dls(dls):
     device = ifnone(getattr(dls, 'device', None), default_device())
     def _fastai_dl(dl):
         if not _is_torch(dl): return dl
-        return TfmdDL(_TorchSet(dl.dataset), bs=dl.batch_size, shuffle=type(dl.sampler) is RandomSampler, drop_last=dl.drop_last,
-            num_workers=dl.num_workers, pin_memory=dl.pin_memory, timeout=dl.timeout, persistent_workers=dl.persistent_workers,
-            create_batch=partial(_collate, dl.collate_fn), device=device)
+        return TfmdDL(_TorchSet(dl.dataset), bs=dl.batch_size, shuffle=type(dl.sampler) is RandomSampler,
+            drop_last=dl.drop_last, num_workers=dl.num_workers, pin_memory=dl.pin_memory, timeout=dl.timeout,
+            persistent_workers=dl.persistent_workers, create_batch=partial(_collate, dl.collate_fn), device=device)
     if all(_is_plain(dl) for dl in dls.loaders if _is_torch(dl)):
         return DataLoaders(*map(_fastai_dl, dls.loaders), path=dls.path, device=device)
-    print("PyTorch's loader has a sampler or worker_init_fn of its own, and is used as it is: training and features work; for get_preds, "
-        "summary, show_batch, export and encoder_learner give fastai's DataLoader(dataset, bs=64, shuffle=True).")
+    print("PyTorch's loader has a sampler or worker_init_fn of its own, and is used as it is: "
+          "training and features work; for get_preds, summary, show_batch, export and encoder_learner "
+          "give fastai's DataLoader(dataset, bs=64, shuffle=True).")
     return dls
 
 # %% ../../nbs/17_train.learner.ipynb #8a324460
@@ -149,25 +153,29 @@ def _own_views(views, stats, images):
     if item_tfms(views) is not None: views = TwoViews(views)
     n_in,own = images.shape[1],getattr(views, 'stats', None)
     if stats is not None and own is not None and not all(torch.allclose(s, o) for s,o in zip(stats, own)):
-        raise ValueError("The DataLoaders have a Normalize, and the views normalise otherwise: take one of the two out.")
+        raise ValueError("The DataLoaders have a Normalize, and the views normalise otherwise: "
+            "take one of the two out.")
     if isinstance(views, TwoViews):
         stats,views = ifnone(own, stats),copy(views)
         if stats is not None and any(o.numel() not in (1,n_in) for o in stats):
-            raise ValueError(f"The views normalise {max(o.numel() for o in stats)} channels, and the images have {n_in}.")
+            raise ValueError(f"The views normalise {max(o.numel() for o in stats)} channels, "
+                f"and the images have {n_in}.")
         views.stats = stats and tuple(o.flatten().expand(n_in).clone() for o in stats)
     elif stats is not None and own is None:
-        raise ValueError("The DataLoaders have a Normalize, which would not act on your views: take it out, and normalise in the views, "
-            "as TwoViews(..., stats) does.")
+        raise ValueError("The DataLoaders have a Normalize, which would not act on your views: "
+            "take it out, and normalise in the views, as TwoViews(..., stats) does.")
     elif _gives_one(views, images):
         raise ValueError("views must return two views, (x_q, x_p): TwoViews(...) makes them of one augmentation.")
     if same_for_all(views, images):
-        warnings.warn("The views change all images of a batch in the same way, so that the loss can be small without learning: "
-            "draw random numbers for each image, or give a list of item transforms, which are applied to one image at a time.")
+        warnings.warn("The views change all images of a batch in the same way, "
+            "so that the loss can be small without learning: draw random numbers for each image, "
+            "or give a list of item transforms, which are applied to one image at a time.")
     return views
 
 def _gives_one(views, images):
     "Does it return a batch, instead of two?"
-    with no_random(reproducible=False), suppress(Exception): return isinstance(deepcopy(views)(images[:8].clone()), Tensor)
+    with no_random(reproducible=False), suppress(Exception):
+        return isinstance(deepcopy(views)(images[:8].clone()), Tensor)
     return False
 
 def _encoder_info(arch, encoder, n_in, size, method, stats, reader):
@@ -202,11 +210,11 @@ def clae_learner(
     temperature:float=None, # Softmax temperature, the method's by default
     head:str|nn.Module=None, # 'linear', 'mlp' or a module, the method's by default
     n_out:int=None, # Dimensions of the embedding, the method's by default
-    views:str|Callable|list=None, # One of `view_presets`, the method's by default, `item_tfms`, or `views(x) -> (x_q, x_p)`, normalised
+    views:str|Callable|list=None, # `view_presets`, the method's by default; `item_tfms`; `x -> (x_q, x_p)`, normalised
     size:int|tuple=None, # Side of the views in pixels, or (height, width); the images' by default
     stem:str=None, # 'cifar', 'imagenet', or None: 'cifar' up to 64 pixels, where there is one
     pretrained:bool=False, # Start from the default weights?
-    weights=None, # Start from a weight set, a file (an encoder, or another tool's), or a state dict: see `create_encoder`
+    weights=None, # Start from a weight set, a file (an encoder, another tool's), or a state dict: see `create_encoder`
     precision:str='fp32', # 'fp32', 'bf16', 'fp16', or 'auto': 'bf16' where `has_bf16`
     channels_last:bool=False, # Channels-last memory? Faster, equal up to rounding
     on_nonfinite:str='stop', # 'stop' at a loss or gradient that is not finite, or 'skip' its step
@@ -249,7 +257,8 @@ def clae_learner(
     precision,fast = precision_cbs(precision, device)
     if channels_last: fast.append(ChannelsLast())
     clae = CLAECallback(views, attack, adv_momentum, attack_bn, every)
-    ours = [clae, CheckFinite(on_nonfinite), DevicePrecision(), CheckCallbacks(), CheckTrackers(), LogViews(), LossesAsNumbers(), *fast]
+    ours = [clae, CheckFinite(on_nonfinite), DevicePrecision(), CheckCallbacks(), CheckTrackers(),
+        LogViews(), LossesAsNumbers(), *fast]
     make = _DeterministicLearner if deterministic else _ContrastiveLearner
     learn = make(pixels, model, CLAELoss(loss, alpha), opt_func=opt_func, cbs=[*ours, *L(cbs)], **kwargs)
     learn.precision = precision
@@ -304,7 +313,8 @@ def views_table(
         pixels = TwoViews(noop, stats)
         return list(pixels.denormalize(pixels.to_pixels(x[:n])).permute(0,2,3,1).cpu().numpy())
     views = {name: _pixels(v, clae.stats) for name,v in views.items()}
-    original = dict(original=_pixels(x, image_stats(noop, clae.dls))) if x.ndim == 4 else {} # of photographs there are only the crops
+    # of photographs there are only the crops
+    original = dict(original=_pixels(x, image_stats(noop, clae.dls))) if x.ndim == 4 else {}
     table = pd.DataFrame({**original, **views})
     return table.assign(difference=table.x_adv - table.x_q) if 'x_adv' in views else table
 
@@ -329,7 +339,8 @@ def draw_views(
     columns,captions = [k for k in _titles if k in images],_captions(images, n_in)
     size = 11*imsize # of letters, in points, to be read at 390 pixels; lines are size/60 inches high
     height = len(images)*(imsize*h/w + size/60*('cos_p' in images)) + size/60*(1.2 + len(captions))
-    fig,axs = plt.subplots(len(images), len(columns), squeeze=False, layout='constrained', figsize=(len(columns)*imsize, height))
+    fig,axs = plt.subplots(len(images), len(columns), squeeze=False, layout='constrained',
+        figsize=(len(columns)*imsize, height))
     fig.get_layout_engine().set(w_pad=.02, h_pad=.02, wspace=0, hspace=0)
     for k,column in zip(columns, axs.T):
         column[0].set_title(_titles[k], fontsize=size, pad=3)

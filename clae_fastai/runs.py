@@ -257,8 +257,8 @@ def _table_features(learn, untrained):
     return {name: [(xs[k],y) for xs,y in split] for k,name in enumerate(('raw','untrained','encoder'))}
 
 def _draw_neighbours(learn, features, monitor):
-    ("Neighbours among held-out images, whose features table or monitor have, "
-     "or among as many training images as take a moment")
+    """Neighbours among held-out images, whose features table or monitor have,
+    or among as many training images as take a moment"""
     valid,seen = learn.dls.valid_ds,monitor.held_out
     if features and len(valid) > 12: data,(x,y),among = valid,features['encoder'][1],'held-out images'
     elif seen and len(seen[0]) >= 48: data,(_,x,y),among = valid.take(seen[0]),seen,f'of {len(valid):,} held-out images'
@@ -313,8 +313,8 @@ def _peak_memory(device):
     return f'{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**(30 if sys.platform == "darwin" else 20):.1f} GiB'
 
 class _FewBatches(Callback):
-    ("Ends a fit after one training batch and four more, or as many as whole cycles of `every` take; "
-     "`seconds` is the mean of these")
+    """Ends a fit after one training batch and four more, or as many as whole cycles of `every` take;
+    `seconds` is the mean of these"""
     order,run_valid = Recorder.order+10,False
     def __init__(self, every): self.n,self.times = 1 + every*math.ceil(4/every),[]
     def after_batch(self):
@@ -743,8 +743,8 @@ def _trial_options(options, folder):
     return options,targets
 
 def _few_held_out(dls):
-    ("A copy that measures `valid_loss` on two batches: "
-     "in a sweep nobody watches it, and it would take a quarter of the time")
+    """A copy that measures `valid_loss` on two batches:
+    in a sweep nobody watches it, and it would take a quarter of the time"""
     few = dls.valid_ds.take(evenly_spread(len(dls.valid_ds), 2*dls.train.bs))
     return DataLoaders(dls.train, dls.valid.new(few), path=dls.path, device=dls.device)
 

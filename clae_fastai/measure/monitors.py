@@ -113,8 +113,8 @@ class Verdict:
         return '\n'.join([f"Without labels, {self.state}: {self.sentence}.", *rows])
 
 class CollapseMonitor(_Columns):
-    ("Adds what tells a healthy training from a collapsed one to the training table, "
-     "and prints a `Verdict` after the fit")
+    """Adds what tells a healthy training from a collapsed one to the training table,
+    and prints a `Verdict` after the fit"""
     names,run_valid = ('collapse_level','z_std','alignment','uniformity','own_view','rankme'),False
     checkpoint_attrs = ('batches','curve','last','shape')
     def before_fit(self):

@@ -149,8 +149,8 @@ def near_duplicates(
     images:Tensor, # (N,C,H,W), uint8 or from 0 to 1; small ones will do
     most:int=24 # How many pairs are returned
 ) -> tuple: # `[(i, j, cosine)]`, the most similar first; how many pairs there are; of how many images; the least cosine
-    ("Pairs of images that are the same but for how they were saved: "
-     "their features are much alike, and so are their pixels")
+    """Pairs of images that are the same but for how they were saved:
+    their features are much alike, and so are their pixels"""
     x,pixels = F.normalize(at_least_float32(features), dim=1),_small_pixels(images)
     n,contrast = len(x),pixels.var(1, correction=0)
     pixels,bias = pixels - pixels.mean(), (2/255)**2

@@ -51,8 +51,8 @@ def _pixel_dls(dls):
     return res,image_stats(noop, dls)
 
 def _cropping_dls(dls, views, size):
-    ("A shallow copy of `dls` for views that begin with a crop: crops of files, and images in memory not resized; "
-     "is there one of these?")
+    """A shallow copy of `dls` for views that begin with a crop: loaders of files give crops, those of images in memory
+    do not resize them; and whether there is one of the latter"""
     res,area,whole = copy(dls),getattr(views, 'area', None),False
     def _crops(dl):
         nonlocal whole

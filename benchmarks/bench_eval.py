@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
 """What it costs to evaluate an encoder.
 
-`python benchmarks/bench_eval.py DIR [LIMIT]` (an image folder, CIFAR-10's for one; LIMIT training images, for a quick look)
-writes results/eval.md: 1000 epochs of linear evaluation the authors' way, where the encoder runs on every batch of every
+`python benchmarks/bench_eval.py DIR [LIMIT]` (an image folder, CIFAR-10's for one; LIMIT training images, \
+for a quick look)
+writes results/eval.md: 1000 epochs of linear evaluation the authors' way, \
+where the encoder runs on every batch of every
 epoch, extrapolated from two of them, against `extract_features` and `linear_probe('adam')`, measured whole.
 
 `python benchmarks/bench_eval.py --knn` writes results/knn.md: kNN of 2,000 test images against 50,000 features of 512
-numbers, our time over that of lightly's `knn_predict`, the normalisation of both sets included, with one thread and two."""
+numbers, our time over that of lightly's `knn_predict`, the normalisation of both sets included, \
+with one thread and two."""
 import sys
 import time
 
@@ -49,9 +52,13 @@ def linear_evaluation(folder, limit):
     probe = linear_probe(train, test, 'adam', epochs=epochs, bs=bs, device='cpu')
     ours,all_of_theirs = time.perf_counter() - start,epochs*sum(theirs)/measured
     assert len(probe.curve) == epochs
-    return [f'| linear evaluation, {epochs} epochs, ResNet-18, {len(train[1])} training and {len(test[1])} test images of {learn.encoder_info["size"][0]}x{learn.encoder_info["size"][1]}, batch {bs} | seconds |', '|---|---|',
-            f"| the authors' way, extrapolated from {measured} epochs of {', '.join(f'{t:.1f}' for t in theirs)} s | {all_of_theirs:.0f} |",
-            f'| ours, measured: features {extracted:.1f} s, {epochs} epochs {ours - extracted:.1f} s | {ours:.1f} |', '', f'**{all_of_theirs/ours:.0f} times faster.**']
+    return [f'| linear evaluation, {epochs} epochs, ResNet-18, {len(train[1])} training and {len(test[1])} test images '
+                f'of {learn.encoder_info["size"][0]}x{learn.encoder_info["size"][1]}, batch {bs} | seconds |',
+            '|---|---|',
+            f"| the authors' way, extrapolated from {measured} epochs of {', '.join(f'{t:.1f}' for t in theirs)} s "
+                f"| {all_of_theirs:.0f} |",
+            f'| ours, measured: features {extracted:.1f} s, {epochs} epochs {ours - extracted:.1f} s | {ours:.1f} |',
+            '', f'**{all_of_theirs/ours:.0f} times faster.**']
 
 def lightly(x, y, test_x):
     "Its prediction for features that are not normalised yet"
@@ -63,7 +70,8 @@ def seconds(f, *args):
     return time.perf_counter() - start
 
 def knn():
-    "Rows of a table: ours and lightly's take turns, so that other work on the machine meets both; the least time of each counts"
+    "Rows of a table: ours and lightly's take turns, so that other work on the machine meets both; " \
+    "the least time of each counts"
     torch.manual_seed(0)
     data = torch.randn(bank, dim).relu_(),torch.arange(bank)%10,torch.randn(queries, dim).relu_()
     assert (knn_predict(*data, k) == lightly(*data)).float().mean() > .999
@@ -74,7 +82,8 @@ def knn():
         ours,theirs = map(min, zip(*times))
         rows.append(f'| {n} | {ours:.2f} | {theirs:.2f} | {ours/theirs:.2f} |')
     torch.set_num_threads(threads)
-    return [f'| kNN, k {k}, {queries:,} against {bank:,} x {dim} features, float32: threads | ours, s | lightly, s | ours / lightly |', '|---|---|---|---|',
+    return [f'| kNN, k {k}, {queries:,} against {bank:,} x {dim} features, float32: threads '
+                '| ours, s | lightly, s | ours / lightly |', '|---|---|---|---|',
             *rows, '', f'Least of {rounds} rounds in turns, normalisation of both sets included.']
 
 def main():

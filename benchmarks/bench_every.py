@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
-"""Mean seconds of a step where the adversary comes rarely: `python benchmarks/bench_every.py [--rounds 15]` writes results/every.md.
-A round is a fit of eight steps, two whole cycles of `every=4`, of each learner in turn; of the ResNet-18 that other tables are of, and
+"""Mean seconds of a step where the adversary comes rarely: \
+`python benchmarks/bench_every.py [--rounds 15]` writes results/every.md.
+A round is a fit of eight steps, two whole cycles of `every=4`, of each learner in turn; \
+of the ResNet-18 that other tables are of, and
 of the encoder and images of the scale `fast`, by whose ratios trials of equal units become trials of equal seconds."""
 import argparse
 import time
@@ -28,7 +30,8 @@ def main():
     parser.add_argument('--rounds', type=int, default=15)
     args = parser.parse_args()
     set_seed(0)
-    lines = ['| encoder | step | units | seconds of a step, median (range) | this / SimCLR | in units |', '|---|---|---|---|---|---|']
+    lines = ['| encoder | step | units | seconds of a step, median (range) | this / SimCLR | in units |',
+             '|---|---|---|---|---|---|']
     for name,(bs,own) in settings.items():
         learners = {k: learner(bs, own | options) for k,options in kinds.items()}
         times = {k: [] for k in kinds}
@@ -41,8 +44,10 @@ def main():
                     sync()
                 if r: times[k].append((time.perf_counter() - start)/steps)
         units = {k: l.clae.units for k,l in learners.items()}
-        lines += [f"| {name} | {k} | {units[k]:g} | {report.spread(t, '.3f')} | {report.ratio(t, times['SimCLR'])} | {units[k]/6:.2f} |" for k,t in times.items()]
-    lines += ['', f"Means over {steps} steps, two cycles of four, views, loss, optimiser and logging with them; {args.rounds} rounds, ratios are geometric means of pairs with 95 % intervals; fp32, channels_last."]
+        lines += [f"| {name} | {k} | {units[k]:g} | {report.spread(t, '.3f')} | {report.ratio(t, times['SimCLR'])} "
+                  f"| {units[k]/6:.2f} |" for k,t in times.items()]
+    lines += ['', f"Means over {steps} steps, two cycles of four, views, loss, optimiser and logging with them; "
+              f"{args.rounds} rounds, ratios are geometric means of pairs with 95 % intervals; fp32, channels_last."]
     report.write('every', f'python benchmarks/bench_every.py --rounds {args.rounds}', lines)
 
 if __name__ == '__main__': main()

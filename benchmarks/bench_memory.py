@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""What kNN and the linear probe take beyond the features: `python benchmarks/bench_memory.py [IMAGES] [NUMBERS] [CLASSES]`.
+"""What kNN and the linear probe take beyond the features: \
+`python benchmarks/bench_memory.py [IMAGES] [NUMBERS] [CLASSES]`.
 
-By default 130,000 x 2,048 features of 100 classes, those of a ResNet-50 on ImageNet-100, and a test image for 50 of these:
+By default 130,000 x 2,048 features of 100 classes, those of a ResNet-50 on ImageNet-100, \
+and a test image for 50 of these:
 that writes results/memory.md.
 Of the probe's L-BFGS one penalty and two steps are enough: all need the same memory."""
 import json
@@ -37,7 +39,8 @@ def main(n=130_000, d=2048, n_classes=100):
         call(small, small) # libraries that are loaded at their first use are no matter of the features
         seconds,extra = measure(lambda: call(train, test))
         rows.append(f'| {name} | {extra:,.0f} |')
-        print(json.dumps({'what': name, 'seconds': round(seconds, 1), 'MiB': round(extra), 'MiB of the features': round(n*d*4/2**20)}))
+        print(json.dumps({'what': name, 'seconds': round(seconds, 1), 'MiB': round(extra),
+                          'MiB of the features': round(n*d*4/2**20)}))
 
     return rows
 
@@ -45,4 +48,5 @@ if __name__ == '__main__':
     rows = main(*map(int, sys.argv[1:]))
     if len(sys.argv) == 1:
         head = ['| beyond 130,000 x 2,048 features in float32 (1,016 MiB) | MiB |', '|---|---|']
-        report.write('memory', 'python benchmarks/bench_memory.py', [*head, *rows, '', f'One run, {torch.get_num_threads()} threads.'])
+        report.write('memory', 'python benchmarks/bench_memory.py',
+                     [*head, *rows, '', f'One run, {torch.get_num_threads()} threads.'])

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"What it costs to watch for collapse: epochs with and without `CollapseMonitor`, `python benchmarks/bench_monitor.py [--rounds 7]`"
+"What it costs to watch for collapse: epochs with and without `CollapseMonitor`, " \
+"`python benchmarks/bench_monitor.py [--rounds 7]`"
 import argparse
 import contextlib
 import io
@@ -49,8 +50,10 @@ def main():
                 for r in range(rounds):
                     for watched in (False,True)[::1 if r % 2 else -1]:
                         t[watched].append(epoch_seconds(learn, *([CollapseMonitor()] if watched else [])))
-                lines.append(f"| {name} | {'CLAE' if eps else 'SimCLR'} | {report.spread(t[False])} | {report.ratio(t[True], t[False])} |")
-    lines += ['', f'Batches of 64 and 32, {rounds} rounds in turns, one thread; ratios are geometric means of pairs with 95 % intervals.']
+                lines.append(f"| {name} | {'CLAE' if eps else 'SimCLR'} | {report.spread(t[False])} "
+                             f"| {report.ratio(t[True], t[False])} |")
+    lines += ['', f'Batches of 64 and 32, {rounds} rounds in turns, one thread; '
+              'ratios are geometric means of pairs with 95 % intervals.']
     report.write('monitor', 'python benchmarks/bench_monitor.py', lines)
 
 if __name__ == '__main__': main()

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"Milliseconds of an optimiser's step, ResNet-18 with dual batch norm: `python benchmarks/bench_optimizer.py [--rounds 25]`"
+"Milliseconds of an optimiser's step, ResNet-18 with dual batch norm: " \
+"`python benchmarks/bench_optimizer.py [--rounds 25]`"
 import argparse
 import time
 
@@ -40,10 +41,11 @@ def main():
             for name in list(opts)[::1 if r % 2 else -1]: t[name].append(milliseconds(opts[name]))
         ours = t['`FusedAdam`']
         for name in opts:
-            lines.append(f"| {n} | {name} | {report.spread(t[name])} | {'' if t[name] is ours else report.ratio(t[name], ours)} |")
+            lines.append(f"| {n} | {name} | {report.spread(t[name])} "
+                         f"| {'' if t[name] is ours else report.ratio(t[name], ours)} |")
     n_params = len(optimiser(FusedAdam).param_lists[0])
-    lines += ['', f'A ResNet-18 with dual batch norm, 3x3 stem, and its head: {n_params} tensors. {rounds} rounds in turns; '
-              'ratios are geometric means of pairs with 95 % intervals.']
+    lines += ['', f'A ResNet-18 with dual batch norm, 3x3 stem, and its head: {n_params} tensors. '
+              f'{rounds} rounds in turns; ratios are geometric means of pairs with 95 % intervals.']
     report.write('optimizer', 'python benchmarks/bench_optimizer.py', lines)
 
 if __name__ == '__main__': main()

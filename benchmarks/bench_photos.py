@@ -1,13 +1,19 @@
 #!/usr/bin/env python3
-"""How fast photographs are read: `python benchmarks/bench_photos.py [DIR] [--n N] [--rounds R]` writes results/photos.md.
+"""How fast photographs are read: \
+`python benchmarks/bench_photos.py [DIR] [--n N] [--rounds R]` writes results/photos.md.
 
-Two random crops of 224 pixels of each photograph, from the file to the batch that a loader hands over: ours, a bare loop of
-Pillow over the same boxes, torchvision's two crops of the whole picture, lightly's `SimCLRTransform` (complete views) in PyTorch's loader;
-and what version 0.1.0 did, one image shrunk to 224 through a `DataBlock`. With one thread and no further process, and ours
-with 1 and 2 processes, too. All take turns; a ratio is the geometric mean over the rounds, with its 95 % interval. Then how long
+Two random crops of 224 pixels of each photograph, from the file to the batch that a loader hands over: \
+ours, a bare loop of
+Pillow over the same boxes, torchvision's two crops of the whole picture, \
+lightly's `SimCLRTransform` (complete views) in PyTorch's loader;
+and what version 0.1.0 did, one image shrunk to 224 through a `DataBlock`. \
+With one thread and no further process, and ours
+with 1 and 2 processes, too. All take turns; a ratio is the geometric mean over the rounds, \
+with its 95 % interval. Then how long
 `clae_train` on 3,000 photographs of 640x480 takes from its start, imports left out, to its first step.
 
-DIR holds photographs; without it they are mosaics of CIFAR-10 images (../shared/data), of 640x480 pixels, and of 4000x3000 in
+DIR holds photographs; without it they are mosaics of CIFAR-10 images (../shared/data), \
+of 640x480 pixels, and of 4000x3000 in
 JPEG files of about 1, 3 and 5 MB."""
 import argparse
 import contextlib
@@ -40,10 +46,13 @@ def cifar_images(): return np.load(cifar)['x_train']
 def mosaic(width, height, seed):
     "A photograph of its size: CIFAR-10 images side by side, each enlarged eight times"
     draw,images = np.random.default_rng(seed),cifar_images()
-    rows = [np.concatenate(images[draw.choice(len(images), math.ceil(width/256))], 1) for _ in range(math.ceil(height/256))]
-    im = Image.fromarray(np.concatenate(rows)).resize((256*math.ceil(width/256), 256*math.ceil(height/256)), Image.BICUBIC)
+    rows = [np.concatenate(images[draw.choice(len(images), math.ceil(width/256))], 1)
+            for _ in range(math.ceil(height/256))]
+    im = Image.fromarray(np.concatenate(rows)).resize(
+        (256*math.ceil(width/256), 256*math.ceil(height/256)), Image.BICUBIC)
     pixels = np.asarray(im.crop((0, 0, width, height))).astype(np.int16)
-    return Image.fromarray((pixels + draw.integers(-6, 7, pixels.shape)).clip(0, 255).astype(np.uint8)) # a sensor's noise
+    # a sensor's noise
+    return Image.fromarray((pixels + draw.integers(-6, 7, pixels.shape)).clip(0, 255).astype(np.uint8))
 
 def save(im, file, megabytes):
     "As JPEG of about this size, or of quality 90"
@@ -63,7 +72,8 @@ def photographs(root, n):
         for i in range(n if k == 0 else max(bs, n//8)): save(mosaic(w, h, i%4), folder/f'{i:04}.jpg', mb)
     return {name: root/str(k) for k,name in enumerate(sets)}
 
-# Each takes a folder, and gives a function that reads all its photographs once, up to the batches, and returns their number
+# Each takes a folder, and gives a function that reads all its photographs once, up to the batches,
+# and returns their number
 
 def learner(folder, workers):
     with contextlib.redirect_stdout(io.StringIO()):
@@ -125,7 +135,8 @@ ways = {
     'ours': ours, 'ours, 1 process': lambda f: ours(f, 1), 'ours, 2 processes': lambda f: ours(f, 2),
     'ours, complete views on the CPU': complete, 'Pillow, the same crops': pillow,
     'Pillow, by its fastest good filter': lambda f: pillow(f, Image.HAMMING),
-    "torchvision's two crops": loaded(two(T.Compose([T.RandomResizedCrop(side), T.RandomHorizontalFlip(), T.PILToTensor()]))),
+    "torchvision's two crops":
+        loaded(two(T.Compose([T.RandomResizedCrop(side), T.RandomHorizontalFlip(), T.PILToTensor()]))),
     "lightly's SimCLRTransform": loaded(SimCLRTransform(side)), 'version 0.1.0, one image': first_version}
 
 def waits(folder, workers, steps=6):
@@ -185,11 +196,12 @@ def main():
             for way,r in rates.items():
                 ratio = '' if way.startswith('ours') else report.ratio(rates['ours'], r)
                 lines.append(f'| {way} | {np.median(r):.1f} | {ratio} |')
-            lines += ['', f'A step of SimCLR with a ResNet-18, batch {bs}, waits for data {100*waits(folder, 0):.0f} % of its time without '
-                f'further processes, {100*waits(folder, 1):.0f} % with one.', '']
+            lines += ['', f'A step of SimCLR with a ResNet-18, batch {bs}, waits for data '
+                f'{100*waits(folder, 0):.0f} % of its time without further processes, '
+                f'{100*waits(folder, 1):.0f} % with one.', '']
         first,second = start_of_training(next(iter(sets.values())), Path(tmp))
-    lines += [f'`clae_train` on 3,000 photographs of {next(iter(sets))} is at its first step after {first:.1f} seconds, on its second '
-        f'start after {second:.1f}; imports left out.', '']
+    lines += [f'`clae_train` on 3,000 photographs of {next(iter(sets))} is at its first step after '
+        f'{first:.1f} seconds, on its second start after {second:.1f}; imports left out.', '']
     lines.append(f'Two crops of {side} pixels, batch {bs}, {a.rounds} rounds in turns, one thread.')
     report.write('photos', 'python benchmarks/bench_photos.py', lines)
 

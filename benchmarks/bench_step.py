@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Seconds of a training step, ResNet-18, 32x32, batch 64: `python benchmarks/bench_step.py [--rounds 15]`. In one process, everything takes its turn in every round.
+"""Seconds of a training step, ResNet-18, 32x32, batch 64: `python benchmarks/bench_step.py [--rounds 15]`. \
+In one process, everything takes its turn in every round.
 
-published  Algorithm 1 written plainly: two forwards for the attack, its backward into all parameters and thrown away, three forwards and a backward: 15 forward-units
+published  Algorithm 1 written plainly: two forwards for the attack, its backward into all parameters and thrown away, \
+three forwards and a backward: 15 forward-units
 clae       ours, through fastai's Learner, with views, loss, optimiser and logging: 11 units
 simclr     the same Learner with eps=0: 6 units
 passes     the bare passes of a clae step, no views, no loss, no optimiser: the least it can take"""
@@ -13,7 +15,9 @@ import time
 import torch
 
 import report
-from clae_fastai.all import ContrastiveModel, MemoryDL, MemoryImages, DataLoaders, IntToFloatTensor, NTXentLoss, TwoViews, adversarial_bn, clae_learner, convert_dual_bn, create_encoder, projection_head, default_device, frozen_bn_stats, has_bf16, resnet18, set_seed
+from clae_fastai.all import (ContrastiveModel, MemoryDL, MemoryImages, DataLoaders, IntToFloatTensor, NTXentLoss,
+    TwoViews, adversarial_bn, clae_learner, convert_dual_bn, create_encoder, projection_head, default_device,
+    frozen_bn_stats, has_bf16, resnet18, set_seed)
 
 bs,side = 64,32
 kinds = {'fp32': ('fp32', False), 'fp32, channels_last': ('fp32', True), 'bf16, channels_last': ('bf16', True)}
@@ -29,7 +33,8 @@ def images(): return torch.randint(0, 256, (bs,3,side,side), dtype=torch.uint8)
 
 def learner_of(images, bs, arch=resnet18, **kwargs):
     "A quiet `clae_learner` on images in memory, which takes the paper's step"
-    dl = MemoryDL(MemoryImages(images), bs=bs, shuffle=True, drop_last=True, after_batch=[IntToFloatTensor()], device=default_device())
+    dl = MemoryDL(MemoryImages(images), bs=bs, shuffle=True, drop_last=True, after_batch=[IntToFloatTensor()],
+                  device=default_device())
     learn = clae_learner(DataLoaders(dl, device=default_device()), arch, **dict(every=1, head='mlp') | kwargs)
     learn.logger = lambda *a: None
     return learn
@@ -82,7 +87,8 @@ def make(name, kind):
 
 def peak_memory(name, kind, steps):
     "Peak memory in MiB of a fresh process that takes `steps` steps"
-    return int(subprocess.run([sys.executable, __file__, '--memory', name, kind, str(steps)], capture_output=True, text=True, check=True).stdout.split()[-1])/2**20
+    return int(subprocess.run([sys.executable, __file__, '--memory', name, kind, str(steps)],
+                              capture_output=True, text=True, check=True).stdout.split()[-1])/2**20
 
 def memory_process(name, kind, steps):
     step = make(name, kind)
@@ -107,11 +113,17 @@ def main():
             steps[c]()
             sync(); t[c].append(time.perf_counter() - start)
     mem = {c: peak_memory(*c, 3) - peak_memory(*c, 0) for c in cells}
-    lines = ['| step | precision | seconds, median (range) | published / this | peak memory, MiB |', '|---|---|---|---|---|']
-    lines += [f"| {n} | {k} | {report.spread(t[n,k])} | {'' if n == 'published' else report.ratio(t['published','fp32'], t[n,k])} | {mem[n,k]:,.0f} |" for n,k in cells]
+    lines = ['| step | precision | seconds, median (range) | published / this | peak memory, MiB |',
+             '|---|---|---|---|---|']
+    lines += [f"| {n} | {k} | {report.spread(t[n,k])} "
+              f"| {'' if n == 'published' else report.ratio(t['published','fp32'], t[n,k])} | {mem[n,k]:,.0f} |"
+              for n,k in cells]
     lines += ['', '| precision | clae / simclr | clae / passes |', '|---|---|---|']
-    lines += [f"| {k} | {report.ratio(t['clae',k], t['simclr',k])} | {report.ratio(t['clae',k], t['passes',k])} |" for k in own]
-    lines += ['', f"ResNet-18, 3x3 stem, {side}x{side} images, batch {bs}, {args.rounds} rounds; ratios are geometric means of pairs with 95 % intervals. Peak memory: of a fresh process after 3 steps, less the same process without a step.",
+    lines += [f"| {k} | {report.ratio(t['clae',k], t['simclr',k])} | {report.ratio(t['clae',k], t['passes',k])} |"
+              for k in own]
+    lines += ['', f"ResNet-18, 3x3 stem, {side}x{side} images, batch {bs}, {args.rounds} rounds; "
+                  "ratios are geometric means of pairs with 95 % intervals. "
+                  "Peak memory: of a fresh process after 3 steps, less the same process without a step.",
               'The theory, in units of a forward: 15/11 = 1.36 against the published step, 11/6 = 1.83 against SimCLR.']
     if len(own) < len(kinds): lines.append('This device has no units for bfloat16, which is left out.')
     report.write('step' if len(own) == len(kinds) else 'step_no_bf16', 'python benchmarks/bench_step.py', lines)

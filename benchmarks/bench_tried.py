@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"What might make a CLAE step faster, tried: `python benchmarks/bench_tried.py [--rounds 7]`. ResNet-18, 32x32, batch 64, each against the step as it is."
+"What might make a CLAE step faster, tried: `python benchmarks/bench_tried.py [--rounds 7]`. " \
+"ResNet-18, 32x32, batch 64, each against the step as it is."
 import argparse
 import os
 import subprocess
@@ -43,7 +44,9 @@ def process(kind, steps=6):
     step()
     print(np.median([timed(step) for _ in range(steps)]))
 
-def fresh(kind, **env): return float(subprocess.run([sys.executable, __file__, '--process', kind], env={**os.environ, **env}, capture_output=True, text=True, check=True).stdout.split()[-1])
+def fresh(kind, **env):
+    return float(subprocess.run([sys.executable, __file__, '--process', kind], env={**os.environ, **env},
+                                capture_output=True, text=True, check=True).stdout.split()[-1])
 
 def main():
     parser = argparse.ArgumentParser()
@@ -65,8 +68,11 @@ def main():
         del steps
     for kind in usable()[1:]:
         pairs = [(fresh(kind), fresh(kind, **allocator)) for _ in range(max(3, args.rounds//2))]
-        lines.append(f"| allocator that keeps freed memory, `{' '.join(f'{k}={v}' for k,v in allocator.items())}` | {kind} | {report.ratio(*zip(*pairs))} |")
-    lines += ['', f'ResNet-18, 3x3 stem, 32x32 images, batch 64. Geometric means of pairs with 95 % intervals, {args.rounds} rounds in one process; the allocator: {max(3, args.rounds//2)} pairs of fresh processes. Above 1: it helps.']
+        lines.append(f"| allocator that keeps freed memory, `{' '.join(f'{k}={v}' for k,v in allocator.items())}` "
+                     f"| {kind} | {report.ratio(*zip(*pairs))} |")
+    lines += ['', 'ResNet-18, 3x3 stem, 32x32 images, batch 64. '
+              f'Geometric means of pairs with 95 % intervals, {args.rounds} rounds in one process; '
+              f'the allocator: {max(3, args.rounds//2)} pairs of fresh processes. Above 1: it helps.']
     report.write('tried', 'python benchmarks/bench_tried.py', lines)
 
 if __name__ == '__main__': main()

@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
-"""Few labels: fine-tuning with 10 labels a class from a short CLAE run on all images, against the same from random weights: `python benchmarks/fine_tune.py DIR [EPOCHS]`
-(an image folder, CIFAR-10's for one; with EPOCHS of pre-training other than 5 nothing is written). Writes results/fine_tune.csv (every accuracy) and results/fine_tune.md."""
+"""Few labels: fine-tuning with 10 labels a class from a short CLAE run on all images, \
+against the same from random weights: `python benchmarks/fine_tune.py DIR [EPOCHS]`
+(an image folder, CIFAR-10's for one; with EPOCHS of pre-training other than 5 nothing is written). \
+Writes results/fine_tune.csv (every accuracy) and results/fine_tune.md."""
 import sys
 import time
 from pathlib import Path
@@ -8,13 +10,15 @@ from pathlib import Path
 import pandas as pd
 
 import report
-from clae_fastai.all import DataLoaders, accuracy, clae_learner, encoder_learner, get_dls, label_draws, resnet8, set_seed
+from clae_fastai.all import (DataLoaders, accuracy, clae_learner, encoder_learner, get_dls, label_draws, resnet8,
+    set_seed)
 
 out = Path(__file__).parent.parent/'results'
 seeds,labels,epochs,tune_epochs = (0, 1, 2),10,5,30
 
 def fine_tuned(learn, dls, seed):
-    "Test accuracy after the last epoch of fine-tuning the encoder of `learn` on `labels` images a class, the same ones for each encoder"
+    "Test accuracy after the last epoch of fine-tuning the encoder of `learn` on `labels` images a class, " \
+    "the same ones for each encoder"
     idx, = label_draws(dls.train_ds.labels, labels, draws=1, seed=seed)
     train = dls.train.new(dls.train_ds.take(idx), bs=25)
     set_seed(seed)
@@ -41,9 +45,14 @@ def main():
         print(accs, flush=True)
         runs.append(accs)
     df = pd.DataFrame(runs, index=pd.Index(seeds, name='seed'))
-    lines = ['| fine-tuned from | test accuracy, % |', '|---|---|', *[f"| {c} | {100*df[c].mean():.1f} ({', '.join(f'{100*o:.1f}' for o in df[c])}) |" for c in df], '',
-             f"Mean over {len(seeds)} seeds (each seed's value), {labels} labels a class, {n_test} test images, ResNet-8. CLAE: SimCLR with FGSM, eps .03, {n} epochs on all {n_train} images without labels. Then, from either, `encoder_learner(...).fine_tune({tune_epochs}, 3e-3, freeze_epochs=5)`, "
-             f"batch 25, no augmentation, last epoch. `python benchmarks/fine_tune.py DIR` with CIFAR-10 images on {report.machine()}"]
+    lines = ['| fine-tuned from | test accuracy, % |', '|---|---|',
+             *[f"| {c} | {100*df[c].mean():.1f} ({', '.join(f'{100*o:.1f}' for o in df[c])}) |" for c in df], '',
+             f"Mean over {len(seeds)} seeds (each seed's value), {labels} labels a class, "
+             f"{n_test} test images, ResNet-8. "
+             f"CLAE: SimCLR with FGSM, eps .03, {n} epochs on all {n_train} images without labels. "
+             f"Then, from either, `encoder_learner(...).fine_tune({tune_epochs}, 3e-3, freeze_epochs=5)`, "
+             "batch 25, no augmentation, last epoch. "
+             f"`python benchmarks/fine_tune.py DIR` with CIFAR-10 images on {report.machine()}"]
     print('\n'.join(lines))
     if n != epochs: return
     df.to_csv(out/'fine_tune.csv')

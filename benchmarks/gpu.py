@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""All that a GPU has to show, in nine minutes at most: `python benchmarks/gpu.py` writes `results/gpu_*.md`, a table a part.
+"""All that a GPU has to show, in nine minutes at most: \
+`python benchmarks/gpu.py` writes `results/gpu_*.md`, a table a part.
 
 environment  what it ran on
 golden       the authors' numbers (`tests/golden`) on the GPU, with the greatest difference
@@ -9,9 +10,12 @@ throughput   images a second and peak memory of CLAE, SimCLR and lightly's SimCL
 evaluation   features, kNN and probe
 processes    two processes on two GPUs
 
-Each part has a time of its own. Its table is written after every row, so that what is cut off leaves what it had; a row that
-fails says why, one that comes too late that it was not reached. A part that takes longer, or breaks the GPU's context, ends its
-process, and another one goes on with the next part. `--tiny` tries all of it in two minutes without a GPU, on networks and
+Each part has a time of its own. Its table is written after every row, \
+so that what is cut off leaves what it had; a row that
+fails says why, one that comes too late that it was not reached. \
+A part that takes longer, or breaks the GPU's context, ends its
+process, and another one goes on with the next part. \
+`--tiny` tries all of it in two minutes without a GPU, on networks and
 images too small to mean anything, and writes to a temporary folder; `--out DIR` to another."""
 import argparse
 import contextlib
@@ -38,8 +42,9 @@ from torch import nn
 import bench_step
 import report
 from bench_step import learner_of, sync
-from clae_fastai.all import (PGD, Callback, Recorder, TwoViews, create_encoder, default_device, extract_features, knn_predict,
-    linear_probe, num_distrib, num_features, rank_distrib, resnet8, resnet18, resnet50, set_rank_device, set_seed)
+from clae_fastai.all import (PGD, Callback, Recorder, TwoViews, create_encoder, default_device, extract_features,
+    knn_predict, linear_probe, num_distrib, num_features, rank_distrib, resnet8, resnet18, resnet50, set_rank_device,
+    set_seed)
 
 seconds = dict(environment=15, golden=25, waits=40, step=150, throughput=175, evaluation=40, processes=55) # 500 in all
 last_row = 10 # seconds before the end of a part after which no row is begun
@@ -47,9 +52,11 @@ cuda = torch.cuda.is_available()
 
 def sizes(tiny):
     "What is measured: on a GPU, and as a test on a processor"
-    if tiny: return dict(archs=[resnet8], sides=[16], batches=[8], images=16, bank=300, queries=50, dim=16, adam=2, workers=1, epochs=2)
-    return dict(archs=[resnet18, resnet50], sides=[32,224], batches=[256,64,1024], images=512, bank=50_000, queries=10_000,
-                dim=512, adam=20, workers=os.cpu_count(), epochs=3)
+    if tiny:
+        return dict(archs=[resnet8], sides=[16], batches=[8], images=16,
+                    bank=300, queries=50, dim=16, adam=2, workers=1, epochs=2)
+    return dict(archs=[resnet18, resnet50], sides=[32,224], batches=[256,64,1024], images=512,
+                bank=50_000, queries=10_000, dim=512, adam=20, workers=os.cpu_count(), epochs=3)
 
 # What the parts share
 
@@ -133,10 +140,12 @@ def environment(args):
             table.add(f'GPU {i}', f'{p.name}, {p.total_memory/2**30:.0f} GiB, capability {p.major}.{p.minor}, '
                 f'{p.multi_processor_count} multiprocessors')
         query = ['nvidia-smi','--query-gpu=driver_version,power.limit,clocks.max.sm','--format=csv,noheader']
-        table.measure(['driver, power limit, highest clock'], lambda: subprocess.check_output(query, text=True, timeout=10).split('\n')[:1])
+        table.measure(['driver, power limit, highest clock'],
+            lambda: subprocess.check_output(query, text=True, timeout=10).split('\n')[:1])
         table.add('NCCL', '.'.join(map(str, torch.cuda.nccl.version())))
     else: table.add('GPU', 'none')
-    table.add('processor', f'{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads')
+    table.add('processor',
+        f'{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads')
     table.add('CUDA, cuDNN', f'{torch.version.cuda}, {torch.backends.cudnn.version()}')
     cudnn = torch.backends.cudnn
     table.add('settings', f'benchmark {cudnn.benchmark}, deterministic {cudnn.deterministic}, TF32 {cudnn.allow_tf32}')
@@ -144,13 +153,15 @@ def environment(args):
     for n in ('triton','lightly','timm','accelerate'):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError): table.add(n, importlib.metadata.version(n))
     git = ['git','-C',report.root,'rev-parse','HEAD']
-    with contextlib.suppress(Exception): table.add('commit', subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip())
+    with contextlib.suppress(Exception):
+        table.add('commit', subprocess.check_output(git, text=True, stderr=subprocess.DEVNULL).strip())
 
 def golden(args):
     sys.path.insert(0, str(report.root/'tests'/'method'))
     import test_golden as authors
     table = Table('golden', ['method','what','greatest difference','numbers'],
-        "Float64. Three steps of training, each from what the last one left; on a processor every difference must be below 1e-9. "
+        "Float64. Three steps of training, each from what the last one left; "
+        "on a processor every difference must be below 1e-9. "
         "A sign that differs changes its pixel by twice eps, .06.", args)
     device = default_device()
     def _differences(method, d):
@@ -170,14 +181,17 @@ def golden(args):
             for kind,(worst,n) in rows.items(): table.add(method, kind, f'{worst:.1e}', f'{n:,}')
     def _knn():
         d = np.load(report.root/'tests'/'golden'/'knn.npz')
-        a,y,b,t = (torch.tensor(d[k]).to(device) for k in ('train_features','train_labels','test_features','test_labels'))
+        a,y,b,t = (torch.tensor(d[k]).to(device)
+                   for k in ('train_features','train_labels','test_features','test_labels'))
         settings = [(k,t) for k in (1,5,200) for t in (.1,.5)]
-        accuracies = [100*(knn_predict(a, y, b, *s) == t).double().mean().item() - d['accuracy/k{}_t{}'.format(*s)] for s in settings]
+        accuracies = [100*(knn_predict(a, y, b, *s) == t).double().mean().item() - d['accuracy/k{}_t{}'.format(*s)]
+                      for s in settings]
         return f'{np.abs(accuracies).max():.1e}',len(settings)
     table.measure(['kNN','accuracy, percent'], _knn)
 
 class Waits(Callback):
-    "Batches in which the host must not wait, from views to the optimiser's step; the copy of the loss, which comes after it, may"
+    "Batches in which the host must not wait, from views to the optimiser's step; " \
+    "the copy of the loss, which comes after it, may"
     order,run_valid = -10**6,False
     def __init__(self, mode): self.mode = mode
     def before_batch(self): set_sync_mode(self.mode)
@@ -192,11 +206,14 @@ def set_sync_mode(mode):
 def waits(args):
     s,tiny = sizes(args.tiny),args.tiny
     arch,side,bs = s['archs'][0],s['sides'][0],s['batches'][0]
-    table = Table('waits', ['training','under `error`','waits a batch, loading and copy of the loss included, and where'],
+    table = Table('waits',
+        ['training','under `error`','waits a batch, loading and copy of the loss included, and where'],
         "Under `error` a wait raises, in views, attack, forward, loss, backward and the optimiser's step. "
         "Then all waits of a whole epoch, counted under `warn`, over its batches.", args)
-    settings = {'SimCLR': dict(eps=0), 'CLAE': {}, 'CLAE, channels-last': dict(channels_last=True), 'CLAE, bf16': dict(precision='bf16'),
-        'CLAE, fp16, whose scaler asks for overflow': dict(precision='fp16'), 'plain': dict(method='plain'), 'UEL': dict(method='uel'),
+    settings = {'SimCLR': dict(eps=0), 'CLAE': {},
+        'CLAE, channels-last': dict(channels_last=True), 'CLAE, bf16': dict(precision='bf16'),
+        'CLAE, fp16, whose scaler asks for overflow': dict(precision='fp16'),
+        'plain': dict(method='plain'), 'UEL': dict(method='uel'),
         **{f'attack {a}': dict(attack=a) for a in ('rfgsm','ffgsm','random')},
         'attack PGD, l2, pixels': dict(attack=PGD(.03, norm='l2', space='pixel')),
         'steps skipped where not finite': dict(on_nonfinite='skip')}
@@ -233,10 +250,12 @@ def step(args):
     arch,side,bs = s['archs'][0],s['sides'][0],s['batches'][0]
     bench_step.bs,bench_step.side = bs,side
     n,rounds = (1,1) if tiny else (20,3)
-    table = Table('step', ['step','precision','compiled','ms, median (range)','published in fp32 / this','peak memory, MiB'],
-        f"{arch.__name__}, {side}x{side} images, batch {bs}; rounds of {n} steps. Published, and passes: see `bench_step.py`, "
-        "always of a ResNet-18. CLAE and SimCLR through the Learner, loading included. Compiled: the encoder, by `torch.compile`, "
-        "the time of which is left out.", args)
+    table = Table('step',
+        ['step','precision','compiled','ms, median (range)','published in fp32 / this','peak memory, MiB'],
+        f"{arch.__name__}, {side}x{side} images, batch {bs}; rounds of {n} steps. "
+        "Published, and passes: see `bench_step.py`, always of a ResNet-18. "
+        "CLAE and SimCLR through the Learner, loading included. "
+        "Compiled: the encoder, by `torch.compile`, the time of which is left out.", args)
     images = memory_images(n*bs, side)
     published = []
     def _cells(t): return milliseconds(t),f'{np.median(published)/np.median(t):.2f}' if published else '',peak_mib()
@@ -260,10 +279,12 @@ def step(args):
     for kind in kinds[:2]: _measure('published', kind, functools.partial(_bare, bench_step.published_step))
     def _measure_ours(kinds, compiled):
         for kind in kinds:
-            for who,eps in (('clae',.03),('simclr',0.)): _measure(who, kind, functools.partial(_ours, eps=eps, compiled=compiled), compiled)
+            for who,eps in (('clae',.03),('simclr',0.)):
+                _measure(who, kind, functools.partial(_ours, eps=eps, compiled=compiled), compiled)
     _measure_ours(kinds[::-1], False)
     for kind in kinds:
-        if kind[0] != 'fp16': _measure('passes', kind, functools.partial(_bare, bench_step.passes_step)) # its time is bf16's
+        if kind[0] != 'fp16': # its time is bf16's
+            _measure('passes', kind, functools.partial(_bare, bench_step.passes_step))
     _measure_ours(kinds[::-1][:1 if tiny else None], True) # last, as compiling takes long, and the most useful first
 
 def lightly_step(arch, side):
@@ -272,7 +293,8 @@ def lightly_step(arch, side):
     from lightly.models.modules import SimCLRProjectionHead
     encoder = create_encoder(arch, size=side)
     n = num_features(encoder, 3, [side,side])
-    model = nn.Sequential(encoder, SimCLRProjectionHead(n, n, 128)).to(default_device(), memory_format=torch.channels_last)
+    model = nn.Sequential(encoder, SimCLRProjectionHead(n, n, 128)).to(
+        default_device(), memory_format=torch.channels_last)
     loss,opt = NTXentLoss(.5),torch.optim.Adam(model.parameters(), 3e-4)
     def _step(x_q, x_p):
         x_q,x_p = (x.to(default_device(), non_blocking=True, memory_format=torch.channels_last) for x in (x_q, x_p))
@@ -286,20 +308,24 @@ class PILImages(torch.utils.data.Dataset):
     "Images in memory, each seen twice through a transform"
     def __init__(self, images, transform, n):
         from PIL import Image
-        self.images,self.transform,self.n = [Image.fromarray(o.permute(1,2,0).numpy()) for o in images[:256]],transform,n
+        self.images,self.transform,self.n = ([Image.fromarray(o.permute(1,2,0).numpy()) for o in images[:256]],
+                                             transform, n)
     def __len__(self): return self.n
     def __getitem__(self, i): return self.transform(self.images[i % len(self.images)])
 
 def throughput(args):
     s = sizes(args.tiny)
     table = Table('throughput', ['network','side','batch','what','images a second, median (range)','peak memory, MiB'],
-        "bf16, channels-last, random images, no labels; a 3x3 stem at 32 pixels, the ImageNet stem at 224. CLAE and SimCLR: "
-        "`clae_learner`, loading and views included. lightly, the same tensors: its loss, head and a plain loop with torch's Adam, "
-        "on our loader's batches and views. lightly, its own loader: its `SimCLRTransform` on images in memory, without blur at 32 "
-        f"pixels, in PyTorch's loader of {s['workers']} processes, once it is busy.", args)
+        "bf16, channels-last, random images, no labels; a 3x3 stem at 32 pixels, the ImageNet stem at 224. "
+        "CLAE and SimCLR: `clae_learner`, loading and views included. "
+        "lightly, the same tensors: its loss, head and a plain loop with torch's Adam, "
+        "on our loader's batches and views. "
+        "lightly, its own loader: its `SimCLRTransform` on images in memory, without blur at 32 pixels, "
+        f"in PyTorch's loader of {s['workers']} processes, once it is busy.", args)
     def _ours(arch, side, bs, n, eps):
         reset_peak()
-        t = epoch_seconds(learner_of(memory_images(n*bs, side), bs, arch, eps=eps, precision='bf16', channels_last=True), s['epochs'])
+        t = epoch_seconds(learner_of(memory_images(n*bs, side), bs, arch, eps=eps,
+                                     precision='bf16', channels_last=True), s['epochs'])
         return images_a_second(bs, t),peak_mib()
     def _same_tensors(arch, side, bs, n):
         reset_peak()
@@ -314,7 +340,8 @@ def throughput(args):
         from lightly.transforms import SimCLRTransform
         reset_peak()
         skipped,counted = s['workers'],2*s['workers'] # batches: all processes are at work, and have handed over twice
-        data = PILImages(memory_images(256, side), SimCLRTransform(side, gaussian_blur=.5 if side > 64 else 0.), bs*(skipped+counted))
+        data = PILImages(memory_images(256, side), SimCLRTransform(side, gaussian_blur=.5 if side > 64 else 0.),
+                         bs*(skipped+counted))
         loader = iter(torch.utils.data.DataLoader(data, bs, num_workers=s['workers'], pin_memory=cuda))
         step = lightly_step(arch, side)
         for _ in range(skipped): step(*next(loader))
@@ -329,14 +356,17 @@ def throughput(args):
                 rows = dict(CLAE=functools.partial(_ours, eps=.03), SimCLR=functools.partial(_ours, eps=0.))
                 rows['lightly, the same tensors'] = _same_tensors
                 if bs == s['batches'][0]: rows['lightly, its own loader'] = _own_loader
-                for what,f in rows.items(): table.measure([arch.__name__, side, bs, what], functools.partial(f, arch, side, bs, n))
+                for what,f in rows.items():
+                    table.measure([arch.__name__, side, bs, what], functools.partial(f, arch, side, bs, n))
 
 def evaluation(args):
     s,device = sizes(args.tiny),default_device()
     table = Table('evaluation', ['what','where','seconds','result'],
-        f"Features: random images of {s['sides'][-1]} pixels. kNN (k 200) and probes: {s['queries']:,} against {s['bank']:,} made-up "
-        f"features of {s['dim']} numbers in 10 classes. Features and kNN: the second call; probes: once, `adam` {s['adam']} epochs, "
-        "`lbfgs` 3 penalties. The results must not depend on where.", args)
+        f"Features: random images of {s['sides'][-1]} pixels. "
+        f"kNN (k 200) and probes: {s['queries']:,} against {s['bank']:,} made-up features "
+        f"of {s['dim']} numbers in 10 classes. "
+        f"Features and kNN: the second call; probes: once, `adam` {s['adam']} epochs, `lbfgs` 3 penalties. "
+        "The results must not depend on where.", args)
     set_seed(0)
     y,test_y = torch.arange(s['bank'])%10,torch.arange(s['queries'])%10
     centres = torch.randn(10, s['dim'])
@@ -379,13 +409,14 @@ def processes(args):
     s = sizes(args.tiny)
     bs = s['batches'][0]
     table = Table('processes', ['processes','images a second, all together','weights at the end'],
-        f"CLAE, {s['archs'][0].__name__}, {s['sides'][0]}x{s['sides'][0]} images, batch {bs} a process, fp32, by torchrun over "
-        f"{'NCCL' if cuda else 'gloo'}.", args)
+        f"CLAE, {s['archs'][0].__name__}, {s['sides'][0]}x{s['sides'][0]} images, batch {bs} a process, fp32, "
+        f"by torchrun over {'NCCL' if cuda else 'gloo'}.", args)
     def _launched(n):
         if cuda and torch.cuda.device_count() < n: return [f'not run: there is {torch.cuda.device_count()} GPU']
         with tempfile.TemporaryDirectory() as out:
             launch = [sys.executable,'-m','torch.distributed.run','--standalone',f'--nproc_per_node={n}', __file__]
-            p = subprocess.Popen([*launch, '--parts', 'worker', '--out', out, *['--tiny']*args.tiny], stderr=subprocess.PIPE, text=True)
+            p = subprocess.Popen([*launch, '--parts', 'worker', '--out', out, *['--tiny']*args.tiny],
+                                 stderr=subprocess.PIPE, text=True)
             try: _,err = p.communicate(timeout=args.until - time.time() - 8)
             except subprocess.TimeoutExpired:
                 p.terminate() # torchrun ends its processes, which are in groups of their own
@@ -397,8 +428,8 @@ def processes(args):
     table.measure([1], lambda: [images_a_second(bs, distributed_epochs(args)['seconds'])])
     table.measure([2], lambda: _launched(2))
 
-parts = dict(environment=environment, golden=golden, waits=waits, step=step, throughput=throughput, evaluation=evaluation,
-             processes=processes)
+parts = dict(environment=environment, golden=golden, waits=waits, step=step, throughput=throughput,
+             evaluation=evaluation, processes=processes)
 
 def run(args):
     "The parts `args.parts` in this process, which ends when one takes too long"

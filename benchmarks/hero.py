@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The home page's picture, of an encoder trained for it: `python benchmarks/hero.py` writes results/hero.png and results/hero.md.
+"""The home page's picture, of an encoder trained for it: \
+`python benchmarks/hero.py` writes results/hero.png and results/hero.md.
 Needs scikit-image; a few minutes on a CPU."""
 import io
 import itertools
@@ -43,12 +44,15 @@ def main():
         learn.fit_one_cycle(epochs, 3e-3)
         images = adversarial_images(learn, 32).iloc[[*shown]]
     plot_adversarial_images(images).savefig(picture := io.BytesIO(), dpi=150)
-    Image.open(picture).convert('RGB').quantize(255, dither=Image.Dither.NONE).save(root/'results'/'hero.png', optimize=True)
+    Image.open(picture).convert('RGB').quantize(255, dither=Image.Dither.NONE).save(
+        root/'results'/'hero.png', optimize=True)
     numbers = images[['linf','cos_p','cos_adv']].round(3)
-    rows = ['| image | largest change, normalised | cosine of views A and B | of view A and adversary |', '|---|---|---|---|',
+    rows = ['| image | largest change, normalised | cosine of views A and B | of view A and adversary |',
+            '|---|---|---|---|',
             *(f'| {i+1} | {o.linf} | {o.cos_p} | {o.cos_adv} |' for i,o in enumerate(numbers.itertuples()))]
     (root/'results'/'hero.md').write_text('\n'.join([*rows, '',
-        f'The rows of `hero.png`: resnet8, SimCLR with temperature .1, an attack in each step, views `weak`, eps .03, {epochs} epochs on {len(learn.dls.train_ds)} '
-        f'tiles of {side} pixels. Pictures: {credits}', '', f'`python benchmarks/hero.py` on {machine()}']) + '\n')
+        'The rows of `hero.png`: resnet8, SimCLR with temperature .1, an attack in each step, views `weak`, eps .03, '
+        f'{epochs} epochs on {len(learn.dls.train_ds)} tiles of {side} pixels. Pictures: {credits}', '',
+        f'`python benchmarks/hero.py` on {machine()}']) + '\n')
 
 if __name__ == '__main__': main()

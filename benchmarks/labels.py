@@ -1,15 +1,22 @@
 #!/usr/bin/env python3
-"""Accuracy against the number of labels: `python benchmarks/labels.py DIR`, with a folder of CIFAR-10 images, train/<class>/*.png and
+"""Accuracy against the number of labels: `python benchmarks/labels.py DIR`, \
+with a folder of CIFAR-10 images, train/<class>/*.png and
 test/<class>/*.png, such as `cifar10_report` of `split_cifar10.py`.
 
-All images of `train` are trained on without labels, by SimCLR for 40 epochs, and by CLAE with an adversary in every fourth step for 33, which
-costs as much. Then 1, 5, 20 and 100 labels a class, and all, are looked at, for each seed the same ones whatever the encoder:
+All images of `train` are trained on without labels, by SimCLR for 40 epochs, \
+and by CLAE with an adversary in every fourth step for 33, which
+costs as much. Then 1, 5, 20 and 100 labels a class, and all, are looked at, \
+for each seed the same ones whatever the encoder:
 
-kNN          of raw pixels, of random weights, of ImageNet's weights where they can be fetched, and of the trained encoders
-fine-tuned   from random weights, which is training on the labels alone, and from the trained ones, with mild augmentation
+kNN          of raw pixels, of random weights, of ImageNet's weights where they can be fetched, \
+and of the trained encoders
+fine-tuned   from random weights, which is training on the labels alone, and from the trained ones, \
+with mild augmentation
 
-Random weights and ImageNet's have batch norm statistics of the training images. Writes results/labels.csv, a row as soon as it is known, and
-goes on where it was stopped; at the end results/labels.md. `--tiny OUT` tries everything on few images for an epoch or two, and writes to OUT."""
+Random weights and ImageNet's have batch norm statistics of the training images. \
+Writes results/labels.csv, a row as soon as it is known, and
+goes on where it was stopped; at the end results/labels.md. \
+`--tiny OUT` tries everything on few images for an epoch or two, and writes to OUT."""
 import argparse
 import contextlib
 import io
@@ -21,7 +28,8 @@ from fastai.vision.all import DataLoaders, aug_transforms, set_seed
 from torch.optim.swa_utils import update_bn
 
 import report
-from clae_fastai.all import clae_learner, default_device, encoder_learner, evenly_spread, extract_features, few_label_knn, get_dls, label_draws
+from clae_fastai.all import (clae_learner, default_device, encoder_learner, evenly_spread, extract_features,
+    few_label_knn, get_dls, label_draws)
 
 arch,side,bs,lr,temperature = 'resnet10_w16',16,128,3e-3,.1
 numbers,seeds,columns = (1, 5, 20, 100),(0, 1, 2),['measure','encoder','seed','labels','accuracy','device']
@@ -32,16 +40,19 @@ class Study:
     "What is measured on a folder, and where it is written"
     def __init__(self, folder, out, tiny):
         self.folder,self.out,self.tiny,self.file = folder,out,tiny,out/'labels.csv'
-        self.table = pd.read_csv(self.file, dtype=dict(labels=str)) if self.file.exists() else pd.DataFrame(columns=columns)
+        self.table = (pd.read_csv(self.file, dtype=dict(labels=str)) if self.file.exists()
+                      else pd.DataFrame(columns=columns))
         self.numbers = numbers[:2] if tiny else numbers
 
     def has(self, *key): return (self.table[columns[:len(key)]] == list(key)).all(axis=1).any()
 
     def add(self, measure, encoder, seed, accuracies):
-        new = pd.DataFrame([(measure, encoder, seed, str(n), round(a, 5), default_device().type) for n,a in accuracies.items()], columns=columns)
+        new = pd.DataFrame([(measure, encoder, seed, str(n), round(a, 5), default_device().type)
+                            for n,a in accuracies.items()], columns=columns)
         self.table = pd.concat([self.table, new]) if len(self.table) else new
         self.table.to_csv(self.file, index=False)
-        print(f"seed {seed}, {measure}, {encoder}: {', '.join(f'{n}: {100*a:.1f}' for n,a in accuracies.items())}", flush=True)
+        print(f"seed {seed}, {measure}, {encoder}: {', '.join(f'{n}: {100*a:.1f}' for n,a in accuracies.items())}",
+              flush=True)
 
     def dls(self, size=side, **kwargs):
         with contextlib.redirect_stdout(io.StringIO()):
@@ -72,7 +83,8 @@ class Study:
     def fine_tuned(self, learn, seed, n):
         "Test accuracy after the last epoch of fine-tuning on `n` images a class"
         dls = self.dls(batch_tfms=aug_transforms(size=side, max_rotate=10, max_lighting=.1, max_warp=0.))
-        data = dls.train_ds if n == 'all' else dls.train_ds.take(label_draws(dls.train_ds.labels, n, draws=1, seed=seed)[0])
+        data = (dls.train_ds if n == 'all'
+                else dls.train_ds.take(label_draws(dls.train_ds.labels, n, draws=1, seed=seed)[0]))
         epochs,frozen = (1, 1) if self.tiny else (20 if n == 'all' else 40, 5)
         set_seed(seed)
         tuned = encoder_learner(DataLoaders(dls.train.new(data, bs=min(64, len(data))), few_of(dls.valid)), learn)
@@ -86,7 +98,8 @@ class Study:
         left = [n for n in [*self.numbers,'all'] if tune and not self.has('fine-tuned', encoder, seed, str(n))]
         if self.has('kNN', encoder, seed) and not left: return
         learn = make()
-        if not self.has('kNN', encoder, seed): self.add('kNN', encoder, seed, self.knn(learn, learn.dls if encoder == imagenet else self.dls(), seed))
+        if not self.has('kNN', encoder, seed):
+            self.add('kNN', encoder, seed, self.knn(learn, learn.dls if encoder == imagenet else self.dls(), seed))
         for n in left: self.add('fine-tuned', encoder, seed, {n: self.fine_tuned(learn, seed, n)})
 
     def run(self, seed):
@@ -94,7 +107,8 @@ class Study:
         try: self.measure(seed, imagenet, lambda: with_statistics(self.from_imagenet()), tune=False)
         except OSError: print(f'{imagenet} cannot be fetched here, and are left out.')
         self.measure(seed, random, lambda: with_statistics(self.learner(seed, eps=0)))
-        for name,(epochs,adversary) in trainings.items(): self.measure(seed, name, lambda: self.trained(seed, epochs, adversary))
+        for name,(epochs,adversary) in trainings.items():
+            self.measure(seed, name, lambda: self.trained(seed, epochs, adversary))
 
     def write(self, command):
         t,names = self.table,[*map(str, self.numbers),'all']
@@ -104,10 +118,15 @@ class Study:
             cells = [f"{v.mean():.1f} ({', '.join(f'{o:.1f}' for o in v)})" for v in values]
             lines.append(f"| {measure} | {encoder} | {' | '.join(cells)} |")
         dls = self.dls()
-        lines += ['', f"Test accuracy in percent, mean over {t.seed.nunique()} seeds (each seed's value), on {len(dls.valid_ds)} images; {len(dls.train_ds)} to train on, "
-            f"all of them without labels: {', '.join(f'{k} {n} epochs' for k,(n,_) in trainings.items())}, CLAE with FGSM of eps .03 in every fourth step. {arch} at {side} pixels, "
-            f"temperature {temperature}, a linear head, batches of {bs}, one cycle to {lr}. kNN: on h, as many neighbours as labels a class, at most 20, mean over 20 draws of the labels. "
-            f"Fine-tuned: one draw a seed, `encoder_learner(...).fine_tune(40, {lr}, freeze_epochs=5)` (with all labels 20 epochs), batches of 64, flips, small turns and zooms, last epoch. On {' and '.join(t.device.unique())}."]
+        lines += ['', f"Test accuracy in percent, mean over {t.seed.nunique()} seeds (each seed's value), "
+            f"on {len(dls.valid_ds)} images; {len(dls.train_ds)} to train on, all of them without labels: "
+            f"{', '.join(f'{k} {n} epochs' for k,(n,_) in trainings.items())}, "
+            f"CLAE with FGSM of eps .03 in every fourth step. {arch} at {side} pixels, temperature {temperature}, "
+            f"a linear head, batches of {bs}, one cycle to {lr}. "
+            "kNN: on h, as many neighbours as labels a class, at most 20, mean over 20 draws of the labels. "
+            f"Fine-tuned: one draw a seed, `encoder_learner(...).fine_tune(40, {lr}, freeze_epochs=5)` "
+            "(with all labels 20 epochs), batches of 64, flips, small turns and zooms, last epoch. "
+            f"On {' and '.join(t.device.unique())}."]
         if self.out == report.root/'results': report.write('labels', command, lines)
         else: (self.out/'labels.md').write_text('\n'.join(lines) + '\n')
 

@@ -1,15 +1,20 @@
 #!/usr/bin/env python3
-"""Encoders after equal seconds: `python benchmarks/peers.py DIR [--seconds 180] [--seeds 3]`, on a machine that does nothing else.
-DIR is a folder of CIFAR-10 images, train/<class>/*.png and test/<class>/*.png, such as `cifar10_report` of `split_cifar10.py`.
+"""Encoders after equal seconds: `python benchmarks/peers.py DIR [--seconds 180] [--seeds 3]`, \
+on a machine that does nothing else.
+DIR is a folder of CIFAR-10 images, train/<class>/*.png and test/<class>/*.png, \
+such as `cifar10_report` of `split_cifar10.py`.
 
-lightly, its settings       SimCLR as lightly's CIFAR-10 benchmark has it: its transform without blur, loader, head, loss at temperature .5;
+lightly, its settings       SimCLR as lightly's CIFAR-10 benchmark has it: its transform without blur, loader, head, \
+loss at temperature .5;
                             batches of 128, SGD (.06, momentum .9, decay 5e-4), cosine
 lightly, our settings       the same with our optimiser, schedule, temperature and head
 ours, the paper's settings  the recipe `simclr-cifar10`: CLAE in each step, temperature .5, batches of 256, Adam at 3e-4
 ours, recommended           `clae_learner` as it comes, batches of 128, one cycle at 3e-3
 
-All train one encoder (resnet18_w16) from random weights on the same images at 32 pixels. Seconds are of training alone: imports, the reading of
-files into memory, and the evaluations on the way stand outside. Schedules run by the clock, so that each ends when its time does. One evaluator
+All train one encoder (resnet18_w16) from random weights on the same images at 32 pixels. \
+Seconds are of training alone: imports, the reading of
+files into memory, and the evaluations on the way stand outside. \
+Schedules run by the clock, so that each ends when its time does. One evaluator
 measures all: kNN and the linear probe of `evaluate`. Writes results/peers.csv, peers.md and peers.png."""
 import argparse
 import contextlib
@@ -23,7 +28,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from fastai.vision.all import Callback, CancelFitException, ChannelsLast, Normalize, ParamScheduler, combined_cos, imagenet_stats, set_seed
+from fastai.vision.all import (Callback, CancelFitException, ChannelsLast, Normalize, ParamScheduler, combined_cos,
+    imagenet_stats, set_seed)
 from lightly.data import LightlyDataset
 from lightly.loss import NTXentLoss
 from lightly.models.modules import SimCLRProjectionHead
@@ -31,7 +37,8 @@ from lightly.transforms import SimCLRTransform
 from torch import nn
 
 import report
-from clae_fastai.all import clae_learner, create_encoder, evaluate, get_dls, get_recipe, knn_predict, extract_features, methods, num_features, projection_head
+from clae_fastai.all import (clae_learner, create_encoder, evaluate, get_dls, get_recipe, knn_predict, extract_features,
+    methods, num_features, projection_head)
 
 arch,side,bs,lr = 'resnet18_w16',32,128,3e-3
 marks = (.25,.5,.75) # shares of the time after which kNN is measured on the way, on every fifth test image
@@ -82,11 +89,13 @@ def get_dls_quietly(folder, **kwargs):
 def lightly(folder, seconds, own=True):
     encoder = create_encoder(arch, size=side)
     n = num_features(encoder, 3, side)
-    head = SimCLRProjectionHead(n, n, 128) if own else projection_head(n, methods['simclr']['head'], methods['simclr']['n_out'])
+    head = (SimCLRProjectionHead(n, n, 128) if own
+            else projection_head(n, methods['simclr']['head'], methods['simclr']['n_out']))
     model = nn.Sequential(encoder, nn.Flatten(), head).to(memory_format=torch.channels_last)
     loss_func = NTXentLoss() if own else NTXentLoss(methods['simclr']['temperature'])
     images = LightlyDataset(str(folder/'train'), transform=SimCLRTransform(input_size=side, gaussian_blur=0.))
-    loader = torch.utils.data.DataLoader(images, bs, shuffle=True, drop_last=True, num_workers=os.cpu_count(), persistent_workers=True)
+    loader = torch.utils.data.DataLoader(images, bs, shuffle=True, drop_last=True,
+                                         num_workers=os.cpu_count(), persistent_workers=True)
     if own:
         opt = torch.optim.SGD(model.parameters(), lr=.06, momentum=.9, weight_decay=5e-4)
         rate,momentum = combined_cos(0, .06, .06, 0.),None
@@ -94,7 +103,8 @@ def lightly(folder, seconds, own=True):
         opt = torch.optim.AdamW(model.parameters(), lr, betas=(.9,.99), eps=1e-5, weight_decay=.01)
         rate,momentum = combined_cos(.25, lr/25, lr, lr/1e5),combined_cos(.25, .95, .85, .95)
     whole = get_dls_quietly(folder, batch_tfms=[Normalize.from_stats(*imagenet_stats, cuda=False)])
-    clock,batches = Clock(seconds, lambda: knn_of(encoder, whole)),itertools.chain.from_iterable(itertools.repeat(loader))
+    clock,batches = (Clock(seconds, lambda: knn_of(encoder, whole)),
+                     itertools.chain.from_iterable(itertools.repeat(loader)))
     model.train()
     for (x0,x1),*_ in batches:
         if clock.share >= 1: break
@@ -130,8 +140,10 @@ def main():
             model,dls,clock = contenders[name](args.folder, args.seconds)
             e = evaluate(model, dls)
             looks = [*clock.looks, (args.seconds, e.knn)]
-            rows += [dict(contender=name, seed=seed, seconds=s, knn=k, linear=e.result if s == args.seconds else None, steps=clock.steps) for s,k in looks]
-            print(f"{name}, seed {seed}: {clock.steps} steps, kNN {100*e.knn:.1f}, linear probe {100*e.result:.1f}", flush=True)
+            rows += [dict(contender=name, seed=seed, seconds=s, knn=k, linear=e.result if s == args.seconds else None,
+                          steps=clock.steps) for s,k in looks]
+            print(f"{name}, seed {seed}: {clock.steps} steps, kNN {100*e.knn:.1f}, linear probe {100*e.result:.1f}",
+                  flush=True)
     write(pd.DataFrame(rows), args)
 
 def write(df, args):
@@ -142,10 +154,14 @@ def write(df, args):
     def ahead(name, metric):
         if name == 'lightly, its settings' or args.seeds < 2: return ''
         return report.interval(cell(name, metric) - cell('lightly, its settings', metric))[0]
-    lines = ['| trained by | steps | kNN (each seed) | ahead of lightly, its settings | linear probe (each seed) | ahead |', '|---|---|---|---|---|---|']
-    lines += [f"| {n} | {end.loc[end.contender == n, 'steps'].mean():.0f} | " + ' | '.join(f'{text(cell(n, m))} | {ahead(n, m)}' for m in ('knn','linear')) + ' |' for n in contenders]
+    lines = ['| trained by | steps | kNN (each seed) | ahead of lightly, its settings '
+             '| linear probe (each seed) | ahead |', '|---|---|---|---|---|---|']
+    lines += [f"| {n} | {end.loc[end.contender == n, 'steps'].mean():.0f} | "
+              + ' | '.join(f'{text(cell(n, m))} | {ahead(n, m)}' for m in ('knn','linear')) + ' |'
+              for n in contenders]
     n_train,n_test = (len([*(args.folder/o).rglob('*.png')]) for o in ('train','test'))
-    lines += ['', f"Percent on {n_test:,} test images, of {arch} after {args.seconds:g} seconds of training on {n_train:,} images of {side} pixels, {args.seeds} seeds; "
+    lines += ['', f"Percent on {n_test:,} test images, of {arch} after {args.seconds:g} seconds of training on "
+              f"{n_train:,} images of {side} pixels, {args.seeds} seeds; "
               "differences paired by seed, with 95 % intervals. What each is: benchmarks/peers.py."]
     report.write('peers', f'python benchmarks/peers.py DIR --seconds {args.seconds:g} --seeds {args.seeds}', lines)
     draw(df)
@@ -154,9 +170,12 @@ def draw(df):
     fig,ax = plt.subplots(figsize=(6.8,4), layout='tight')
     for i,name in enumerate(contenders):
         of = 100*df[df.contender == name].groupby('seconds')['knn'].agg(['mean','min','max'])
-        ax.errorbar(of.index, of['mean'], [of['mean'] - of['min'], of['max'] - of['mean']], marker='o', capsize=3, color=f'C{i}')
-        ax.annotate(name, (of.index[-1], of['mean'].iloc[-1]), (8,0), textcoords='offset points', va='center', color=f'C{i}')
-    ax.set(xlabel='seconds of training', ylabel='kNN accuracy on test images, %', title='Mean of the seeds; bars to the least and greatest')
+        ax.errorbar(of.index, of['mean'], [of['mean'] - of['min'], of['max'] - of['mean']],
+                    marker='o', capsize=3, color=f'C{i}')
+        ax.annotate(name, (of.index[-1], of['mean'].iloc[-1]), (8,0),
+                    textcoords='offset points', va='center', color=f'C{i}')
+    ax.set(xlabel='seconds of training', ylabel='kNN accuracy on test images, %',
+           title='Mean of the seeds; bars to the least and greatest')
     ax.spines[['top','right']].set_visible(False)
     ax.grid(alpha=.3)
     fig.savefig(report.root/'results'/'peers.png', dpi=110)

@@ -15,13 +15,17 @@ root = Path(__file__).parent.parent
 
 def machine():
     "Hardware and versions, in a sentence"
-    model = next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), '') if Path('/proc/cpuinfo').exists() else ''
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores ({' '.join(filter(None, (platform.machine(), model)))})"
+    model = (next((l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name')), '')
+             if Path('/proc/cpuinfo').exists() else '')
+    where = (torch.cuda.get_device_name() if torch.cuda.is_available()
+             else f"{os.cpu_count()} CPU cores ({' '.join(filter(None, (platform.machine(), model)))})")
     names = 'clae_fastai fastai torch torchvision kornia scikit-learn'.split()
-    return f"{where}, Python {platform.python_version()}, " + ', '.join(f'{n} {importlib.metadata.version(n)}' for n in names) + '.'
+    return (f"{where}, Python {platform.python_version()}, "
+            + ', '.join(f'{n} {importlib.metadata.version(n)}' for n in names) + '.')
 
 def peak_memory():
-    "Largest resident memory of this process so far, or its peak of GPU memory, in bytes. (`ru_maxrss` starts from the parent's on Linux, /proc does not.)"
+    "Largest resident memory of this process so far, or its peak of GPU memory, in bytes. " \
+    "(`ru_maxrss` starts from the parent's on Linux, /proc does not.)"
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
     status = Path('/proc/self/status')
     if status.exists(): return 1024*next(int(l.split()[1]) for l in status.open() if l.startswith('VmHWM'))
@@ -42,9 +46,14 @@ def spread(x, fmt='.2f'):
     "Median (smallest to largest), as text"
     return f'{np.median(x):{fmt}} ({np.min(x):{fmt}} to {np.max(x):{fmt}})'
 
-titles = dict(step='A training step', step_no_bf16='The same on a processor without bfloat16', every='A rare adversary', peers='Encoders after equal seconds', labels='Accuracy against the number of labels', optimizer='A step of the optimiser', tried='A faster step: what was tried', loss='The losses: time and memory', views='Two views of each image', photos='Reading photographs', eval='Evaluation', knn='Nearest neighbours', memory='Memory of evaluation', signs="The attack's signs in low precision", monitor='Watching for collapse',
-    gpu_environment='A GPU', gpu_golden="The authors' numbers on a GPU", gpu_waits='What a GPU waits for', gpu_step='A training step on a GPU',
-    gpu_throughput='Images a second on a GPU', gpu_evaluation='Evaluation on a GPU', gpu_processes='Two GPUs')
+titles = dict(step='A training step', step_no_bf16='The same on a processor without bfloat16', every='A rare adversary',
+    peers='Encoders after equal seconds', labels='Accuracy against the number of labels',
+    optimizer='A step of the optimiser', tried='A faster step: what was tried', loss='The losses: time and memory',
+    views='Two views of each image', photos='Reading photographs', eval='Evaluation', knn='Nearest neighbours',
+    memory='Memory of evaluation', signs="The attack's signs in low precision", monitor='Watching for collapse',
+    gpu_environment='A GPU', gpu_golden="The authors' numbers on a GPU", gpu_waits='What a GPU waits for',
+    gpu_step='A training step on a GPU', gpu_throughput='Images a second on a GPU',
+    gpu_evaluation='Evaluation on a GPU', gpu_processes='Two GPUs')
 
 def save(name, command, lines, folder=root/'results'):
     "Write `name`.md to a folder; in that of all results, the page of all tables, too. Returns the text"
@@ -57,7 +66,8 @@ def write(name, command, lines): print(save(name, command, lines))
 
 def write_page():
     "Write benchmarks/README.md from the files of results/"
-    page = ['# Benchmarks', '', 'Ratios are of one run, in which what is compared took turns. Each table is made by the command below it; `DIR` is a folder of CIFAR-10 images.', '']
+    page = ['# Benchmarks', '', 'Ratios are of one run, in which what is compared took turns. '
+            'Each table is made by the command below it; `DIR` is a folder of CIFAR-10 images.', '']
     for n,t in titles.items():
         f = root/'results'/f'{n}.md'
         if f.exists(): page += [f'## {t}', '', f.read_text().strip(), '']

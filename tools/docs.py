@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
 """Render the documentation without Quarto: `python tools/docs.py`, then open `_docs/index.html`.
 
-nbdev processes the notebooks (signatures, links), this script writes them as Markdown, and MkDocs with the Material theme makes
-the site: sidebar, search, phone and dark layouts, all of it also from `file://` and without a network. nbconvert has none of
-that, and Jupyter Book 2 and Sphinx bring far more machinery along. LaTeX becomes MathML, which browsers draw themselves."""
+nbdev processes the notebooks (signatures, links), this script writes them as Markdown, \
+and MkDocs with the Material theme makes
+the site: sidebar, search, phone and dark layouts, all of it also from `file://` and without a network. \
+nbconvert has none of
+that, and Jupyter Book 2 and Sphinx bring far more machinery along. \
+LaTeX becomes MathML, which browsers draw themselves."""
 import ast, html, io, json, os, posixpath, re, shutil, tempfile, tokenize
 from base64 import b64decode
 from itertools import groupby
@@ -27,7 +30,8 @@ class Page:
         self.meta = yaml.safe_load(text(front['source']).strip().strip('-')) if front['cell_type'] == 'raw' else {}
         self.out = path.with_name(re.sub(r'^\d+[a-z0-9]*_', '', path.stem.lower()) + '.md') # as nbdev names its html
         self.title = self.meta.get('title', self.out.stem)
-        code = '\n'.join(text(c['source']) for c in json.loads((nbs/path).read_text())['cells'] if c['cell_type'] == 'code')
+        code = '\n'.join(text(c['source']) for c in json.loads((nbs/path).read_text())['cells']
+                         if c['cell_type'] == 'code')
         mod = re.search(r'^#\| *default_exp +(\S+)', code, re.M)
         self.src = (root/'clae_fastai'/f'{mod[1].replace(".", "/")}.py').read_text() if mod else ''
         self.functions = functions(self.src)
@@ -53,8 +57,10 @@ def type_link(typ, lookup):
     if '[' not in typ and '|' in typ: return r' \| '.join(type_link(o.strip(), lookup) for o in typ.split('|'))
     typ = re.sub(r'torch\.nn\.modules\.\w+\.', 'nn.', typ)
     url,torch = lookup.doc(typ),'https://docs.pytorch.org/docs/stable/'
-    if typ in ('Tensor', 'torch.Tensor'): url = f'{torch}tensors.html#torch.Tensor'
-    elif re.fullmatch(r'(torch\.)?(nn|optim)\.\w+', typ): url = f'{torch}generated/torch.{typ.removeprefix("torch.")}.html'
+    if typ in ('Tensor', 'torch.Tensor'):
+        url = f'{torch}tensors.html#torch.Tensor'
+    elif re.fullmatch(r'(torch\.)?(nn|optim)\.\w+', typ):
+        url = f'{torch}generated/torch.{typ.removeprefix("torch.")}.html'
     return f'[`{typ}`]({url})' if url else f'`{typ}`'
 
 # What `show_doc` wrote: heading, source, signature with the docments as comments, docstring
@@ -82,7 +88,8 @@ def heading(level, name):
 re_heading = re.compile(r'<h(\d) id="(\S+)" class="api" markdown="span">(.+?)</h\d>')
 
 def functions(src):
-    "The functions of a module by the names that `show_doc` gives them; a class is its `__init__`, its own or its base's"
+    "The functions of a module by the names that `show_doc` gives them; " \
+    "a class is its `__init__`, its own or its base's"
     res = {}
     for n in ast.parse(src).body:
         if isinstance(n, ast.FunctionDef): res[n.name] = n
@@ -96,8 +103,8 @@ def functions(src):
 def escaped(comment):
     "A docment as Markdown: `<class>` and `*` outside of code are themselves"
     parts = comment.split('`')
-    return '`'.join(re.sub(r'(?<!\\)([*|])', r'\\\1', o.replace('<', '&lt;')) if i % 2 == 0 else re.sub(r'(?<!\\)\|', r'\|', o)
-        for i,o in enumerate(parts))
+    return '`'.join(re.sub(r'(?<!\\)([*|])', r'\\\1', o.replace('<', '&lt;')) if i % 2 == 0
+                    else re.sub(r'(?<!\\)\|', r'\|', o) for i,o in enumerate(parts))
 
 re_shown = re.compile(r'''---\n\n
     (?:\[source\]\((?P<src>[^)]*)\)\{.*?\}\n\n)?
@@ -122,19 +129,23 @@ def api(md, page, lookup):
     m = re_shown.fullmatch(md.strip())
     if not m: return md
     name,sig,table = m['name'].replace('\\', ''),m['sig'].rstrip(),''
-    sig = re.sub('=<[^<>]*>', '=...', re.sub(r'^def [\w.]+', 'def f', sig)) + '\n    pass' # a dataclass has `=<factory>`
+    # a dataclass has `=<factory>`
+    sig = re.sub('=<[^<>]*>', '=...', re.sub(r'^def [\w.]+', 'def f', sig)) + '\n    pass'
     try: tree = ast.parse(sig)
     except SyntaxError: sig = m['sig'].removeprefix('def ').rstrip() # some other repr that is no Python
     else:
         args,f = arguments(tree.body[0], sig),page.functions.get(name) or page.functions.get(name.split('.')[-1])
-        if f: # types and defaults as they were written; arguments from elsewhere (`delegates`), and links, as nbdev has them
+        # types and defaults as they were written; arguments from elsewhere (`delegates`), and links, as nbdev has them
+        if f:
             own = arguments(f, page.src)
-            def written(n, t, d, c): return (own[n][0] or t, own[n][1] or d, c if own[n][2] else '') if n in own else (t,d,c)
+            def written(n, t, d, c):
+                return (own[n][0] or t, own[n][1] or d, c if own[n][2] else '') if n in own else (t,d,c)
             args = {n: written(n, *o) for n,o in args.items()}
             kw = next((n for n in own if n.startswith('**')), None) # fastcore gives their comment to the result
             if kw in args and own[kw][2]: args[kw] = (*args[kw][:2], own[kw][2])
         if args.get('returns', ('','',''))[::2] == ('None',''): del args['returns'] # said of every `__init__`
-        if not f and {'before_fit','after_batch'} <= args.keys(): args = {} # a callback without arguments: fastai's events
+        if not f and {'before_fit','after_batch'} <= args.keys():
+            args = {} # a callback without arguments: fastai's events
         args = {n: (t if t != 'NoneType' else '', d, c) for n,(t,d,c) in args.items()} # said of every `x=None`
         sig = wrapped(name, args, args.get('returns', ('',))[0])
         def row(n, t, d, c):
@@ -149,7 +160,8 @@ def constants(page, shown):
     assigned = [n for n in ast.parse(page.src).body if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)]
     body = {n.targets[0].id: n for n in assigned}
     names = [n for n in ast.literal_eval(body['__all__'].value) if n.lower() not in shown] if '__all__' in body else []
-    parts = [f'{heading(3, n)}\n\n````python\n{ast.get_source_segment(page.src, body[n])}\n````' for n in names if n in body]
+    parts = [f'{heading(3, n)}\n\n````python\n{ast.get_source_segment(page.src, body[n])}\n````'
+             for n in names if n in body]
     return ['## Constants', *parts] if parts else []
 
 # Cells
@@ -158,9 +170,11 @@ def callouts(md):
     "Quarto's callouts as MkDocs' admonitions; its other divs only style"
     def note(m):
         kind,attrs,body = m.groups()
-        title = re.search('title="(.*?)"', attrs) or re.match(r'\s*#+ +(.*)\n', body) # as an attribute, or as the first heading
+        # as an attribute, or as the first heading
+        title = re.search('title="(.*?)"', attrs) or re.match(r'\s*#+ +(.*)\n', body)
         body = body[title.end():] if title and title.re.pattern[0] != 't' else body
-        return f'!!! {kind} "{title[1] if title else kind.title()}"\n\n' + re.sub('^', '    ', body.strip(), flags=re.M) + '\n'
+        return (f'!!! {kind} "{title[1] if title else kind.title()}"\n\n'
+                + re.sub('^', '    ', body.strip(), flags=re.M) + '\n')
     md = re.sub(r'^:::+ *\{ *\.callout-(\w+)(.*?)\} *\n(.*?)^:::+ *$', note, md, flags=re.M|re.S)
     return re.sub(r'^:::+.*$', '', md, flags=re.M)
 
@@ -170,9 +184,12 @@ def output(o, save, page, lookup):
     data = o.get('data', {})
     if 'text/markdown' in data: return api(text(data['text/markdown']), page, lookup)
     alt = o.get('metadata', {}).get('image/png', {}).get('alt', 'Output of the code above')
-    if 'image/png' in data: return f'![{alt}]({save(b64decode(text(data["image/png"])), "png")}){{ .figure }}'
-    if 'image/jpeg' in data: return f'![{alt}]({save(b64decode(text(data["image/jpeg"])), "jpg")}){{ .figure }}'
-    if 'image/svg+xml' in data: return f'![Output of the code above]({save(text(data["image/svg+xml"]).encode(), "svg")}){{ .figure }}'
+    if 'image/png' in data:
+        return f'![{alt}]({save(b64decode(text(data["image/png"])), "png")}){{ .figure }}'
+    if 'image/jpeg' in data:
+        return f'![{alt}]({save(b64decode(text(data["image/jpeg"])), "jpg")}){{ .figure }}'
+    if 'image/svg+xml' in data:
+        return f'![Output of the code above]({save(text(data["image/svg+xml"]).encode(), "svg")}){{ .figure }}'
     if 'text/html' in data: # blank lines would end the HTML; a pandas table gets the site's style instead of its own
         styles = ('<style.*?</style>', '(?<=<table) border="1" class="dataframe"', '(?<=<table) class="fastprogress"',
                   '(?<=<tr) style="[^"]*"')
@@ -185,8 +202,8 @@ def output(o, save, page, lookup):
     return fence(s, kind) if s.strip() else ''
 
 def merge_headings(parts):
-    """A heading that only names the symbol documented below it is that symbol's; and no two have the same id (a function `grid`,
-    a class `Grid`)"""
+    "A heading that only names the symbol documented below it is that symbol's; " \
+    "and no two have the same id (a function `grid`,\n    a class `Grid`)"
     res,seen = [],set()
     for p in parts:
         if m := re_heading.match(p):
@@ -206,7 +223,8 @@ def in_order(parts, page):
     order = {n: i for i,n in enumerate(page.functions)}
     res = []
     for is_symbol,group in groupby(parts, lambda p: bool(re_heading.match(p))):
-        res += sorted(group, key=lambda p: order.get(symbol(p), order.get(symbol(p).split('.')[-1], -1))) if is_symbol else group
+        res += (sorted(group, key=lambda p: order.get(symbol(p), order.get(symbol(p).split('.')[-1], -1)))
+                if is_symbol else group)
     return res
 
 def symbol(part):
@@ -240,7 +258,8 @@ def helpers_last(parts, helpers):
             found.update(symbol(p).split('.')[0] for p in moved)
             below += moved
             if len(moved) < len(s) - (s[0] == '## Constants'): above += [p for p in s if p not in moved]
-    assert found == set(helpers), f'tools/docs/helpers.yml: no {sorted(set(helpers) - found)} on the page {parts[0][2:]}'
+    assert found == set(helpers), \
+        f'tools/docs/helpers.yml: no {sorted(set(helpers) - found)} on the page {parts[0][2:]}'
     return [*above, line, *below]
 
 def markdown(page, pages, cfg, lookup, out):
@@ -262,7 +281,8 @@ def markdown(page, pages, cfg, lookup, out):
             fold = opts.get('code-fold')
             if fold in ('true', 'show'):
                 summary = opts.get('code-summary', 'Code').strip('"')
-                code = f'???{"+" if fold == "show" else ""} code "{summary}"\n\n' + re.sub('^', '    ', code, flags=re.M)
+                code = (f'???{"+" if fold == "show" else ""} code "{summary}"\n\n'
+                        + re.sub('^', '    ', code, flags=re.M))
             parts.append(code)
         if opts.get('output') != 'false': parts += [output(o, save, page, lookup) for o in c.get('outputs', [])]
     if page.src: parts += constants(page, {m[2] for p in parts if (m := re_heading.match(p))})
@@ -274,7 +294,8 @@ def on_page_content(page_html, **kwargs): # MkDocs calls it on each page: see `h
     from latex2mathml.converter import convert
     def math(m):
         res = convert(html.unescape(m[2]), display='block' if m[1] == 'div' else 'inline')
-        def word(w): return '<mi mathvariant="normal">' + re.sub('<.*?>', '', w[0]) + '</mi>' # `\mathrm{sign}` is one word
+        # `\mathrm{sign}` is one word
+        def word(w): return '<mi mathvariant="normal">' + re.sub('<.*?>', '', w[0]) + '</mi>'
         return re.sub(r'(?:<mi mathvariant="normal">\w</mi>)+', word, res)
     return re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', math, page_html, flags=re.S)
 
@@ -319,10 +340,11 @@ def build(out):
         for p in found:
             (tmp/p.out).parent.mkdir(parents=True, exist_ok=True)
             (tmp/p.out).write_text(markdown(p, pages, cfg, lookup, tmp))
-        names = dict(site_name=cfg.title, site_description=cfg.description, repo_url=cfg.git_url, repo_name=f'{cfg.user}/{cfg.repo}',
-                     copyright=f'{cfg.copyright}. Apache-2.0.')
+        names = dict(site_name=cfg.title, site_description=cfg.description, repo_url=cfg.git_url,
+                     repo_name=f'{cfg.user}/{cfg.repo}', copyright=f'{cfg.copyright}. Apache-2.0.')
         sidebar = yaml.safe_load((nbs/'sidebar.yml').read_text())['website']['sidebar']['contents']
-        build(load_config(str(assets/'mkdocs.yml'), docs_dir=str(tmp), site_dir=str(out), nav=navigation(sidebar, found), **names))
+        build(load_config(str(assets/'mkdocs.yml'), docs_dir=str(tmp), site_dir=str(out),
+                          nav=navigation(sidebar, found), **names))
     (out/'404.html').unlink(missing_ok=True) # its links start at the server's root
     return found
 
@@ -347,10 +369,11 @@ def take_screenshots(site, out, names):
 @call_parse
 def main(
     out:str='_docs', # Folder of the site; what is in it goes
-    screenshots:str=None, # Folder for pictures of home, a tutorial, a guide, results and an API page, on a desktop and on a phone
+    screenshots:str=None, # Folder for pictures of home, a tutorial, guide, results and API page, on desktop and phone
 ):
     "Render the documentation"
     site,shots = Path(out).resolve(),screenshots and Path(screenshots).resolve() # before the working directory changes
     found = build(site)
     print(f'{len(found)} pages: {site/"index.html"}')
-    if shots: take_screenshots(site, shots, ['index', 'tutorials/images', 'guides/your_images', 'results', 'method.attacks'])
+    if shots:
+        take_screenshots(site, shots, ['index', 'tutorials/images', 'guides/your_images', 'results', 'method.attacks'])

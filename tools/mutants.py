@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Does the suite notice? Faults of one line each, and the tests that have to fail: `python tools/mutants.py [NAMES]`
 
-The files under version control go to a temporary folder. There the tests run once as they are and have to pass; then each
-fault is written in, its tests have to fail, and it is taken out again. A fault whose text is not found exactly once is refused:
+The files under version control go to a temporary folder. \
+There the tests run once as they are and have to pass; then each
+fault is written in, its tests have to fail, and it is taken out again. \
+A fault whose text is not found exactly once is refused:
 the code has moved on, and so must the fault."""
 import argparse
 import importlib
@@ -21,7 +23,8 @@ Mutant = namedtuple('Mutant', 'room name what changes tests')
 mutants = []
 
 def mutant(room, name, what, tests, *changes):
-    "`changes`: (text, text instead), alternatives of which one must be in the room's module; (module, text, text instead) elsewhere"
+    "`changes`: (text, text instead), alternatives of which one must be in the room's module; " \
+    "(module, text, text instead) elsewhere"
     changes = [o if len(o) == 3 else (room, *o) for o in changes]
     mutants.append(Mutant(room, name, what, changes, tests.split()))
 
@@ -122,8 +125,10 @@ mutant('data.reading', 'other-names', 'an image is found by each of its names',
        ('files.setdefault(_identity(file) or file, file)', 'files.setdefault(file, file)'))
 mutant('data.catalogue', 'label-order', 'classes are numbered from the end',
        'data/test_catalogue.py::test_catalogue',
-       ('index = {c:i for i,c in enumerate(vocab)}', 'index = {c:i for i,c in enumerate(vocab[::-1])}'),
-       ('data.images', 'index = {c: i for i,c in enumerate(classes)}', 'index = {c: i for i,c in enumerate(classes[::-1])}'))
+       ('index = {c:i for i,c in enumerate(vocab)}',
+        'index = {c:i for i,c in enumerate(vocab[::-1])}'),
+       ('data.images', 'index = {c: i for i,c in enumerate(classes)}',
+        'index = {c: i for i,c in enumerate(classes[::-1])}'))
 mutant('data.catalogue', 'split-seed', "Caltech-101's split has no seed",
        'data/test_catalogue.py::test_caltech_split_by_seed',
        ('random.Random(seed)', 'random.Random(0)'))
@@ -142,7 +147,8 @@ mutant('core', 'blocking', 'each copy to a GPU is waited for',
        ("non_blocking=kind not in ('cpu','mps')", 'non_blocking=False'))
 mutant('data.folders', 'mixed-up', 'images that are kept beside a folder have the names of others',
        'data/test_names.py::test_folders',
-       ('label_indices(items, classes), classes, reader, own)', 'label_indices(items, classes), classes, reader, own[::-1])'))
+       ('label_indices(items, classes), classes, reader, own)',
+        'label_indices(items, classes), classes, reader, own[::-1])'))
 mutant('data.folders', 'cut', 'small images are cut out of their files as photographs are',
        'data/test_folder_dl.py::test_pixels_of_validation',
        ('WholeImages(folder.files, own, reader=reader)', 'FileImages(folder.files, own, reader=reader)'))
@@ -222,7 +228,8 @@ mutant('train.distributed', 'from-all', 'processes wait in a collective for one 
        ('while not store.check(keys): time.sleep(.05)', 'dist.barrier()'))
 mutant('train.checkpoint', 'agreement', 'a process that has got a signal stops alone',
        f'{processes}::test_stopped_and_killed',
-       ('self.stopping = self.agreement(self.signal) if self.agreement else self.signal', 'self.stopping = self.signal'))
+       ('self.stopping = self.agreement(self.signal) if self.agreement else self.signal',
+        'self.stopping = self.signal'))
 mutant('train.checkpoint', 'own-states', 'all processes go on with the random states of the first one',
        f'{processes}::test_resuming_on_as_many_processes[RFGSM]',
        ('own = states[this_rank()] if len(states) == world_size() else {}', 'own = states[0]'))
@@ -240,10 +247,12 @@ mutant('measure.monitors', 'shrunk', 'embeddings that shrink to a point are no c
        ('if narrow < .01 or narrow < .2 and narrow < wide/2:', 'if narrow < .001:'))
 mutant('measure.monitors', 'first-ones', 'the effective rank is that of the first held-out images',
        'measure/test_verdict.py::test_numbers',
-       ('idxs = evenly_spread(n, min(1024, max(128, n_train//20)))', 'idxs = list(range(min(n, 1024, max(128, n_train//20))))'))
+       ('idxs = evenly_spread(n, min(1024, max(128, n_train//20)))',
+        'idxs = list(range(min(n, 1024, max(128, n_train//20))))'))
 mutant('measure.monitors', 'asked', 'a loss is asked about equal embeddings itself, and remembers them',
        'measure/test_verdict.py::test_a_loss_that_cannot_say',
-       ("loss = deepcopy(getattr(self.loss_func, 'pair', self.loss_func))", "loss = getattr(self.loss_func, 'pair', self.loss_func)"))
+       ("loss = deepcopy(getattr(self.loss_func, 'pair', self.loss_func))",
+        "loss = getattr(self.loss_func, 'pair', self.loss_func)"))
 mutant('measure.monitors', 'forgotten', 'a resumed training does not know how it began',
        'measure/test_verdict.py::test_resumed',
        ("checkpoint_attrs = ('batches','curve','last')", "checkpoint_attrs = ('batches','last')"))
@@ -308,7 +317,8 @@ mutant('paper.experiments', 'two-folders', 'results of other images of the same 
        ('if images: _check_images(', 'if False: _check_images('))
 mutant('runs', 'side-output', 'a history that cannot be written ends the run',
        f'{bad}::test_side_output_costs_no_run',
-       ('        except Exception as e: # also of Matplotlib', '        except ZeroDivisionError as e: # also of Matplotlib'))
+       ('        except Exception as e: # also of Matplotlib',
+        '        except ZeroDivisionError as e: # also of Matplotlib'))
 mutant('core', 'half-files', 'half files of killed processes stay',
        f'{bad}::test_half_files_of_the_dead',
        ('not _is_running(int(pid)): tmp.unlink', 'False: tmp.unlink'))
@@ -317,7 +327,8 @@ mutant('runs', 'link-names', "a link's name is free",
        ('return not folder.is_symlink() and folder.is_dir() and all(', 'return not folder.is_dir() or all('))
 mutant('train.distributed', 'leftovers', 'RANK alone makes a second process',
        f'{bad}::test_leftovers_in_python',
-       ("if found['WORLD_SIZE'] in ('','0','1'): return 0,1", "if found['WORLD_SIZE'] in ('','0','1'): return int(found['RANK'] or 0),1"))
+       ("if found['WORLD_SIZE'] in ('','0','1'): return 0,1",
+        "if found['WORLD_SIZE'] in ('','0','1'): return int(found['RANK'] or 0),1"))
 mutant('core', 'closed-pipe', 'a reader that has gone ends the run',
        f'{bad}::test_nobody_reads',
        ('with suppress(OSError, ValueError): # the latter if it is closed', 'with suppress(ZeroDivisionError): #'))
@@ -329,10 +340,12 @@ def place(m):
     found = [(f, a, b) for room,a,b in m.changes if (f := root/module(room)).exists() and f.read_text().count(a)]
     times = sum(f.read_text().count(a) for f,a,_ in found)
     if times == 1: return found[0]
-    raise LookupError(f'{m.name}: its text is there {times} times, and has to be there once:\n' + '\n'.join(o[1] for o in m.changes))
+    raise LookupError(f'{m.name}: its text is there {times} times, and has to be there once:\n'
+                      + '\n'.join(o[1] for o in m.changes))
 
 def copy_tree(to):
-    for f in subprocess.run(['git','ls-files','-z'], cwd=root, capture_output=True, text=True, check=True).stdout.split('\0'):
+    for f in subprocess.run(['git','ls-files','-z'], cwd=root,
+                            capture_output=True, text=True, check=True).stdout.split('\0'):
         if f and (root/f).is_file():
             (to/f).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root/f, to/f)
@@ -351,7 +364,8 @@ def run_tests(tree, tests, log, options):
 
 def outcome(tree, tests, log, timeout, *options):
     "pytest's exit code (1: a test failed), and the seconds it took"
-    p,start = multiprocessing.get_context('fork').Process(target=run_tests, args=(tree, tests, log, options)),time.time()
+    p,start = (multiprocessing.get_context('fork').Process(target=run_tests, args=(tree, tests, log, options)),
+               time.time())
     p.start()
     p.join(timeout)
     if p.is_alive():
@@ -361,7 +375,8 @@ def outcome(tree, tests, log, timeout, *options):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('names', nargs='*', metavar='NAME', help='mutants, all by default: ' + ', '.join(m.name for m in mutants))
+    p.add_argument('names', nargs='*', metavar='NAME',
+                   help='mutants, all by default: ' + ', '.join(m.name for m in mutants))
     p.add_argument('--check', action='store_true', help='only see that each text is there once')
     p.add_argument('--timeout', type=float, default=900, help='seconds for the tests of one mutant')
     a = p.parse_args()
@@ -373,7 +388,8 @@ def main():
         except LookupError as e: moved.append(str(e))
     if moved: raise SystemExit('\n'.join(moved))
     if a.check: return print(f'{len(chosen)} mutants are there')
-    for name in 'accelerate fastai.vision.all hypothesis kornia lightly.loss pytorch_metric_learning sklearn.model_selection'.split():
+    for name in ('accelerate fastai.vision.all hypothesis kornia lightly.loss pytorch_metric_learning '
+                 'sklearn.model_selection').split():
         importlib.import_module(name)
     survived = []
     with tempfile.TemporaryDirectory() as tmp:
@@ -382,7 +398,8 @@ def main():
         def fail(what): raise SystemExit(f'{what}\n{log.read_text()[-3000:]}')
         code,seconds = outcome(tree, sorted({t for m in chosen for t in m.tests}), log, a.timeout)
         if code: fail(f'The tests do not pass as the code is (exit code {code}).')
-        print(f'All pass as the code is ({seconds:.0f} s).\n\n{"mutant":14} {"room":18} {"":9} {"s":>4}  what is wrong', flush=True)
+        print(f'All pass as the code is ({seconds:.0f} s).\n\n'
+              f'{"mutant":14} {"room":18} {"":9} {"s":>4}  what is wrong', flush=True)
         for m in chosen:
             file,text,instead = places[m.name]
             there = tree/file.relative_to(root)

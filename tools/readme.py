@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"Make README.md of nbs/index.ipynb: its prose, its code, and what that printed. No Quarto needed. `python tools/readme.py`"
+"Make README.md of nbs/index.ipynb: its prose, its code, and what that printed. No Quarto needed. " \
+"`python tools/readme.py`"
 import json, re
 from pathlib import Path
 
@@ -24,8 +25,10 @@ def render(cell):
     if '#| output: false' in src: return f'```python\n{code}\n```'
     # a picture's own file, and not its copy in the notebook
     if picture := re.search(r"Image\('\.\./(.+?)', alt='(.+?)'\)", code): return f'![{picture[2]}]({picture[1]})'
-    return '\n\n'.join(([] if '#| echo: false' in src else [f'```python\n{code}\n```']) + list(filter(None, map(output, cell['outputs']))))
+    return '\n\n'.join(([] if '#| echo: false' in src else [f'```python\n{code}\n```'])
+                       + list(filter(None, map(output, cell['outputs']))))
 
 cells = json.loads((root/'nbs/index.ipynb').read_text())['cells']
 parts = [p for p in map(render, cells) if p]
-(root/'README.md').write_text('<!-- Made of nbs/index.ipynb by tools/readme.py: edit the notebook. -->\n\n' + '\n\n'.join(parts) + '\n')
+(root/'README.md').write_text('<!-- Made of nbs/index.ipynb by tools/readme.py: edit the notebook. -->\n\n'
+                              + '\n\n'.join(parts) + '\n')

@@ -1,15 +1,14 @@
 #!/usr/bin/env python3
 """What it costs to evaluate an encoder.
 
-`python benchmarks/bench_eval.py DIR [LIMIT]` (an image folder, CIFAR-10's for one; LIMIT training images, \
-for a quick look)
-writes results/eval.md: 1000 epochs of linear evaluation the authors' way, \
-where the encoder runs on every batch of every
-epoch, extrapolated from two of them, against `extract_features` and `linear_probe('adam')`, measured whole.
+`python benchmarks/bench_eval.py DIR [LIMIT]` (an image folder, CIFAR-10's for one; LIMIT training images, for a
+quick look) writes results/eval.md: 1000 epochs of linear evaluation the authors' way, where the encoder runs on every
+batch of every epoch, extrapolated from two of them, against `extract_features` and `linear_probe('adam')`, measured
+whole.
 
 `python benchmarks/bench_eval.py --knn` writes results/knn.md: kNN of 2,000 test images against 50,000 features of 512
-numbers, our time over that of lightly's `knn_predict`, the normalisation of both sets included, \
-with one thread and two."""
+numbers, our time over that of lightly's `knn_predict`, the normalisation of both sets included, with one thread and
+two."""
 import sys
 import time
 
@@ -70,8 +69,8 @@ def seconds(f, *args):
     return time.perf_counter() - start
 
 def knn():
-    "Rows of a table: ours and lightly's take turns, so that other work on the machine meets both; " \
-    "the least time of each counts"
+    """Rows of a table: ours and lightly's take turns, so that other work on the machine meets both;
+    the least time of each counts"""
     torch.manual_seed(0)
     data = torch.randn(bank, dim).relu_(),torch.arange(bank)%10,torch.randn(queries, dim).relu_()
     assert (knn_predict(*data, k) == lightly(*data)).float().mean() > .999

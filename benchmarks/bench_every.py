@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
-"""Mean seconds of a step where the adversary comes rarely: \
-`python benchmarks/bench_every.py [--rounds 15]` writes results/every.md.
-A round is a fit of eight steps, two whole cycles of `every=4`, of each learner in turn; \
-of the ResNet-18 that other tables are of, and
-of the encoder and images of the scale `fast`, by whose ratios trials of equal units become trials of equal seconds."""
+"""Mean seconds of a step where the adversary comes rarely: `python benchmarks/bench_every.py [--rounds 15]` writes
+results/every.md. A round is a fit of eight steps, two whole cycles of `every=4`, of each learner in turn; of the
+ResNet-18 that other tables are of, and of the encoder and images of the scale `fast`, by whose ratios trials of
+equal units become trials of equal seconds."""
 import argparse
 import time
 

@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
-"""What kNN and the linear probe take beyond the features: \
+"""What kNN and the linear probe take beyond the features:
 `python benchmarks/bench_memory.py [IMAGES] [NUMBERS] [CLASSES]`.
 
-By default 130,000 x 2,048 features of 100 classes, those of a ResNet-50 on ImageNet-100, \
-and a test image for 50 of these:
-that writes results/memory.md.
-Of the probe's L-BFGS one penalty and two steps are enough: all need the same memory."""
+By default 130,000 x 2,048 features of 100 classes, those of a ResNet-50 on ImageNet-100, and a test image for 50 of
+these: that writes results/memory.md. Of the probe's L-BFGS one penalty and two steps are enough: all need the same
+memory."""
 import json
 import sys
 import time

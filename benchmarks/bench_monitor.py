@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"What it costs to watch for collapse: epochs with and without `CollapseMonitor`, " \
-"`python benchmarks/bench_monitor.py [--rounds 7]`"
+"""What it costs to watch for collapse: epochs with and without `CollapseMonitor`,
+`python benchmarks/bench_monitor.py [--rounds 7]`"""
 import argparse
 import contextlib
 import io

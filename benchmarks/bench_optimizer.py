@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"Milliseconds of an optimiser's step, ResNet-18 with dual batch norm: " \
-"`python benchmarks/bench_optimizer.py [--rounds 25]`"
+"""Milliseconds of an optimiser's step, ResNet-18 with dual batch norm:
+`python benchmarks/bench_optimizer.py [--rounds 25]`"""
 import argparse
 import time
 

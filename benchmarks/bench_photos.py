@@ -1,20 +1,16 @@
 #!/usr/bin/env python3
-"""How fast photographs are read: \
-`python benchmarks/bench_photos.py [DIR] [--n N] [--rounds R]` writes results/photos.md.
+"""How fast photographs are read: `python benchmarks/bench_photos.py [DIR] [--n N] [--rounds R]` writes
+results/photos.md.
 
-Two random crops of 224 pixels of each photograph, from the file to the batch that a loader hands over: \
-ours, a bare loop of
-Pillow over the same boxes, torchvision's two crops of the whole picture, \
-lightly's `SimCLRTransform` (complete views) in PyTorch's loader;
-and what version 0.1.0 did, one image shrunk to 224 through a `DataBlock`. \
-With one thread and no further process, and ours
-with 1 and 2 processes, too. All take turns; a ratio is the geometric mean over the rounds, \
-with its 95 % interval. Then how long
-`clae_train` on 3,000 photographs of 640x480 takes from its start, imports left out, to its first step.
+Two random crops of 224 pixels of each photograph, from the file to the batch that a loader hands over: ours, a bare
+loop of Pillow over the same boxes, torchvision's two crops of the whole picture, lightly's `SimCLRTransform` (complete
+views) in PyTorch's loader; and what version 0.1.0 did, one image shrunk to 224 through a `DataBlock`. With one thread
+and no further process, and ours with 1 and 2 processes, too. All take turns; a ratio is the geometric mean over the
+rounds, with its 95 % interval. Then how long `clae_train` on 3,000 photographs of 640x480 takes from its start, imports
+left out, to its first step.
 
-DIR holds photographs; without it they are mosaics of CIFAR-10 images (../shared/data), \
-of 640x480 pixels, and of 4000x3000 in
-JPEG files of about 1, 3 and 5 MB."""
+DIR holds photographs; without it they are mosaics of CIFAR-10 images (../shared/data), of 640x480 pixels, and of
+4000x3000 in JPEG files of about 1, 3 and 5 MB."""
 import argparse
 import contextlib
 import functools

@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
-"""How many of the attack's signs low precision changes, on a ResNet-18 and 32x32 photographs: \
-`python benchmarks/bench_signs.py DIR` (an image folder, CIFAR-10's for one).
-Writes results/signs.md: the share of sign(g) that differs from float32, and of g that underflows to 0, \
-after 12 training steps."""
+"""How many of the attack's signs low precision changes, on a ResNet-18 and 32x32 photographs:
+`python benchmarks/bench_signs.py DIR` (an image folder, CIFAR-10's for one). Writes results/signs.md: the share of
+sign(g) that differs from float32, and of g that underflows to 0, after 12 training steps."""
 import sys
 
 import numpy as np

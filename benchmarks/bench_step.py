@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Seconds of a training step, ResNet-18, 32x32, batch 64: `python benchmarks/bench_step.py [--rounds 15]`. \
-In one process, everything takes its turn in every round.
+"""Seconds of a training step, ResNet-18, 32x32, batch 64: `python benchmarks/bench_step.py [--rounds 15]`. In one
+process, everything takes its turn in every round.
 
-published  Algorithm 1 written plainly: two forwards for the attack, its backward into all parameters and thrown away, \
-three forwards and a backward: 15 forward-units
+published  Algorithm 1 written plainly: two forwards for the attack, its backward into all parameters and thrown away,
+           three forwards and a backward: 15 forward-units
 clae       ours, through fastai's Learner, with views, loss, optimiser and logging: 11 units
 simclr     the same Learner with eps=0: 6 units
 passes     the bare passes of a clae step, no views, no loss, no optimiser: the least it can take"""

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"What might make a CLAE step faster, tried: `python benchmarks/bench_tried.py [--rounds 7]`. " \
-"ResNet-18, 32x32, batch 64, each against the step as it is."
+"""What might make a CLAE step faster, tried: `python benchmarks/bench_tried.py [--rounds 7]`.
+ResNet-18, 32x32, batch 64, each against the step as it is."""
 import argparse
 import os
 import subprocess

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Two views of 32x32 photographs: images in memory and kornia, against PIL transforms in two worker processes: \
-`python benchmarks/bench_views.py DIR` (CIFAR-10's images as a folder).
-Writes results/views.md. Rounds alternate between the two, so that what else the machine does meets both."""
+"""Two views of 32x32 photographs: images in memory and kornia, against PIL transforms in two worker processes:
+`python benchmarks/bench_views.py DIR` (CIFAR-10's images as a folder). Writes results/views.md. Rounds alternate
+between the two, so that what else the machine does meets both."""
 import sys
 import time
 

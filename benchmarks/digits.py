@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The digits demonstration over several seeds, with and without adversarial examples: `python benchmarks/digits.py`.
-Writes results/digits.csv (every accuracy, as they come: a run with rows there is not done again) \
-and results/digits.md (the tables)."""
+Writes results/digits.csv (every accuracy, as they come: a run with rows there is not done again) and
+results/digits.md (the tables)."""
 import json
 import os
 import platform

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Few labels: fine-tuning with 10 labels a class from a short CLAE run on all images, \
-against the same from random weights: `python benchmarks/fine_tune.py DIR [EPOCHS]`
-(an image folder, CIFAR-10's for one; with EPOCHS of pre-training other than 5 nothing is written). \
-Writes results/fine_tune.csv (every accuracy) and results/fine_tune.md."""
+"""Few labels: fine-tuning with 10 labels a class from a short CLAE run on all images, against the same from random
+weights: `python benchmarks/fine_tune.py DIR [EPOCHS]` (an image folder, CIFAR-10's for one; with EPOCHS of
+pre-training other than 5 nothing is written). Writes results/fine_tune.csv (every accuracy) and
+results/fine_tune.md."""
 import sys
 import time
 from pathlib import Path
@@ -17,8 +17,8 @@ out = Path(__file__).parent.parent/'results'
 seeds,labels,epochs,tune_epochs = (0, 1, 2),10,5,30
 
 def fine_tuned(learn, dls, seed):
-    "Test accuracy after the last epoch of fine-tuning the encoder of `learn` on `labels` images a class, " \
-    "the same ones for each encoder"
+    """Test accuracy after the last epoch of fine-tuning the encoder of `learn` on `labels` images a class,
+    the same ones for each encoder"""
     idx, = label_draws(dls.train_ds.labels, labels, draws=1, seed=seed)
     train = dls.train.new(dls.train_ds.take(idx), bs=25)
     set_seed(seed)

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""All that a GPU has to show, in nine minutes at most: \
-`python benchmarks/gpu.py` writes `results/gpu_*.md`, a table a part.
+"""All that a GPU has to show, in nine minutes at most: `python benchmarks/gpu.py` writes `results/gpu_*.md`,
+a table a part.
 
 environment  what it ran on
 golden       the authors' numbers (`tests/golden`) on the GPU, with the greatest difference
@@ -10,13 +10,11 @@ throughput   images a second and peak memory of CLAE, SimCLR and lightly's SimCL
 evaluation   features, kNN and probe
 processes    two processes on two GPUs
 
-Each part has a time of its own. Its table is written after every row, \
-so that what is cut off leaves what it had; a row that
-fails says why, one that comes too late that it was not reached. \
-A part that takes longer, or breaks the GPU's context, ends its
-process, and another one goes on with the next part. \
-`--tiny` tries all of it in two minutes without a GPU, on networks and
-images too small to mean anything, and writes to a temporary folder; `--out DIR` to another."""
+Each part has a time of its own. Its table is written after every row, so that what is cut off leaves what it had; a
+row that fails says why, one that comes too late that it was not reached. A part that takes longer, or breaks the
+GPU's context, ends its process, and another one goes on with the next part. `--tiny` tries all of it in two minutes
+without a GPU, on networks and images too small to mean anything, and writes to a temporary folder; `--out DIR` to
+another."""
 import argparse
 import contextlib
 import functools
@@ -190,8 +188,8 @@ def golden(args):
     table.measure(['kNN','accuracy, percent'], _knn)
 
 class Waits(Callback):
-    "Batches in which the host must not wait, from views to the optimiser's step; " \
-    "the copy of the loss, which comes after it, may"
+    """Batches in which the host must not wait, from views to the optimiser's step;
+    the copy of the loss, which comes after it, may"""
     order,run_valid = -10**6,False
     def __init__(self, mode): self.mode = mode
     def before_batch(self): set_sync_mode(self.mode)

@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
-"""The home page's picture, of an encoder trained for it: \
-`python benchmarks/hero.py` writes results/hero.png and results/hero.md.
-Needs scikit-image; a few minutes on a CPU."""
+"""The home page's picture, of an encoder trained for it: `python benchmarks/hero.py` writes results/hero.png and
+results/hero.md. Needs scikit-image; a few minutes on a CPU."""
 import io
 import itertools
 import tempfile

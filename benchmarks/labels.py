@@ -1,22 +1,19 @@
 #!/usr/bin/env python3
-"""Accuracy against the number of labels: `python benchmarks/labels.py DIR`, \
-with a folder of CIFAR-10 images, train/<class>/*.png and
-test/<class>/*.png, such as `cifar10_report` of `split_cifar10.py`.
+"""Accuracy against the number of labels: `python benchmarks/labels.py DIR`, with a folder of CIFAR-10 images,
+train/<class>/*.png and test/<class>/*.png, such as `cifar10_report` of `split_cifar10.py`.
 
-All images of `train` are trained on without labels, by SimCLR for 40 epochs, \
-and by CLAE with an adversary in every fourth step for 33, which
-costs as much. Then 1, 5, 20 and 100 labels a class, and all, are looked at, \
-for each seed the same ones whatever the encoder:
+All images of `train` are trained on without labels, by SimCLR for 40 epochs, and by CLAE with an adversary in every
+fourth step for 33, which costs as much. Then 1, 5, 20 and 100 labels a class, and all, are looked at, for each seed the
+same ones whatever the encoder:
 
-kNN          of raw pixels, of random weights, of ImageNet's weights where they can be fetched, \
-and of the trained encoders
-fine-tuned   from random weights, which is training on the labels alone, and from the trained ones, \
-with mild augmentation
+kNN          of raw pixels, of random weights, of ImageNet's weights where they can be fetched,
+             and of the trained encoders
+fine-tuned   from random weights, which is training on the labels alone, and from the trained ones,
+             with mild augmentation
 
-Random weights and ImageNet's have batch norm statistics of the training images. \
-Writes results/labels.csv, a row as soon as it is known, and
-goes on where it was stopped; at the end results/labels.md. \
-`--tiny OUT` tries everything on few images for an epoch or two, and writes to OUT."""
+Random weights and ImageNet's have batch norm statistics of the training images. Writes results/labels.csv, a row as
+soon as it is known, and goes on where it was stopped; at the end results/labels.md. `--tiny OUT` tries everything on
+few images for an epoch or two, and writes to OUT."""
 import argparse
 import contextlib
 import io

@@ -1,21 +1,19 @@
 #!/usr/bin/env python3
-"""Encoders after equal seconds: `python benchmarks/peers.py DIR [--seconds 180] [--seeds 3]`, \
-on a machine that does nothing else.
-DIR is a folder of CIFAR-10 images, train/<class>/*.png and test/<class>/*.png, \
-such as `cifar10_report` of `split_cifar10.py`.
+"""Encoders after equal seconds: `python benchmarks/peers.py DIR [--seconds 180] [--seeds 3]`, on a machine that does
+nothing else. DIR is a folder of CIFAR-10 images, train/<class>/*.png and test/<class>/*.png, such as `cifar10_report`
+of `split_cifar10.py`.
 
-lightly, its settings       SimCLR as lightly's CIFAR-10 benchmark has it: its transform without blur, loader, head, \
-loss at temperature .5;
-                            batches of 128, SGD (.06, momentum .9, decay 5e-4), cosine
+lightly, its settings       SimCLR as lightly's CIFAR-10 benchmark has it: its transform without blur, loader, head,
+                            loss at temperature .5; batches of 128, SGD (.06, momentum .9, decay 5e-4), cosine
 lightly, our settings       the same with our optimiser, schedule, temperature and head
-ours, the paper's settings  the recipe `simclr-cifar10`: CLAE in each step, temperature .5, batches of 256, Adam at 3e-4
+ours, the paper's settings  the recipe `simclr-cifar10`: CLAE in each step, temperature .5, batches of 256,
+                            Adam at 3e-4
 ours, recommended           `clae_learner` as it comes, batches of 128, one cycle at 3e-3
 
-All train one encoder (resnet18_w16) from random weights on the same images at 32 pixels. \
-Seconds are of training alone: imports, the reading of
-files into memory, and the evaluations on the way stand outside. \
-Schedules run by the clock, so that each ends when its time does. One evaluator
-measures all: kNN and the linear probe of `evaluate`. Writes results/peers.csv, peers.md and peers.png."""
+All train one encoder (resnet18_w16) from random weights on the same images at 32 pixels. Seconds are of training
+alone: imports, the reading of files into memory, and the evaluations on the way stand outside. Schedules run by the
+clock, so that each ends when its time does. One evaluator measures all: kNN and the linear probe of `evaluate`.
+Writes results/peers.csv, peers.md and peers.png."""
 import argparse
 import contextlib
 import io

@@ -24,8 +24,8 @@ def machine():
             + ', '.join(f'{n} {importlib.metadata.version(n)}' for n in names) + '.')
 
 def peak_memory():
-    "Largest resident memory of this process so far, or its peak of GPU memory, in bytes. " \
-    "(`ru_maxrss` starts from the parent's on Linux, /proc does not.)"
+    """Largest resident memory of this process so far, or its peak of GPU memory, in bytes.
+    (`ru_maxrss` starts from the parent's on Linux, /proc does not.)"""
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
     status = Path('/proc/self/status')
     if status.exists(): return 1024*next(int(l.split()[1]) for l in status.open() if l.startswith('VmHWM'))

@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
-"""Folders to choose settings on, and to report them on: `python benchmarks/split_cifar10.py DIR OUT`.
-DIR is a folder of CIFAR-10 images, train/<class>/*.png and test/<class>/*.png. \
-Of each class's training images, by name, every other one
-is trained on. `OUT/cifar10_choose` tests on the others, `OUT/cifar10_report` on the test images."""
+"""Folders to choose settings on, and to report them on: `python benchmarks/split_cifar10.py DIR OUT`. DIR is a
+folder of CIFAR-10 images, train/<class>/*.png and test/<class>/*.png. Of each class's training images, by name,
+every other one is trained on. `OUT/cifar10_choose` tests on the others, `OUT/cifar10_report` on the test images."""
 import shutil
 import sys
 from pathlib import Path

@@ -1,12 +1,10 @@
 #!/usr/bin/env python3
 """Render the documentation without Quarto: `python tools/docs.py`, then open `_docs/index.html`.
 
-nbdev processes the notebooks (signatures, links), this script writes them as Markdown, \
-and MkDocs with the Material theme makes
-the site: sidebar, search, phone and dark layouts, all of it also from `file://` and without a network. \
-nbconvert has none of
-that, and Jupyter Book 2 and Sphinx bring far more machinery along. \
-LaTeX becomes MathML, which browsers draw themselves."""
+nbdev processes the notebooks (signatures, links), this script writes them as Markdown, and MkDocs with the Material
+theme makes the site: sidebar, search, phone and dark layouts, all of it also from `file://` and without a network.
+nbconvert has none of that, and Jupyter Book 2 and Sphinx bring far more machinery along. LaTeX becomes MathML, which
+browsers draw themselves."""
 import ast, html, io, json, os, posixpath, re, shutil, tempfile, tokenize
 from base64 import b64decode
 from itertools import groupby
@@ -88,8 +86,8 @@ def heading(level, name):
 re_heading = re.compile(r'<h(\d) id="(\S+)" class="api" markdown="span">(.+?)</h\d>')
 
 def functions(src):
-    "The functions of a module by the names that `show_doc` gives them; " \
-    "a class is its `__init__`, its own or its base's"
+    """The functions of a module by the names that `show_doc` gives them;
+    a class is its `__init__`, its own or its base's"""
     res = {}
     for n in ast.parse(src).body:
         if isinstance(n, ast.FunctionDef): res[n.name] = n
@@ -202,8 +200,8 @@ def output(o, save, page, lookup):
     return fence(s, kind) if s.strip() else ''
 
 def merge_headings(parts):
-    "A heading that only names the symbol documented below it is that symbol's; " \
-    "and no two have the same id (a function `grid`,\n    a class `Grid`)"
+    """A heading that only names the symbol documented below it is that symbol's;
+    and no two have the same id (a function `grid`, a class `Grid`)"""
     res,seen = [],set()
     for p in parts:
         if m := re_heading.match(p):

@@ -1,11 +1,9 @@
 #!/usr/bin/env python3
 """Does the suite notice? Faults of one line each, and the tests that have to fail: `python tools/mutants.py [NAMES]`
 
-The files under version control go to a temporary folder. \
-There the tests run once as they are and have to pass; then each
-fault is written in, its tests have to fail, and it is taken out again. \
-A fault whose text is not found exactly once is refused:
-the code has moved on, and so must the fault."""
+The files under version control go to a temporary folder. There the tests run once as they are and have to pass; then
+each fault is written in, its tests have to fail, and it is taken out again. A fault whose text is not found exactly
+once is refused: the code has moved on, and so must the fault."""
 import argparse
 import importlib
 import multiprocessing
@@ -23,8 +21,8 @@ Mutant = namedtuple('Mutant', 'room name what changes tests')
 mutants = []
 
 def mutant(room, name, what, tests, *changes):
-    "`changes`: (text, text instead), alternatives of which one must be in the room's module; " \
-    "(module, text, text instead) elsewhere"
+    """`changes`: (text, text instead), alternatives of which one must be in the room's module;
+    (module, text, text instead) elsewhere"""
     changes = [o if len(o) == 3 else (room, *o) for o in changes]
     mutants.append(Mutant(room, name, what, changes, tests.split()))
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"Make README.md of nbs/index.ipynb: its prose, its code, and what that printed. No Quarto needed. " \
-"`python tools/readme.py`"
+"""Make README.md of nbs/index.ipynb: its prose, its code, and what that printed. No Quarto needed.
+`python tools/readme.py`"""
 import json, re
 from pathlib import Path
 

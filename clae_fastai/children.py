@@ -11,8 +11,8 @@ from typing import Callable
 
 # %% ../nbs/01b_children.ipynb #48b31546
 def _end_with_parent(seconds=60):
-    """When the process that started this one is gone, stop as after SIGTERM,
-    a training at its next checkpoint; in a minute at the latest"""
+    """Wait for the end of the process that started this one, then send SIGTERM to this one, so that a training
+    stops at its next checkpoint; after `seconds` it ends in any case"""
     multiprocessing.parent_process().join()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(seconds)

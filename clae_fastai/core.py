@@ -275,7 +275,7 @@ def read_safetensors(
     except (FileNotFoundError, OtherFormat): raise
     except (safetensors.SafetensorError, OSError, ValueError, LookupError) as e:
         raise ValueError(f"{file} is no safetensors file, or a damaged one ({e}).") from None
-    old = format == 'clae-encoder-1' and header.get('version', '').startswith('0.1.') # wrote encoders without
+    old = format == 'clae-encoder-1' and header.get('version', '').startswith('0.1.') # had no checksum
     if not (old and 'digest' not in header) and header.get('digest') != _digest(tensors, header):
         raise ValueError(f"{file} is damaged: its checksum is wrong.")
     return tensors,{k: v for k,v in header.items() if k not in ('format','digest')}

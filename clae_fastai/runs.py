@@ -100,13 +100,15 @@ train_options = { # type, and value where nothing is said; None: `_fill_in` or t
     'value_range': (list,None), 'background': (str,'white'), 'seed': (int,42),
     'precision': (str,'fp32'), 'attack_bn': (str,'adv'), 'on_nonfinite': (str,'stop'),
     **dict.fromkeys('channels_last deterministic pretrained skip_bad unlabelled'.split(), (bool,False))}
-_of_folders = 'channels value_range background max_pixels skip_bad valid_pct unlabelled'.split()
+_reading_options = 'channels value_range background max_pixels skip_bad valid_pct unlabelled'.split()
 _not_given = {name: default for name,(_,default) in train_options.items()}
 
 def _check_option(name, value):
     kind,default = train_options[name]
-    right = type(value) in (kind, type(default), int if kind is float else kind, list if name == 'size' else kind)
-    if right and (type(value) is not list or {*map(type, value)} <= {int,float}): return value
+    kinds = {kind, type(default)}
+    if kind is float: kinds.add(int)
+    if name == 'size': kinds.add(list)
+    if type(value) in kinds and (type(value) is not list or {*map(type, value)} <= {int,float}): return value
     raise ValueError(f"{name} is {value!r}")
 
 def read_options(
@@ -142,13 +144,13 @@ _limits = dict(
 def _check_limits(values):
     for name,(low,high) in _limits.items():
         value = values.get(name)
-        if value is None or low <= value <= high: continue
+        if all(low <= o <= high for o in L(value)): continue # `size` may be (height, width)
         need = f'between {low} and {high}' if high < math.inf else f'{low} or more'
         if name in ('lr','temperature'): need = 'finite and above 0'
         raise ValueError(f"{name} must be {need}, and it is {value}.")
 
 def _given(**options): return {k: v for k,v in options.items() if v is not None}
-def _of_folder(options): return {k: options[k] for k in _of_folders if options[k] != _not_given[k]}
+def _of_folder(options): return {k: options[k] for k in _reading_options if options[k] != _not_given[k]}
 
 def _fill_in(options):
     "All settings, and the recipe or None, with what is given in place of its own"
@@ -430,8 +432,9 @@ class _Run:
         with processes():
             learn = self.learner()
             print(self.describe(learn))
-            from_all(None) # are here
-            few = _FewBatches(min(learn.clae.every, 8))
+            from_all(None) # nothing is timed while another process loads
+            learn.clae.every = min(learn.clae.every, 8) # an attack is among what is measured
+            few = _FewBatches(learn.clae.every)
             with learn.distributed(), learn.no_bar(), learn.no_logging(): learn.fit(few.n, cbs=few)
         n,epochs = n_batches(learn.dls.train),self.settings['epochs']
         print(f"A step takes {few.seconds:.2g} seconds, "

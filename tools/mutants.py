@@ -49,7 +49,6 @@ mutant('method.attacks', 'generator', "random attacks draw from the views' gener
         'return f(shape, device=x.device, dtype=x.dtype)'))
 mutant('method.dualbn', 'statistics', "batch norm's statistics move during the attack",
        f'{learner}::test_attack_leaves_no_trace',
-       ('for m in bns: m.track_running_stats = False', 'for m in bns: m.track_running_stats = True'),
        ("with _attribute(bns, 'track_running_stats', False): yield model",
         "with _attribute(bns, 'track_running_stats', True): yield model"))
 mutant('method.models', 'clean-bn', 'adversarial images go through the clean batch norm',
@@ -121,18 +120,17 @@ mutant('data.reading', 'any-format', 'PostScript by another name starts Ghostscr
 mutant('data.reading', 'other-names', 'an image is found by each of its names',
        'data/test_strangers.py::test_many_names_of_one_file',
        ('files.setdefault(_identity(file) or file, file)', 'files.setdefault(file, file)'))
-mutant('data.catalogue', 'label-order', 'classes are numbered from the end',
+mutant('data.images', 'label-order', 'classes are numbered from the end',
        'data/test_catalogue.py::test_catalogue',
-       ('index = {c:i for i,c in enumerate(vocab)}',
-        'index = {c:i for i,c in enumerate(vocab[::-1])}'),
-       ('data.images', 'index = {c: i for i,c in enumerate(classes)}',
+       ('index = {c: i for i,c in enumerate(classes)}',
         'index = {c: i for i,c in enumerate(classes[::-1])}'))
 mutant('data.catalogue', 'split-seed', "Caltech-101's split has no seed",
        'data/test_catalogue.py::test_caltech_split_by_seed',
        ('random.Random(seed)', 'random.Random(0)'))
 mutant('data.folders', 'lonely', 'a class of one image is tested on, and not trained',
        f'{people}::test_each_class_is_held_out',
-       ('len(own)-least) if share and len(own) >= 2*least else 0', 'len(own)) if share else 0'))
+       ('if share and len(own) >= 2*least: n = min(max(least, round(share*len(own))), len(own)-least)',
+        'if share: n = min(max(least, round(share*len(own))), len(own))'))
 mutant('data.folders', 'case', 'split folders are known by lower case alone',
        f'{people}::test_split_folders',
        ('if o and o.lower() == name]', 'if o and o == name]'))
@@ -145,14 +143,10 @@ mutant('core', 'blocking', 'each copy to a GPU is waited for',
        ("non_blocking=kind not in ('cpu','mps')", 'non_blocking=False'))
 mutant('data.folders', 'mixed-up', 'images that are kept beside a folder have the names of others',
        'data/test_names.py::test_folders',
-       ('label_indices(items, classes), classes, reader, own)',
-        'label_indices(items, classes), classes, reader, own[::-1])'))
+       ('classes, reader, own)', 'classes, reader, own[::-1])'))
 mutant('data.folders', 'cut', 'small images are cut out of their files as photographs are',
        'data/test_folder_dl.py::test_pixels_of_validation',
        ('WholeImages(folder.files, own, reader=reader)', 'FileImages(folder.files, own, reader=reader)'))
-mutant('measure.features', 'unquoted', 'a line break in a name is one in the table',
-       'measure/test_embed.py::test_hostile_names',
-       ('if {*name} & {', 'if {*name} - {*name} & {'))
 mutant('measure.features', 'half-table', 'a table that was not finished stays',
        'measure/test_embed.py::test_nothing_half',
        ('with new_file(file) as tmp, rows(tmp, names) as write:', 'with rows(file, names) as write:'))
@@ -176,15 +170,12 @@ mutant('train.checkpoint', 'random-state', "PyTorch's generator begins anew at a
        ("torch.set_rng_state(own['torch'])", 'pass'))
 mutant('train.checkpoint', 'attack-state', "the attack's generator begins anew at a resume",
        f'{resume}::test_optimisers[sgd]',
-       ('method.callback', "checkpoint_attrs = ('sums','n_batches','attack_generator')",
-        "checkpoint_attrs = ('sums','n_batches')"),
        ("attack=nested_attr(learn, 'clae.attack')", 'attack=None'))
 mutant('method.callback', 'scaler', "the attack's loss is not scaled under float16",
        f'{matrix}::test_precision_is_what_it_says',
        ('loss = self.loss_func.pair if scaler is None else', 'loss = self.loss_func.pair if True else'))
 mutant('train.precision', 'dtype', 'float16 is bfloat16',
        f'{matrix}::test_precision_is_what_it_says',
-       ('dtype=torch.bfloat16 if bf16 else torch.float16', 'dtype=torch.bfloat16'),
        ('dtype = torch.bfloat16 if mixed.amp_mode == AMPMode.BF16 else torch.float16', 'dtype = torch.bfloat16'))
 mutant('train.optimizer', 'no-decay', 'norms and biases decay',
        f'{adam}::test_equals_fastais_adam',
@@ -197,7 +188,6 @@ mutant('train.optimizer', 'debias', 'averages are taken for one step older than 
        ('torch.full((len(tensors),), step-1,', 'torch.full((len(tensors),), step,'))
 mutant('train.finite', 'rollback', 'a skipped step leaves its batch in the statistics',
        f'{matrix}::test_a_skipped_step_leaves_nothing',
-       ('for b,kept in zip(self.model.buffers(), self.buffers): b.copy_(kept)', 'pass'),
        ('with torch.no_grad(): _copy_all(self.model.buffers(), self.kept)', 'pass'))
 mutant('train.finite', 'two-waits', 'the gradients are waited for one by one',
        f'{paper}::test_skip_waits_once_more',
@@ -242,7 +232,7 @@ mutant('train.precision', 'deterministic', 'what is forbidden in a deterministic
 
 mutant('measure.monitors', 'shrunk', 'embeddings that shrink to a point are no collapse',
        'measure/test_verdict.py::test_only_drawn_together',
-       ('if narrow < .01 or narrow < .2 and narrow < wide/2:', 'if narrow < .001:'))
+       ('if spread_end < .01 or (spread_end < .2 and spread_end < spread_start/2):', 'if spread_end < .001:'))
 mutant('measure.monitors', 'first-ones', 'the effective rank is that of the first held-out images',
        'measure/test_verdict.py::test_numbers',
        ('idxs = evenly_spread(n, min(1024, max(128, n_train//20)))',
@@ -253,7 +243,7 @@ mutant('measure.monitors', 'asked', 'a loss is asked about equal embeddings itse
         "loss = getattr(self.loss_func, 'pair', self.loss_func)"))
 mutant('measure.monitors', 'forgotten', 'a resumed training does not know how it began',
        'measure/test_verdict.py::test_resumed',
-       ("checkpoint_attrs = ('batches','curve','last')", "checkpoint_attrs = ('batches','last')"))
+       ("checkpoint_attrs = ('batches','curve','last','shape')", "checkpoint_attrs = ('batches','last','shape')"))
 mutant('measure.monitors', 'too-soon', 'a training that still falls is called finished',
        'measure/test_verdict.py::test_states',
        ('if late > .2*fall:', 'if late > 2*fall:'))
@@ -272,7 +262,6 @@ mutant('measure.probe', 'centring', "the probe's bias is that of centred feature
        ('w[:,-1] - w[:,:-1]@mean', 'w[:,-1]'))
 mutant('measure.probe', 'chosen', 'the weakest penalty instead of the best',
        'measure/test_probe.py::test_the_penalty_is_chosen_without_the_test_set',
-       ('i = int(np.argmax(curve))', 'i = len(curve)-1'),
        ('if best is None or curve[-1] > max(curve[:-1]): best = l2,w', 'best = l2,w'))
 
 # paper
@@ -295,9 +284,9 @@ mutant('runs', 'eval-seed', "a folder's held-out fifth is another one in clae_ev
 mutant('data.images', 'fingerprint', "other pixels are the same images",
        f'{bad}::test_other_images_are_refused',
        ("_add('contents', memoryview(o.images.cpu()", "_add('contents', memoryview(0*o.images.cpu()"))
-mutant('train.checkpoint', 'other-images', 'a run goes on with whatever images there are',
+mutant('runs', 'other-images', 'a run goes on with whatever images there are',
        f'{bad}::test_a_trial_that_was_begun_on_other_images {bad}::test_moved_images',
-       ('runs', "if before and (differ := other_images(before, images, self.moved)):", 'if False:'))
+       ("if before and (differ := other_images(before, images, self.moved)):", 'if False:'))
 mutant('train.checkpoint', 'twins', 'a checkpoint of another run of the same settings is taken',
        f'{bad}::test_checkpoint_of_a_twin',
        ("return f if load_checkpoint(f)['run_id'] != state['run_id'] else None", 'return None'))

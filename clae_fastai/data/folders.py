@@ -84,7 +84,8 @@ def _hold_out(items, root, share, seed):
     if not 0 <= share < 1: raise ValueError(f"valid_pct must be 0 or more and less than 1, and it is {share}.")
     for label,own in sorted(groupby(items, 'label').items(), key=lambda o: str(o[0])):
         least = 1 if labelled else 2 # that a contrastive loss can be measured on
-        n = min(max(least, round(share*len(own))), len(own)-least) if share and len(own) >= 2*least else 0
+        n = 0
+        if share and len(own) >= 2*least: n = min(max(least, round(share*len(own))), len(own)-least)
         chosen = {o.image for o in sorted(own, key=_draw)[:n]} # another file more or less changes one of them at most
         for o in own: (test if o.image in chosen else train).append(o)
     return train,test,share
@@ -195,7 +196,6 @@ def _decide(folder, size, channels, value_range, **options):
 
 def _in_memory(path, files, train, test, classes, reader):
     "A `MemoryImages` of each part; where there are many files all are read, and kept beside them"
-    def _set(items): return MemoryImages.from_items(items, classes, reader)
     if len(files) > 1000 and not reader.read: # nobody knows when a function changes
         files,options = sorted(files),(reader.channels, reader.value_range, reader.background)
         with one_at_a_time(path, 'images'):
@@ -205,6 +205,8 @@ def _in_memory(path, files, train, test, classes, reader):
             own = [o.image for o in items]
             return MemoryImages(every.images[[index[f] for f in own]], label_indices(items, classes),
                 classes, reader, own)
+    else:
+        def _set(items): return MemoryImages.from_items(items, classes, reader)
     train = _set(train)
     return train,_set(test) if test else train.new_empty()
 

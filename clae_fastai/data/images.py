@@ -110,7 +110,7 @@ class ImageSet:
     def new_empty(self): return self.take([]) # a copy, unlike a slice, whose pickle would carry all images
 
 def _fits(n_bytes, device):
-    "Would a set be no burden to a device?"
+    "Is there room for a copy: a quarter of a GPU's free memory, 1 GiB elsewhere?"
     return n_bytes <= (torch.cuda.mem_get_info(device)[0]/4 if device.type == 'cuda' else 2**30)
 
 class MemoryImages(ImageSet):

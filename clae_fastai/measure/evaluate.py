@@ -67,6 +67,8 @@ class Evaluation:
             *(f"{what:{width}}  {metric:14}  {100*value:5.1f}" for what,metric,value in rows)])
 
 def _dataset_dls(dataset, info, kwargs):
+    if isinstance(dataset, Path) or isinstance(dataset, str) and dataset not in catalogue and os.path.exists(dataset):
+        dataset,kwargs = 'folder',dict(kwargs, path=dataset)
     if not isinstance(dataset, str):
         if kwargs: raise ValueError(f"{', '.join(kwargs)} would go to get_dls, but the data are DataLoaders.")
         return 'DataLoaders','top1',dataset
@@ -78,7 +80,7 @@ def _dataset_dls(dataset, info, kwargs):
 
 def evaluate(
     model:Learner|nn.Module|str|Path, # A `clae_learner`, an encoder file, or a model that gets the images as they come
-    dataset:str|DataLoaders, # A name of `get_dls`, or `DataLoaders` with labels
+    dataset:str|DataLoaders, # A name of `get_dls`, a folder, or `DataLoaders` with labels
     protocol:str='honest', # Or 'authors': what the arguments down to `epochs` are by default
     select:str=None, # Adam's result: 'final' or 'best_on_test'
     knn_on:str=None, # Features 'h' or embeddings 'z'

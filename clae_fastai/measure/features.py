@@ -201,7 +201,7 @@ def has_labels(
 ) -> bool: # False where it is empty
     "Are there labels?"
     with no_random(reproducible=False):
-        if isinstance(dl.dataset, torch.utils.data.IterableDataset): return len(first(dl)) > 1
+        if isinstance(dl.dataset, torch.utils.data.IterableDataset): return len(first(dl) or ()) > 1
         return len(dl.dataset) > 0 and len(dl.dataset[0]) > 1
 
 _chunk = 2**25 # similarities at a time: 128 MiB in float32

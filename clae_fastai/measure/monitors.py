@@ -74,15 +74,16 @@ def judge(
 ) -> tuple: # 'collapsed', 'not learning', 'still falling' or 'learning', and why
     "What became of a training, by the first of the rules above that holds"
     curve = np.array(losses)
-    (first,last),(wide,narrow) = _ends(curve),map(np.mean, _ends(spreads))
-    start,end,k = first.mean(),last.mean(),max(1, len(curve)//3)
-    noise = np.std(np.diff(curve))/math.sqrt(len(last)) if len(curve) > 2 else 0. # of the difference of two such means
+    head,tail = _ends(curve)
+    start,end,k = head.mean(),tail.mean(),max(1, len(curve)//3)
+    spread_start,spread_end = map(np.mean, _ends(spreads))
+    noise = np.std(np.diff(curve))/math.sqrt(len(tail)) if len(curve) > 2 else 0. # of the difference of two such means
     fall,late = start - end,curve[-2*k:-k].mean() - curve[-k:].mean() if len(curve) > 1 else 0.
     went = f"the loss went from {start:.2f} to {end:.2f}"
     if math.isfinite(collapse_level): went += f" (all embeddings equal: {collapse_level:.2f})"
-    if narrow < .01 or narrow < .2 and narrow < wide/2:
+    if spread_end < .01 or (spread_end < .2 and spread_end < spread_start/2):
         return 'collapsed',(
-            f"all images have nearly the same embedding, spread {100*narrow:.0f} % as far as they could be: "
+            f"all images have nearly the same embedding, spread {100*spread_end:.0f} % as far as they could be: "
             "lower the learning rate, and see that the loss has negatives")
     if fall < max(.02*abs(start), 3*noise):
         return 'not learning',(

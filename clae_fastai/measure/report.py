@@ -145,7 +145,7 @@ def _small_pixels(images):
     return x.flatten(1)
 
 def near_duplicates(
-    features:Tensor, # (N,F)
+    features:Tensor, # (N,F), N of 2 or more
     images:Tensor, # (N,C,H,W), uint8 or from 0 to 1; small ones will do
     most:int=24 # How many pairs are returned
 ) -> tuple: # `[(i, j, cosine)]`, the most similar first; how many pairs there are; of how many images; the least cosine

@@ -171,7 +171,8 @@ def _set_cifar_stem(model, arch, weights):
 def _split_weights(arch, pretrained, weights):
     "Name or enum of the library's weights, and state dict: one of them, or none"
     check_choice('pretrained', pretrained, (True,False))
-    state = read_weights(weights) if is_weight_file(weights) else weights if isinstance(weights, dict) else None
+    state = weights if isinstance(weights, dict) else None
+    if is_weight_file(weights): state = read_weights(weights)
     if state is not None:
         if pretrained: raise ValueError("pretrained=True and weights= are two beginnings: leave one of them out.")
         return None,state

@@ -136,18 +136,22 @@ def match_state(
     for parts in (k.split('.') for k in state):
         known = itertools.takewhile(_prefixes.__contains__, parts[:-1])
         prefixes |= {f'{o}.' for o in itertools.accumulate(known, '{}.{}'.format)}
-    found = {p: part for p in sorted(prefixes)
-        for part in (_behind(p, state), _named(_behind(p, state), model)) if needed <= part.keys()}
+    found = {}
+    for p in sorted(prefixes):
+        own = _behind(p, state)
+        for part in (own, _named(own, model)):
+            if needed <= part.keys(): found[p] = part
     if len(found) > 1:
         raise ValueError(f"The weights hold several encoders, behind {', '.join(map(repr, found))}: "
             "give one's state dict.")
     if not found: return state,''
     (prefix,part), = found.items()
-    children,empty = dict(model.named_children()),tuple(
-        f'{n}.' for n,m in model.named_modules() if isinstance(m, nn.Identity))
+    children = dict(model.named_children())
+    empty = tuple(f'{n}.' for n,m in model.named_modules() if isinstance(m, nn.Identity))
     kept = {k: v for k,v in part.items() if k.partition('.')[0] in children and not k.startswith(empty)}
     rest = sorted({k for k in state if not k.startswith(prefix)} | {prefix + k for k in part.keys() - kept.keys()})
     names = ', '.join(rest[:3]) + (' and so on' if rest[3:] else '')
-    said = ([f"taken from behind {prefix!r}"]*bool(prefix)
-        + [f"left out {len(rest)} of {len(state)} tensors, {names}"]*bool(rest))
+    said = []
+    if prefix: said.append(f"taken from behind {prefix!r}")
+    if rest: said.append(f"left out {len(rest)} of {len(state)} tensors, {names}")
     return kept,f"Weights: {', '.join(said)}." if said else ''

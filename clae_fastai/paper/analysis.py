@@ -99,7 +99,9 @@ def _adversary_and_noise(clae, eps, seed):
     attacks = _sweep(clae, FGSM, eps),_sweep(clae, RandomPerturbation, eps, seed=seed)
     def _perturbed(x):
         xs = []
-        for clae.attack in attacks: xs += clae.adversarial_views(x)
+        for attack in attacks:
+            clae.attack = attack # which `adversarial_views` takes
+            xs += clae.adversarial_views(x)
         return xs
     return _perturbed
 

@@ -162,7 +162,7 @@ def _spell(o):
     "One trial has one spelling: the paper's settings are left out, and those of an attack that there is not"
     same = dict(paper_settings[o['method']], every=1)
     if 'recipe' in o: same = {k: same[k] for k in ('n_out','every')}
-    if not o['eps']: same['every'],o['attack'] = o.get('every'),'fgsm'
+    if not o['eps']: o = dict({k: v for k,v in o.items() if k != 'every'}, attack='fgsm') # no attack has no settings
     return {k: v for k,v in o.items() if v is not None and (k not in same or v != same[k])}
 
 @patch
@@ -232,11 +232,15 @@ def _do_trial(folder, options, run):
 
 def _do_all(trials, run, threads, note):
     torch.set_num_threads(threads)
-    def _do(folder, options):
-        if done := _do_trial(folder, options, run): note({folder: options})
-        return done
-    # after each from the first on: another process may have died of one
-    while any(_do(*o) for o in trials.items()): pass
+    tried = set() # error.txt, by which others know a failure, cannot always be written
+    def _do_next():
+        "The first trial that is open, from the start each time: another process may have died of one"
+        for folder,options in trials.items():
+            if folder not in tried and _do_trial(folder, options, run):
+                tried.add(folder)
+                note({folder: options})
+                return True
+    while _do_next(): pass
 
 def _do_in_processes(trials, run, workers, note):
     args = trials,run,max(1, torch.get_num_threads()//workers),note

@@ -246,14 +246,15 @@ class Checkpoint(Callback):
         if self.learn.lock.locked(): return # in `validate` and `get_preds`, perhaps inside a fit
         self.best,self.between_batches = (math.inf, None),False # score, the smaller the better, and file
         self.run = not hasattr(self.learn, 'lr_finder') # fastai's switch: False is off, for this fit
-        self.is_first_save = not any(isinstance(cb, Resume) and cb.resuming for cb in self.learn.cbs)
+        resumed = first(cb for cb in self.learn.cbs if isinstance(cb, Resume) and cb.resuming)
+        self.is_first_save = resumed is None
         if self.guarding and self.agreement is None and world_size() > 1: self.agreement = Agreement()
         if this_rank() or not self.run: return
         make_folder(self.folder)
         clear_half_files(self.folder)
-        resumed = first(cb for cb in self.learn.cbs if isinstance(cb, Resume) and cb.resuming)
         self.of_run = resumed.of_run if resumed else _of_run(self.learn, self.settings, uuid.uuid4().hex)
-        self.of_run['earlier_fits'],self.fits = [*self.fits],[*self.fits, self.of_run['settings']]
+        self.of_run['earlier_fits'] = [*self.fits]
+        self.fits = [*self.fits, self.of_run['settings']]
 
     def before_epoch(self): self.fit_cbs = list(self.learn.cbs)
     def before_train(self): self.at_start = self._own_states()
@@ -409,7 +410,8 @@ class Resume(Callback):
         if not self.resuming: return
         file,state = last_checkpoint(self.folder)
         self.of_run = _of_run(self.learn, self.settings, state['run_id'])
-        if state.get('earlier_fits', [])[self.n_passed:][:1] == [self.of_run['settings']]: return self._pass()
+        earlier = state.get('earlier_fits', [])[self.n_passed:]
+        if earlier and earlier[0] == self.of_run['settings']: return self._pass()
         self.used = True
         own,saved = ({**o['given'], **o['settings']} for o in (self.of_run, state))
         if len(state['random']) != world_size(): del saved['batches_an_epoch']

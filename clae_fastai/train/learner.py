@@ -137,8 +137,10 @@ def _attack(attack, eps):
 def _read_weights(weights):
     "`weights`, read where they are a file, and the header of an encoder file"
     if not is_weight_file(weights): return weights,None
-    try: return read_encoder(weights) if Path(weights).suffix == '.safetensors' else (read_weights(weights),None)
-    except OtherFormat: return read_weights(weights),None
+    file = Path(weights).expanduser()
+    if file.suffix.lower() != '.safetensors': return read_weights(file),None
+    try: return read_encoder(file)
+    except OtherFormat: return read_weights(file),None
 
 def _weights_stats(encoder, pretrained, weights, info, n_in):
     "(mean, std) that the weights were trained with, if known"

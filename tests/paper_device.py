@@ -184,7 +184,8 @@ def _run(func, args, kwargs, tensors):
     mixed = name not in _may_mix and on_device and any(t.ndim for t in on_cpu) # a number may come from the CPU
     if mixed or name in _indexing and not isinstance(args[0], PaperTensor):
         raise RuntimeError(f"{name}: expected all tensors to be on the same device, and there are "
-            f"{[tuple(t.shape) for t in on_device]} on {DEVICE}, {[tuple(t.shape) for t in on_cpu]} on the CPU, {_where()}")
+            f"{[tuple(t.shape) for t in on_device]} on {DEVICE}, {[tuple(t.shape) for t in on_cpu]} on the CPU, "
+            f"{_where()}")
     stays = not _count(name, args, kwargs, on_device, on_cpu)
     def _raw(o):
         if isinstance(o, PaperTensor): return o.raw

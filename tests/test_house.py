@@ -21,7 +21,8 @@ def notebooks(house):
 def modules(house):
     "`{name: file}` of the library's modules, packages left out"
     lib = house/'clae_fastai'
-    return {'.'.join(f.relative_to(lib).with_suffix('').parts): f for f in sorted(lib.rglob('*.py')) if f.stem != '__init__'}
+    return {'.'.join(f.relative_to(lib).with_suffix('').parts): f
+            for f in sorted(lib.rglob('*.py')) if f.stem != '__init__'}
 
 def package_of(module): return 'clae_fastai' + '.'.join(['', *module.split('.')[:-1]])
 
@@ -62,7 +63,8 @@ def homeless(house):
 def upward(house):
     "Imports of a room that comes later, or of itself, or of `all`"
     order = {n: i for i,(n,_) in enumerate(notebooks(house))} | dict(all=10**6)
-    return [f'{mod}:{line} imports {to}, which is not above it' for mod,found in all_imports(house).items() if mod in order
+    return [f'{mod}:{line} imports {to}, which is not above it'
+            for mod,found in all_imports(house).items() if mod in order
             for line,to,*_ in found if to in order and order[to] >= order[mod]]
 
 def circles(house):
@@ -104,11 +106,15 @@ def test_the_house_stands(check):
 @pytest.fixture
 def house(tmp_path):
     "A small house: core, and two floors of two rooms"
-    def notebook(name, exports): return json.dumps(dict(cells=[dict(cell_type='code', source=[f'#| default_exp {exports}'])]))
-    code = {'core': 'def f(): pass', 'a.one': 'from ..core import *', 'a.two': 'from .one import *\nfrom .. import __version__',
-            'b.one': 'from ..a.two import *\nfrom clae_fastai import core', 'b.two': 'from . import one\nimport clae_fastai.core'}
+    def notebook(name, exports):
+        return json.dumps(dict(cells=[dict(cell_type='code', source=[f'#| default_exp {exports}'])]))
+    code = {'core': 'def f(): pass', 'a.one': 'from ..core import *',
+            'a.two': 'from .one import *\nfrom .. import __version__',
+            'b.one': 'from ..a.two import *\nfrom clae_fastai import core',
+            'b.two': 'from . import one\nimport clae_fastai.core'}
     for i,(name,text) in enumerate(code.items()):
-        for file,content in ((f'nbs/{i:02}_{name}.ipynb', notebook(name, name)), (f'clae_fastai/{name.replace(".", "/")}.py', text)):
+        for file,content in ((f'nbs/{i:02}_{name}.ipynb', notebook(name, name)),
+                             (f'clae_fastai/{name.replace(".", "/")}.py', text)):
             (tmp_path/file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path/file).write_text(content)
     (tmp_path/'clae_fastai'/'all.py').write_text('from clae_fastai.b.two import *')
@@ -170,7 +176,8 @@ def test_what_is_newest_is_there(pytestconfig):
 
 def test_the_table_of_modules():
     "Every room has its line, in the order of the rooms, and links to its notebook"
-    table = re.findall(r'^\| \[([\w.]+)\]\(([\w.]+)\) \|', (root/'nbs'/'modules.ipynb').read_text().replace('    "', ''), re.M)
+    table = re.findall(r'^\| \[([\w.]+)\]\(([\w.]+)\) \|',
+        (root/'nbs'/'modules.ipynb').read_text().replace('    "', ''), re.M)
     files = [f.name for f in sorted((root/'nbs').glob('[0-9]*_*.ipynb'))]
     assert table == [(f.removesuffix('.ipynb').partition('_')[2], f) for f in files]
 

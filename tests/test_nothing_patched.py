@@ -20,7 +20,8 @@ def changes(*names, path=here.parent):
 
 def test_nothing_is_patched():
     "But for methods that are added to `Learner`"
-    names = [n for n in ('clae_fastai.all','clae_fastai.paper.experiments','clae_fastai.runs','clae_fastai.cli') if find_spec(n)]
+    names = [n for n in ('clae_fastai.all','clae_fastai.paper.experiments','clae_fastai.runs','clae_fastai.cli')
+             if find_spec(n)]
     added = 'distributed','embed','export_encoder','show_views'
     assert changes(*names) == [f'fastai.learner.Learner.{n} is new' for n in added]
 

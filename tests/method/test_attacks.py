@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clae_fastai.all import (
-    FFGSM, FGSM, PGD, RFGSM, CLAECallback, NTXentLoss, PlainLoss, RandomPerturbation, adversarial_bn, attacks, clae_learner,
-    frozen_bn_stats, get_dls, resnet8, set_seed)
+    FFGSM, FGSM, PGD, RFGSM, CLAECallback, NTXentLoss, PlainLoss, RandomPerturbation, adversarial_bn, attacks,
+    clae_learner, frozen_bn_stats, get_dls, resnet8, set_seed)
 
 mean,std = torch.tensor([.49,.48,.45]),torch.tensor([.25,.24,.26])
 kinds = [(a,n,s) for a in attacks for n in ('linf','l2') for s in ('normalized','pixel')]
@@ -49,7 +49,8 @@ def test_pgd_takes_its_steps():
         moved = (x + delta).requires_grad_()
         g, = torch.autograd.grad(loss(anchor, f(moved)), moved)
         delta = (delta + size*g.sign()).clamp(-eps, eps)
-        torch.testing.assert_close(PGD(eps, steps=steps, step_size=size, start='zero')(f, x, loss), x + delta, rtol=0, atol=1e-12)
+        torch.testing.assert_close(PGD(eps, steps=steps, step_size=size, start='zero')(f, x, loss), x + delta,
+                                   rtol=0, atol=1e-12)
 
 @pytest.mark.parametrize('norm', ['linf','l2'])
 @pytest.mark.parametrize('attack', [FGSM, partial(PGD, steps=4, start='zero'), partial(FFGSM, start='zero')])

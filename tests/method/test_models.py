@@ -7,7 +7,8 @@ from torch import nn
 
 from clae_fastai.all import convert_dual_bn, create_encoder, dual_bns, num_features, strip_dual_bn
 
-tv_names = [o for o in torchvision.models.list_models(module=torchvision.models) if 'regnet' not in o or o.endswith('400mf')]
+tv_names = [o for o in torchvision.models.list_models(module=torchvision.models)
+            if 'regnet' not in o or o.endswith('400mf')]
 ten = ['resnet18','resnet50','resnext50_32x4d','densenet121','mobilenet_v2','mobilenet_v3_small','efficientnet_b0',
        'shufflenet_v2_x1_0','vgg11_bn','googlenet']
 five = ['resnet10t','efficientnet_lite0','regnetx_002','mobilenetv3_small_050','repvgg_a0']

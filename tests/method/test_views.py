@@ -54,7 +54,8 @@ def test_normalize_last_and_once(quiet):
     "Whatever the DataLoaders normalise with, the encoder sees views that are normalised with it, once"
     seen = []
     for stats in (None, ([.2],[.4])):
-        dls = get_dls('digits', bs=64, limit=256, batch_tfms=None if stats is None else Normalize.from_stats(*stats, cuda=False))
+        dls = get_dls('digits', bs=64, limit=256,
+            batch_tfms=None if stats is None else Normalize.from_stats(*stats, cuda=False))
         learn = quiet(clae_learner(dls, resnet8, views='digits', eps=0.))
         learn.model.encoder.register_forward_pre_hook(lambda m, x: seen.append(x[0].detach()))
         learn.fit(1, 0.)
@@ -63,4 +64,5 @@ def test_normalize_last_and_once(quiet):
         seen.clear()
         assert (mean,std) == ((.5,.5) if stats is None else (pytest.approx(.2), pytest.approx(.4)))
         pix = x*std + mean
-        assert pix.min() >= -1e-6 and pix.max() <= 1 + 1e-6 and pix.min() < .05 and pix.max() > .95 and x.dtype == torch.float32
+        assert (pix.min() >= -1e-6 and pix.max() <= 1 + 1e-6 and pix.min() < .05 and pix.max() > .95 and
+                x.dtype == torch.float32)

@@ -5,7 +5,8 @@ import torch
 import torchvision
 from torchvision.models import get_model_weights, list_models
 
-from clae_fastai.all import MemoryImages, clae_learner, create_encoder, key_difference, load_encoder, memory_dls, plain_state
+from clae_fastai.all import (
+    MemoryImages, clae_learner, create_encoder, key_difference, load_encoder, memory_dls, plain_state)
 
 timm = pytest.importorskip('timm')
 pytestmark = pytest.mark.slow
@@ -37,7 +38,8 @@ large_families = '''
 
 names = list_models(module=torchvision.models)
 n_params = {o: get_model_weights(o).DEFAULT.meta['num_params'] for o in names}
-computing = 'regnet_x_16gf regnet_x_32gf regnet_y_16gf regnet_y_32gf regnet_y_128gf'.split() # with values, when built; as the smaller ones
+# with values, when built; as the smaller ones
+computing = 'regnet_x_16gf regnet_x_32gf regnet_y_16gf regnet_y_32gf regnet_y_128gf'.split()
 sizes = dict(maxvit_t=224, inception_v3=96)
 
 def same_features(arch, size, folder):

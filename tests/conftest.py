@@ -38,7 +38,8 @@ def cifar_dir(tmp_path_factory):
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    "One of our commands in this process, as the shell would call it in an empty folder: `cli('clae_train', '--epochs', 1)`"
+    """One of our commands in this process, as the shell would call it in an empty folder:
+    `cli('clae_train', '--epochs', 1)`"""
     from clae_fastai import cli
     def run(name, *args):
         monkeypatch.setenv('PYTHONWARNINGS', 'ignore') # for processes that it starts

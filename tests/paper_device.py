@@ -5,8 +5,8 @@
         paper.waits   # Counter of (what, where): where the host waits for the device
         paper.bytes   # Counter of where: what crosses to the device
 
-Mixing its tensors with the CPU's raises, as on a GPU. It is built on PyTorch's Python backend, of which a process has one,
-so it is registered when the first `paper_device()` is entered, and looks unavailable to others outside of it.
+Mixing its tensors with the CPU's raises, as on a GPU. It is built on PyTorch's Python backend, of which a process has
+one, so it is registered when the first `paper_device()` is entered, and looks unavailable to others outside of it.
 
 What it cannot show: races (everything happens at once, in order), memory that runs out, kernels that a device lacks.
 Its random numbers come from the CPU's generator, so that runs can be compared."""

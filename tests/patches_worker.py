@@ -1,4 +1,5 @@
-"Look at all of fastai, import the modules that are named, and print what is another than before: `patches_worker.py NAMES`"
+"""Look at all of fastai, import the modules that are named, and print what is another than before:
+`patches_worker.py NAMES`"""
 import importlib
 import json
 import pkgutil
@@ -22,7 +23,8 @@ def parts(v):
     return [*v] if isinstance(v, (list,tuple,set)) else []
 
 def look():
-    "`{(owner, name of an attribute): (what it is, its parts)}` of modules and of their classes; held, so that no id is used twice"
+    """`{(owner, name of an attribute): (what it is, its parts)}` of modules and of their classes;
+    held, so that no id is used twice"""
     mods = [m for n,m in list(sys.modules.items()) if n.split('.')[0] in watched and isinstance(m, types.ModuleType)]
     classes = {o for m in mods for o in vars(m).values()
                if isinstance(o, type) and str(o.__module__).split('.')[0] in watched}

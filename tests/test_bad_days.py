@@ -1,4 +1,5 @@
-"Bad days: images that were exchanged, checkpoints of other runs, full disks, names that are taken, parents that die, leftovers."
+"""Bad days: images that were exchanged, checkpoints of other runs, full disks, names that are taken,
+parents that die, leftovers."""
 import contextlib
 import json
 import os
@@ -385,7 +386,8 @@ long = '--limit', 256, '--bs', 32, '--epochs', 12
 
 @pytest.mark.slow
 def test_full_disk(disk, tmp_path):
-    "It fills up while training, log and all, and is emptied before the end; or is not, and the run goes on later. Both end as without"
+    """It fills up while training, log and all, and is emptied before the end; or is not, and the run goes on later.
+    Both end as without"""
     with working_directory(tmp_path): clae_train.main([*map(str, long), '--name', 'whole'])
     for emptied in (True,False):
         name = f'run{emptied}'
@@ -496,7 +498,8 @@ def workers_of(parent):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='needs /proc')
 def test_killed_parents_and_children(tmp_path, pytestconfig):
-    "SIGKILL or SIGTERM at random moments of a sweep: nobody is left, and the table is that of a sweep that nobody disturbed"
+    """SIGKILL or SIGTERM at random moments of a sweep: nobody is left, and the table is that of a sweep
+    that nobody disturbed"""
     args = '1', '--scale', 'smoke', '--workers', 2, '--data', tmp_path/'photos'
     draw_images(tmp_path/'photos', 600, seed=3)
     (tmp_path/'calm').mkdir(); (tmp_path/'killed').mkdir()

@@ -49,7 +49,8 @@ def in_a_process(name, *args, cwd=None):
         cwd=cwd, capture_output=True, text=True, env=clean)
 
 def test_answers_at_once():
-    "Help, the version and wrong options of all commands, without importing anything heavy, in a fraction of the time that takes"
+    """Help, the version and wrong options of all commands, without importing anything heavy,
+    in a fraction of the time that takes"""
     def seconds(f, *args):
         start = time.perf_counter()
         return f(*args),time.perf_counter() - start

@@ -261,10 +261,12 @@ prose = '''() => {
 }'''
 broken_images = '[...document.images].filter(o => !o.naturalWidth).map(o => o.src)'
 too_wide = '''[document.documentElement, ...document.querySelectorAll("article > *")]
-    .filter(o => o.getBoundingClientRect().right > innerWidth || o == document.documentElement && o.scrollWidth > innerWidth)
+    .filter(o => o.getBoundingClientRect().right > innerWidth ||
+        o == document.documentElement && o.scrollWidth > innerWidth)
     .map(o => o.outerHTML.slice(0, 80))'''
 
-cut = '''[...document.querySelectorAll("article pre > code, article .output-html, article .output-html .md-typeset__scrollwrap")]
+cut = '''[...document.querySelectorAll(
+    "article pre > code, article .output-html, article .output-html .md-typeset__scrollwrap")]
     .filter(o => o.scrollWidth > o.clientWidth).map(o => o.textContent.trim().slice(0, 80))'''
 broken_columns = '''[...document.querySelectorAll("article .columns code")].flatMap(o => {
     const pen = document.createElement("canvas").getContext("2d"), style = getComputedStyle(o)

@@ -1,5 +1,5 @@
-"""Broken input of every kind: a clear message, exit code 2, no traceback, nothing overwritten, nothing executed, nothing
-written where it does not belong."""
+"""Broken input of every kind: a clear message, exit code 2, no traceback, nothing overwritten, nothing executed,
+nothing written where it does not belong."""
 import io
 import os
 import pickle

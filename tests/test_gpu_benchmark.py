@@ -1,4 +1,5 @@
-"`benchmarks/gpu.py` on a processor: every part makes its table, without a row that failed, and the committed results stay."
+"""`benchmarks/gpu.py` on a processor: every part makes its table, without a row that failed,
+and the committed results stay."""
 import subprocess
 import sys
 from pathlib import Path

@@ -48,7 +48,8 @@ def test_code_is_narrow_enough_to_be_read(page):
 # Commands
 
 def commands(page):
-    "Those of this library in a page's prose, as they stand, without remarks behind them; what ends in three dots is none"
+    """Those of this library in a page's prose, as they stand, without remarks behind them;
+    what ends in three dots is none"""
     text = '\n'.join(cells(page, 'markdown'))
     found = re.findall(r'(?:^ {4}|`)(clae_\w+ [^`\n]+)(?:`|$)', text, re.M)
     return [o for o in (shlex.split(line, comments=True) for line in found) if '...' not in o]

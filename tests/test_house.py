@@ -1,4 +1,5 @@
-"The house stands: every module has its notebook, imports run downward, no private name leaves its module, lines stay short."
+"""The house stands: every module has its notebook, imports run downward, no private name leaves its module,
+lines stay short."""
 import ast
 import json
 import re
@@ -12,7 +13,8 @@ root = Path(__file__).parent.parent
 by_hand = {'all','_modidx'} # the modules that no notebook makes
 
 def notebooks(house):
-    "`[(name, the module that it exports or None)]` of the numbered notebooks, in their order, which is the order of the rooms"
+    """`[(name, the module that it exports or None)]` of the numbered notebooks, in their order,
+    which is the order of the rooms"""
     def exports(file):
         code = [''.join(c['source']) for c in json.loads(file.read_text())['cells'] if c['cell_type'] == 'code']
         return next(iter(re.findall(r'^#\| *default_exp +(\S+)', '\n'.join(code), re.M)), None)
@@ -27,8 +29,9 @@ def modules(house):
 def package_of(module): return 'clae_fastai' + '.'.join(['', *module.split('.')[:-1]])
 
 def imports(file, package, known):
-    """`[(line, module, name, called)]` of all that `file`, of a module in `package`, imports from the library, at its top
-    or later: the `name` of a `module`, or a whole module (then `name` is None), and how it is called in the file"""
+    """`[(line, module, name, called)]` of all that `file`, of a module in `package`, imports from the library,
+    at its top or later: the `name` of a `module`, or a whole module (then `name` is None),
+    and how it is called in the file"""
     found = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import): found += [(node.lineno, o.name, None, o.asname or o.name) for o in node.names]

@@ -1,5 +1,6 @@
-"""A newcomer's path: the home page, which is README.md: how long it is, in which order, and every line of it that a machine reads,
-copied as it stands, in an empty folder. (`.ci/run` runs the two lines that install, `nbdev_test` tutorials and guides.)"""
+"""A newcomer's path: the home page, which is README.md: how long it is, in which order, and every line of it
+that a machine reads, copied as it stands, in an empty folder. (`.ci/run` runs the two lines that install,
+`nbdev_test` tutorials and guides.)"""
 import json, os, re, shlex, shutil, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path

@@ -1,4 +1,5 @@
-"Importing the library changes nothing for other learners: fastai's classes, functions and dispatch tables are as they were."
+"""Importing the library changes nothing for other learners: fastai's classes, functions and dispatch tables
+are as they were."""
 import json
 import os
 import subprocess

@@ -212,7 +212,8 @@ def test_ways_to_train(paper, way):
 
 @pytest.mark.parametrize('precision', ['bf16','fp16'])
 def test_half_precision(paper, precision):
-    "float16's scaler, which is PyTorch's, waits twice besides: did the gradients overflow, and is the scale another now?"
+    """float16's scaler, which is PyTorch's, waits twice besides: did the gradients overflow,
+    and is the scale another now?"""
     # no overflow at first
     learn = watched(paper, *2*[scaler]*(precision == 'fp16'), precision=precision, temperature=.5)
     assert isinstance(learn.mixed_precision, MixedPrecision)

@@ -1,4 +1,5 @@
-"Run folders: of other versions, of several processes, with settings of every kind; and that commands and library know the same names."
+"""Run folders: of other versions, of several processes, with settings of every kind;
+and that commands and library know the same names."""
 import inspect
 import json
 import shutil

@@ -1,5 +1,5 @@
-"""Images and folders as people have them: each case is built from small files, and comes out right, or ends in a message.
-Sets in memory and in files, without and with processes that load them."""
+"""Images and folders as people have them: each case is built from small files, and comes out right,
+or ends in a message. Sets in memory and in files, without and with processes that load them."""
 import json
 import pickle
 import re

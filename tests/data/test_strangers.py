@@ -1,4 +1,5 @@
-"Folders and files from strangers: nothing waits, nothing starts a program, nothing is read twice, and what came along is not believed."
+"""Folders and files from strangers: nothing waits, nothing starts a program, nothing is read twice,
+and what came along is not believed."""
 import contextlib
 import json
 import os

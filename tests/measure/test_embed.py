@@ -84,7 +84,8 @@ def test_a_row_an_image(cli, kind, layout):
     assert table.shape == (30,64) and list(table.index) == [*a]
 
 def test_learners(tmp_path):
-    "Files, images and items as given; a `DataBlock`, whose transforms act as in validation; training goes on as if nothing was"
+    """Files, images and items as given; a `DataBlock`, whose transforms act as in validation;
+    training goes on as if nothing was"""
     root = folder(tmp_path/'images', noise((40,40,3)), 'png', '{c}/{i}', 12)
     learn,_ = encoder(tmp_path/'e.safetensors', root)
     files = [*learn.dls.valid.files, learn.dls.train.files[0]][::-1]

@@ -36,7 +36,8 @@ def votes(bank, y, queries, k, temperature):
     return share/share.sum(1, keepdim=True),clear
 
 def check_against_oracles(bank, y, queries, k, temperature):
-    "Where votes differ by 1e-5 or more, all three agree; elsewhere ours is one of the best. How many queries were clear?"
+    """Where votes differ by 1e-5 or more, all three agree; elsewhere ours is one of the best.
+    How many queries were clear?"""
     ours = knn_predict(bank, y, queries, k, temperature)
     share,clear = votes(bank, y, queries, k, temperature)
     best = share.amax(1, keepdim=True)

@@ -45,7 +45,8 @@ def quiet(folder):
 
 @pytest.fixture(scope='module')
 def places(tmp_path_factory, digits_dir):
-    "A folder with the runs `labelled` and `flat`; `flat` was trained on 560 files, with hostile names, copies and re-saved images"
+    """A folder with the runs `labelled` and `flat`; `flat` was trained on 560 files, with hostile names,
+    copies and re-saved images"""
     from sklearn.datasets import load_digits
     here = tmp_path_factory.mktemp('reports')
     folder = os.fsencode(here/'flat')
@@ -74,7 +75,8 @@ def page_of(places, name): return (places/'runs'/name/'report.html').read_bytes(
 # What the page is
 
 class Strict(HTMLParser):
-    "Every tag is closed in its order, attributes are quoted and none is an event's, and nothing stands where it may not"
+    """Every tag is closed in its order, attributes are quoted and none is an event's,
+    and nothing stands where it may not"""
     void = {'meta','img','br'}
     known = void | set('html head title style body header main section h1 h2 p ul li dl dt dd div table thead tbody '
         'tr th td figure figcaption strong b i span details summary'.split())
@@ -138,7 +140,8 @@ def test_the_check_of_html_finds_what_is_wrong():
         assert Strict(f'{head}{wrong}</html>').bad, wrong
 
 def test_hostile_names_are_text(places):
-    "Each name stands in the page as it is, or spelled out, when it stands there; all of them do in a page about them alone"
+    """Each name stands in the page as it is, or spelled out, when it stands there;
+    all of them do in a page about them alone"""
     dl = folder_dl(places/'flat', 16, bs=64, num_workers=0)
     seen = look_at(places/'runs'/'flat'/'encoder.safetensors', {'': dl})
     few = [i for i,name in enumerate(seen.names) if not re.fullmatch(r'\d{4}\.png|(copy of|saved) .*', name)]
@@ -368,7 +371,8 @@ def test_refusals(places, cli, command):
     assert 'encoder.safetensors' in command(commands.clae_report, 'labelled')
 
 def test_old_runs_and_other_images(cli, digits_dir):
-    "A run of 0.1.0 has less to tell; its encoder looks at another folder, whatever its layout, read as its own images were"
+    """A run of 0.1.0 has less to tell; its encoder looks at another folder, whatever its layout,
+    read as its own images were"""
     runs = shutil.copytree(old_runs, cli.cwd/'runs')
     for i,args in enumerate([(), ('--path', digits_dir/'rgb')], 1):
         r = cli('clae_report', 'finished', *args)
@@ -404,7 +408,8 @@ def test_in_a_browser(places, visit, name, width, scheme):
     tab,bad = visit(places/'runs'/name/'report.html', viewport={'width': width, 'height': 900}, color_scheme=scheme)
     assert tab.evaluate('document.documentElement.scrollWidth <= innerWidth')
     outside = '''[...document.querySelectorAll("body *")]
-        .filter(o => !o.closest(".wide > *") && o.getBoundingClientRect().right > innerWidth).map(o => o.outerHTML.slice(0, 80))'''
+        .filter(o => !o.closest(".wide > *") && o.getBoundingClientRect().right > innerWidth)
+        .map(o => o.outerHTML.slice(0, 80))'''
     assert tab.evaluate(outside) == []
     assert tab.evaluate('[...document.images].filter(o => !o.naturalWidth)'
                         '.map(o => o.alt)') == []

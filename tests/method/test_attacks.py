@@ -79,7 +79,8 @@ def test_special_cases_equal_fgsm(norm, space, eps, seed):
 @settings(max_examples=20, deadline=None)
 @given(d=st.integers(2, 40), b=st.integers(1, 9), seed=st.integers(0, 999))
 def test_a_positive_pair_alone_has_no_gradient(d, b, seed):
-    "At delta=0 a normalised positive pair is at its maximum of similarity: FGSM is directed by the negatives, not so a random start"
+    """At delta=0 a normalised positive pair is at its maximum of similarity: FGSM is directed by the negatives,
+    not so a random start"""
     seen = []
     class Watch(FGSM):
         def direction(self, g): seen.append(g); return super().direction(g)

@@ -54,7 +54,8 @@ def attacked(d, method, device='cpu'):
         return FGSM(.03)(model, torch.tensor(d['step0/x_q'], device=device), losses[method]())
 
 def three_steps(d, method, device='cpu'):
-    "`CLAECallback` in a plain `Learner`: each step's adversary, losses, gradients and parameters, by their names in `d`"
+    """`CLAECallback` in a plain `Learner`: each step's adversary, losses, gradients and parameters,
+    by their names in `d`"""
     t = lambda i, k: torch.tensor(d[f'step{i}/{k}'], device=device)
     seen = {}
     def views(x): return t(learn.iter, 'x_q'),t(learn.iter, 'x_p')

@@ -86,7 +86,8 @@ def test_pixel_space_needs_a_normalize(dls):
 
 @pytest.mark.parametrize('precision', low_types)
 def test_precision_is_what_it_says(dls, quiet, precision):
-    "Low precision in training's forwards and in the attack's, whose loss is scaled, too; views, x_adv and weights in float32"
+    """Low precision in training's forwards and in the attack's, whose loss is scaled, too;
+    views, x_adv and weights in float32"""
     learn = quiet(clae_learner(dls[True], resnet8, views='digits', every=1, cbs=GradientClip(1.)))
     getattr(learn, f'to_{precision}')()
     seen,adv,scales = [],[],[]
@@ -130,7 +131,8 @@ def test_float16_by_name(dls):
     assert by_name.mixed_precision.amp_mode == by_method.mixed_precision.amp_mode
 
 def test_a_skipped_step_leaves_nothing(dls, quiet):
-    "A batch whose loss is no number, the second of two: weights, batch norm's statistics and the means are those after the first"
+    """A batch whose loss is no number, the second of two: weights, batch norm's statistics and the means
+    are those after the first"""
     learn = quiet(clae_learner(dls[True], resnet8, views='digits', every=1, on_nonfinite='skip'))
     base,kept = learn.loss_func.base,[]
     def loss(a, b): return base(a, b)*(float('nan') if learn.training and learn.iter == 1 else 1)
@@ -145,7 +147,8 @@ def test_a_skipped_step_leaves_nothing(dls, quiet):
 
 @pytest.mark.parametrize('precision', ['fp32','bf16'])
 def test_attack_through_the_clean_batch_norm(dls, quiet, precision):
-    "The attack's own forward uses the chosen batch norm, the adversarial view's the adversarial one; the attack leaves both alone"
+    """The attack's own forward uses the chosen batch norm, the adversarial view's the adversarial one;
+    the attack leaves both alone"""
     for bn,want in (('adv', 2), ('clean', 1)):
         learn = quiet(clae_learner(dls[True], resnet8, views='digits', every=1, attack_bn=bn, precision=precision))
         calls = {'clean': 0, 'adv': 0}
@@ -159,7 +162,8 @@ def test_attack_through_the_clean_batch_norm(dls, quiet, precision):
 
 @pytest.mark.slow
 def test_low_precision_is_as_good():
-    "5-label kNN on digits, mean of 3 seeds: bfloat16 and float16 within 2 points of float32, with one-cycle and gradient clipping"
+    """5-label kNN on digits, mean of 3 seeds: bfloat16 and float16 within 2 points of float32,
+    with one-cycle and gradient clipping"""
     def accuracy(precision, seed):
         set_seed(seed)
         dls = get_dls('digits', bs=64)
@@ -173,7 +177,8 @@ def test_low_precision_is_as_good():
     assert full > .65 and min(low) > full - .02, (full,low)
 
 def test_given_weights(quiet):
-    "Before the first step the clean path gives the stock model's features, bit for bit; both batch norms start from the given values"
+    """Before the first step the clean path gives the stock model's features, bit for bit;
+    both batch norms start from the given values"""
     set_seed(0)
     stock = torchvision.models.resnet18()
     for b in (m for m in stock.modules() if isinstance(m, nn.BatchNorm2d)):

@@ -15,8 +15,8 @@ five = ['resnet10t','efficientnet_lite0','regnetx_002','mobilenetv3_small_050','
 
 @pytest.mark.parametrize('name', tv_names)
 def test_every_torchvision_architecture(name):
-    """By name; on the meta device, where a network costs nothing (RegNets read numbers from tensors as they are built: the smallest
-    of either kind are built for real)"""
+    """By name; on the meta device, where a network costs nothing (RegNets read numbers from tensors
+    as they are built: the smallest of either kind are built for real)"""
     with torch.device('cpu' if 'regnet' in name else 'meta'):
         enc = create_encoder(name)
         h = enc.train()(torch.zeros(2, 3, *[299 if 'inception' in name else 224]*2))

@@ -1,4 +1,5 @@
-"Other libraries' augmentations as views: each image its own random numbers, which follow from the seed, and one way to normalise."
+"""Other libraries' augmentations as views: each image its own random numbers, which follow from the seed,
+and one way to normalise."""
 import random
 
 import kornia.augmentation as K

@@ -1,5 +1,5 @@
-"""The distribution of each augmentation is torchvision's: mean, standard deviation and extremes over 2,000 draws on the same image
-(two-sample Kolmogorov-Smirnov)."""
+"""The distribution of each augmentation is torchvision's: mean, standard deviation and extremes over 2,000 draws
+on the same image (two-sample Kolmogorov-Smirnov)."""
 import pytest
 import torch
 import torchvision.transforms as T
@@ -29,7 +29,8 @@ theirs = dict(
     blur         =('imagenet','RandomGaussianBlur',  T.RandomApply([T.GaussianBlur(3, (.1,2.))], p=.5)))
 
 def moments(x):
-    "Of each draw: mean and standard deviation of its channels, smallest and largest value, mean of each quadrant (where things are)"
+    """Of each draw: mean and standard deviation of its channels, smallest and largest value,
+    mean of each quadrant (where things are)"""
     x = x.as_subclass(torch.Tensor)
     quadrants = nn.functional.adaptive_avg_pool2d(x.mean(1, keepdim=True), 2).flatten(1)
     return torch.cat([x.mean((2,3)), x.std((2,3)), x.amin((1,2,3))[:,None], x.amax((1,2,3))[:,None], quadrants], 1)

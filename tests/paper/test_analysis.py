@@ -1,4 +1,5 @@
-"The figures: no trace left in the learner, intervals and distances against SciPy, every kind of learner and data, helpful errors."
+"""The figures: no trace left in the learner, intervals and distances against SciPy, every kind of learner and data,
+helpful errors."""
 import copy
 import random
 import warnings
@@ -194,7 +195,8 @@ def test_originals_are_the_images_of_the_data(quiet):
 
 @pytest.mark.parametrize('kw', [dict(), dict(norm='l2'), dict(space='pixel')])
 def test_the_sweep_is_the_attack_at_each_strength(kw, quiet):
-    "One gradient for all strengths gives what an attack of each strength gives, and the loss is the second term of a training step's"
+    """One gradient for all strengths gives what an attack of each strength gives,
+    and the loss is the second term of a training step's"""
     learn,eps = make(quiet, attack=FGSM(.03, **kw)),(0,.03,.2)
     rows,slow = loss_vs_eps(learn, eps, 3, seed=5),[]
     with seeded_clae(learn, 5) as (clae,model,device), torch.no_grad():

@@ -1,6 +1,7 @@
-"""What `test_distributed.py` runs under torchrun, on every rank: `distributed_worker.py NAME ... OUT`, where a NAME is one of the
-functions exact, learner, monitors, resume and slow_first. Results go to OUT/NAME-RANK.pt. Its first part is also the reference in
-one process. `distributed_worker.py clae_train OPTION ... OUT` is the command, whose exit code goes to OUT/code-RANK."""
+"""What `test_distributed.py` runs under torchrun, on every rank: `distributed_worker.py NAME ... OUT`, where a NAME is
+one of the functions exact, learner, monitors, resume and slow_first. Results go to OUT/NAME-RANK.pt. Its first part is
+also the reference in one process. `distributed_worker.py clae_train OPTION ... OUT` is the command, whose exit code
+goes to OUT/code-RANK."""
 import hashlib
 import math
 import os

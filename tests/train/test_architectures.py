@@ -1,5 +1,6 @@
-"""Encoders of every architecture of torchvision, and of every family of timm, as files: written, read back, and the same features.
-Those of more than 50 million parameters have names and shapes alone, as those are what could be wrong."""
+"""Encoders of every architecture of torchvision, and of every family of timm, as files: written, read back,
+and the same features. Those of more than 50 million parameters have names and shapes alone, as those are what could
+be wrong."""
 import pytest
 import torch
 import torchvision
@@ -21,11 +22,11 @@ families = { # the smallest model of each, by the size of its images
     160: '''
         test_coatnet test_vit test_vit_relpos''',
     224: '''
-        coat_tiny convit_tiny deit_tiny_patch16_224 efficientformer_l1 efficientformerv2_s0 efficientvit_m0 eva02_tiny_patch14_224
-        gcvit_xxtiny gmixer_12_224 levit_128 pit_xs_224 swiftformer_xs visformer_tiny vit_tiny_r_s16_p8_224
-        xcit_nano_12_p8_224 cait_xxs24_224 davit_tiny focalnet_tiny_srf hiera_tiny_224 mvitv2_tiny nest_tiny sequencer2d_s
-        swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 tiny_vit_5m_224 tnt_s_legacy_patch16_224 twins_svt_small
-        vitamin_small_224 volo_d1_224''',
+        coat_tiny convit_tiny deit_tiny_patch16_224 efficientformer_l1 efficientformerv2_s0 efficientvit_m0
+        eva02_tiny_patch14_224 gcvit_xxtiny gmixer_12_224 levit_128 pit_xs_224 swiftformer_xs visformer_tiny
+        vit_tiny_r_s16_p8_224 xcit_nano_12_p8_224 cait_xxs24_224 davit_tiny focalnet_tiny_srf hiera_tiny_224
+        mvitv2_tiny nest_tiny sequencer2d_s swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 tiny_vit_5m_224
+        tnt_s_legacy_patch16_224 twins_svt_small vitamin_small_224 volo_d1_224''',
     240: '''
         crossvit_tiny_240''',
     256: '''
@@ -33,8 +34,9 @@ families = { # the smallest model of each, by the size of its images
     299: '''
         inception_v4'''}
 large_families = '''
-    beit_base_patch16_224 deepseek_vit_412m gemma4_vit_167m inception_resnet_v2 mobilenetv5_base naflexvit_base_patch16_parfac_gap
-    nasnetalarge pnasnet5large qwen3_vit_88m samvit_base_patch16_224 vgg11'''.split() # whose smallest model is large
+    beit_base_patch16_224 deepseek_vit_412m gemma4_vit_167m inception_resnet_v2 mobilenetv5_base
+    naflexvit_base_patch16_parfac_gap nasnetalarge pnasnet5large qwen3_vit_88m samvit_base_patch16_224
+    vgg11'''.split() # whose smallest model is large
 
 names = list_models(module=torchvision.models)
 n_params = {o: get_model_weights(o).DEFAULT.meta['num_params'] for o in names}

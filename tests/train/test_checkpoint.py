@@ -1,4 +1,5 @@
-"Runs that die, as real processes: killed, terminated, out of disk, with dead workers; and what resumes equals what was never interrupted."
+"""Runs that die, as real processes: killed, terminated, out of disk, with dead workers;
+and what resumes equals what was never interrupted."""
 import json
 import os
 import random
@@ -82,7 +83,8 @@ def unfinished(whole, tmp_path):
     return run
 
 def killed(cwd, args, times, seconds):
-    "The folder of a run that is killed that often, at a random moment of so many seconds after a checkpoint, and resumed to its end"
+    """The folder of a run that is killed that often, at a random moment of so many seconds after a checkpoint,
+    and resumed to its end"""
     run,rng,args = cwd/'runs'/'killed',random.Random(0),[*args, '--name', 'killed']
     for _ in range(times):
         before,p = newest(run/'checkpoints'),start(cwd, *args)
@@ -176,7 +178,8 @@ def same_weights(a, b):
 
 @pytest.mark.parametrize('workers,at', [(0,5),(2,4)])
 def test_random_item_transforms(digits_dir, tmp_path, quiet, workers, at):
-    "Views by batch and random crops by item, in this process and in workers: the rest of an epoch is the rest of the same epoch"
+    """Views by batch and random crops by item, in this process and in workers:
+    the rest of an epoch is the rest of the same epoch"""
     def fit(*cbs):
         set_seed(3)
         dls = ImageDataLoaders.from_folder(digits_dir/'rgb', valid_pct=.2, seed=1,
@@ -261,7 +264,8 @@ def large_images(digits_dir, tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_to_the_whole_group(large_images, tmp_path):
-    "Ctrl-C in a terminal reaches all of a process's group, and launchers send theirs to it: those that load images go on"
+    """Ctrl-C in a terminal reaches all of a process's group, and launchers send theirs to it:
+    those that load images go on"""
     args = ['--path', large_images, '--arch', 'resnet8', '--size', 16, '--epochs', 1000, '--bs', 32, '--workers', 2,
             '--name', 'group']
     for sig,code in ((signal.SIGINT,130), (signal.SIGTERM,143)):

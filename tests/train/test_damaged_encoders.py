@@ -1,4 +1,5 @@
-"Encoder files and checkpoints that are damaged, made up, or of a training that went wrong: refused, and nothing is built or changed."
+"""Encoder files and checkpoints that are damaged, made up, or of a training that went wrong:
+refused, and nothing is built or changed."""
 import json
 import resource
 

@@ -38,7 +38,8 @@ def launch(n, *args):
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
-    "All that two processes do, in one launch: results by name, of each rank; `two.out` is the folder, `two.log` what they print"
+    """All that two processes do, in one launch: results by name, of each rank;
+    `two.out` is the folder, `two.log` what they print"""
     out = tmp_path_factory.mktemp('two')
     def _two(name): return results(out, name, 2)
     _two.out,_two.log = out,launch(2, 'exact', 'every_second', 'learner', 'monitors', 'resume', out)
@@ -58,7 +59,8 @@ def test_monitors(two):
 
 @pytest.mark.slow
 def test_every_second_step(two):
-    "As one process on the whole batch; and the adversarial batch norms, which most steps do not use, move in attacked steps alone"
+    """As one process on the whole batch; and the adversarial batch norms, which most steps do not use,
+    move in attacked steps alone"""
     b = n_images//steps//2
     order = torch.arange(n_images).view(2, steps, b).transpose(0, 1).flatten()
     for m in losses:
@@ -113,7 +115,8 @@ def test_equals_one_process_on_the_whole_batch(request, tmp_path, n):
 
 @pytest.mark.slow
 def test_training_with_batch_norm(two):
-    "The usual learner: shared shuffling and weights, own images and views, one log, and a learner that is as before afterwards"
+    """The usual learner: shared shuffling and weights, own images and views, one log,
+    and a learner that is as before afterwards"""
     a,b = two('digits')
     assert same(a['first'], b['first']) and same(a['state'], b['state']) and not same(a['first'], a['state'])
     assert a['n_iter'] == b['n_iter'] == [(4,4,.5),(4,8,1.)] # 149 images, 75 a rank, in batches of 16
@@ -197,7 +200,8 @@ def test_without_accelerate():
 @pytest.mark.parametrize('rank,message', [(1,'data, after [(1, False), (1, True)]'),
                                           (2,'2 GPUs, and process 2 needs one of its own')])
 def test_each_process_takes_its_gpu_first(rank, message):
-    "Before fastai is imported, which takes the first one, and before there is data; one process too many hears what to do"
+    """Before fastai is imported, which takes the first one, and before there is data;
+    one process too many hears what to do"""
     code = """if 1:
         import sys, torch
         from contextlib import nullcontext
@@ -209,10 +213,12 @@ def test_each_process_takes_its_gpu_first(rank, message):
             if 'clae_fastai.runs' in sys.modules:
                 sys.modules['clae_fastai.runs'].get_dls = get_dls
                 rooms = sys.modules['clae_fastai.train.distributed']
-                rooms._process_group,rooms.default_device = nullcontext,lambda: torch.device('cpu') # nobody else is there
+                # nobody else is there
+                rooms._process_group,rooms.default_device = nullcontext,lambda: torch.device('cpu')
             return 2
         torch.cuda.device_count,torch.cuda.set_device = n_gpus,take
-        torch.cuda.is_available = lambda: 'clae_fastai.runs' in sys.modules and hasattr(sys.modules['clae_fastai.runs'], 'train')
+        torch.cuda.is_available = lambda: (
+            'clae_fastai.runs' in sys.modules and hasattr(sys.modules['clae_fastai.runs'], 'train'))
         from clae_fastai.cli import clae_train
         clae_train()
     """
@@ -278,7 +284,8 @@ def assert_same_runs(a, b):
     assert [k for k in x if x[k] != y[k]] == ['run_id']
 
 def plain(o):
-    "With checksums in place of tensors, and without what tells a resumed run: the history's times, and `Resume` among the callbacks"
+    """With checksums in place of tensors, and without what tells a resumed run: the history's times,
+    and `Resume` among the callbacks"""
     if isinstance(o, torch.Tensor): return (str(o.dtype), *o.shape, hashlib.sha256(o.numpy().tobytes()).hexdigest())
     if isinstance(o, np.ndarray): return o.tolist()
     if isinstance(o, dict): return {k: plain(v) for k,v in o.items() if k not in ('rows','seconds')}
@@ -286,9 +293,10 @@ def plain(o):
 
 @pytest.mark.slow
 def test_stopped_and_killed(tmp_path, pytestconfig):
-    """SIGTERM and Ctrl-C at random moments, to the launcher, to one process, or to both and again: all stop at the same batch, with one
-    checkpoint and the code that was promised. A process that is killed ends all, and the other says how to go on. One run suffers all of
-    it, and ends where the one that nobody interrupted ends, on each process"""
+    """SIGTERM and Ctrl-C at random moments, to the launcher, to one process, or to both and again: all stop at the
+    same batch, with one checkpoint and the code that was promised. A process that is killed ends all, and the other
+    says how to go on. One run suffers all of it, and ends where the one that nobody interrupted ends,
+    on each process"""
     n,rng = pytestconfig.getoption('moments'),random.Random()
     stops = ([(to,rng.choice([signal.SIGTERM,signal.SIGINT])) for to in ['launcher','one','both']*n] +
              [('one',signal.SIGKILL)])

@@ -1,4 +1,5 @@
-"`fine_tune`, two fits in one call, is resumed in whichever of them it was interrupted; a finished run says how it is trained longer."
+"""`fine_tune`, two fits in one call, is resumed in whichever of them it was interrupted;
+a finished run says how it is trained longer."""
 import random
 import signal
 import subprocess
@@ -114,13 +115,15 @@ learn = encoder_learner(dls, clae_learner(dls, resnet8, views='digits'))
 learn.remove_cb(ProgressCallback)
 learn.logger = noop
 set_seed(1)
-learn.fine_tune(2, freeze_epochs=2, cbs=[Checkpoint(folder, every_batches=1), Slow(), *([Resume(folder)] if checkpoints(folder) else [])])
+learn.fine_tune(2, freeze_epochs=2, cbs=[
+    Checkpoint(folder, every_batches=1), Slow(), *([Resume(folder)] if checkpoints(folder) else [])])
 safetensors.torch.save_file(learn.model.state_dict(), out)
 '''
 
 @pytest.mark.slow
 def test_killed(tmp_path):
-    "SIGKILL at random moments, twice in each of the two fits; the end is that of a process that nobody killed, byte by byte"
+    """SIGKILL at random moments, twice in each of the two fits;
+    the end is that of a process that nobody killed, byte by byte"""
     (file := tmp_path/'tune.py').write_text(script)
     def start(name, pause):
         return subprocess.Popen(

@@ -1,4 +1,5 @@
-"Does a long run need more and more memory? A minute here; half an hour with `pytest -m slow tests/train/test_leak.py --leak-minutes 30`."
+"""Does a long run need more and more memory? A minute here;
+half an hour with `pytest -m slow tests/train/test_leak.py --leak-minutes 30`."""
 import subprocess
 import sys
 from pathlib import Path

@@ -296,7 +296,8 @@ class Flags(Callback):
         if self.fails: self.fails()
 
 def test_deterministic(tmp_path, quiet, monkeypatch):
-    "On a CPU: nothing that adds up in a changing order is allowed in a fit, and all is as before after it, also after one that fails"
+    """On a CPU: nothing that adds up in a changing order is allowed in a fit, and all is as before after it,
+    also after one that fails"""
     def now():
         return torch.get_deterministic_debug_mode(),torch.backends.cudnn.deterministic,torch.backends.cudnn.benchmark
     def fit(fails=None, **kwargs):

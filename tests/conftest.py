@@ -12,8 +12,10 @@ if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS',
 here = Path(__file__).parent
 
 def pytest_addoption(parser):
-    parser.addoption('--leak-minutes', type=float, default=1, help='length of the leak test')
-    parser.addoption('--moments', type=int, default=1, help='how often each of launcher, one process and both get a signal')
+    parser.addoption('--leak-minutes', type=float, default=1,
+        help='length of the leak test')
+    parser.addoption('--moments', type=int, default=1,
+        help='how often each of launcher, one process and both get a signal')
     parser.addini('newest', 'files, or tests of a file, that are marked `newest`', type='linelist')
 
 def pytest_collection_modifyitems(config, items):
@@ -36,7 +38,8 @@ def cifar_dir(tmp_path_factory):
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capsys):
-    "One of our commands in this process, as the shell would call it in an empty folder: `cli('clae_train', '--epochs', 1)`"
+    """One of our commands in this process, as the shell would call it in an empty folder:
+    `cli('clae_train', '--epochs', 1)`"""
     from clae_fastai import cli
     def run(name, *args):
         monkeypatch.setenv('PYTHONWARNINGS', 'ignore') # for processes that it starts
@@ -49,7 +52,8 @@ def cli(tmp_path, monkeypatch, capsys):
     run.cwd = tmp_path
     return run
 
-def tree(folder): return {str(f.relative_to(folder)): f.read_bytes() if f.is_file() else None for f in sorted(folder.rglob('*'))}
+def tree(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() if f.is_file() else None for f in sorted(folder.rglob('*'))}
 
 @pytest.fixture
 def command(cli):
@@ -73,7 +77,8 @@ def digits_dir(tmp_path_factory):
     out,d = tmp_path_factory.mktemp('digits'),load_digits()
     for i,(x,y) in enumerate(zip(d.images[:240], d.target)):
         im = Image.fromarray((x*255/16).astype(np.uint8)).resize((16,16), Image.BILINEAR)
-        for f,m in ((out/'grey'/str(y)/f'{i:03}.png','L'), (out/'rgb'/str(y)/f'{i:03}.png','RGB'), (out/'flat'/f'{i:03}.png','RGB')):
+        for f,m in ((out/'grey'/str(y)/f'{i:03}.png','L'), (out/'rgb'/str(y)/f'{i:03}.png','RGB'),
+                    (out/'flat'/f'{i:03}.png','RGB')):
             f.parent.mkdir(parents=True, exist_ok=True)
             im.convert(m).save(f)
     return out
@@ -93,7 +98,8 @@ def browser():
     "Chromium, driven by Playwright; skipped where either is missing"
     sync = pytest.importorskip('playwright.sync_api', reason="needs pip install -e '.[dev]'")
     pytest.importorskip('yaml', reason="needs pip install -e '.[dev]'")
-    if not any(map(shutil.which, ('chromium','chromium-browser','google-chrome'))): pytest.skip('no chromium on this machine')
+    if not any(map(shutil.which, ('chromium','chromium-browser','google-chrome'))):
+        pytest.skip('no chromium on this machine')
     sys.path.insert(0, str(here.parent/'tools'))
     import docs
     with sync.sync_playwright() as play:

@@ -5,8 +5,8 @@
         paper.waits   # Counter of (what, where): where the host waits for the device
         paper.bytes   # Counter of where: what crosses to the device
 
-Mixing its tensors with the CPU's raises, as on a GPU. It is built on PyTorch's Python backend, of which a process has one,
-so it is registered when the first `paper_device()` is entered, and looks unavailable to others outside of it.
+Mixing its tensors with the CPU's raises, as on a GPU. It is built on PyTorch's Python backend, of which a process has
+one, so it is registered when the first `paper_device()` is entered, and looks unavailable to others outside of it.
 
 What it cannot show: races (everything happens at once, in order), memory that runs out, kernels that a device lacks.
 Its random numbers come from the CPU's generator, so that runs can be compared."""
@@ -184,7 +184,8 @@ def _run(func, args, kwargs, tensors):
     mixed = name not in _may_mix and on_device and any(t.ndim for t in on_cpu) # a number may come from the CPU
     if mixed or name in _indexing and not isinstance(args[0], PaperTensor):
         raise RuntimeError(f"{name}: expected all tensors to be on the same device, and there are "
-            f"{[tuple(t.shape) for t in on_device]} on {DEVICE}, {[tuple(t.shape) for t in on_cpu]} on the CPU, {_where()}")
+            f"{[tuple(t.shape) for t in on_device]} on {DEVICE}, {[tuple(t.shape) for t in on_cpu]} on the CPU, "
+            f"{_where()}")
     stays = not _count(name, args, kwargs, on_device, on_cpu)
     def _raw(o):
         if isinstance(o, PaperTensor): return o.raw

@@ -1,4 +1,5 @@
-"Look at all of fastai, import the modules that are named, and print what is another than before: `patches_worker.py NAMES`"
+"""Look at all of fastai, import the modules that are named, and print what is another than before:
+`patches_worker.py NAMES`"""
 import importlib
 import json
 import pkgutil
@@ -22,9 +23,11 @@ def parts(v):
     return [*v] if isinstance(v, (list,tuple,set)) else []
 
 def look():
-    "`{(owner, name of an attribute): (what it is, its parts)}` of modules and of their classes; held, so that no id is used twice"
+    """`{(owner, name of an attribute): (what it is, its parts)}` of modules and of their classes;
+    held, so that no id is used twice"""
     mods = [m for n,m in list(sys.modules.items()) if n.split('.')[0] in watched and isinstance(m, types.ModuleType)]
-    classes = {o for m in mods for o in vars(m).values() if isinstance(o, type) and str(o.__module__).split('.')[0] in watched}
+    classes = {o for m in mods for o in vars(m).values()
+               if isinstance(o, type) and str(o.__module__).split('.')[0] in watched}
     names = {m: m.__name__ for m in mods} | {c: f'{c.__module__}.{c.__qualname__}' for c in classes}
     return {(name,k): (v,parts(v)) for owner,name in names.items() for k,v in list(vars(owner).items())
             if not isinstance(v, types.ModuleType)}

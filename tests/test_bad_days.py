@@ -1,4 +1,5 @@
-"Bad days: images that were exchanged, checkpoints of other runs, full disks, names that are taken, parents that die, leftovers."
+"""Bad days: images that were exchanged, checkpoints of other runs, full disks, names that are taken,
+parents that die, leftovers."""
 import contextlib
 import json
 import os
@@ -79,16 +80,19 @@ def add_one(photos): shutil.copy(photos/'a'/'00.png', photos/'a'/'99.png')
 def relink(photos):
     "The name leads to other images"
     photos.rename(photos.with_name('old'))
-    photos.symlink_to(draw_images(photos.with_name('others'), side=Image.open(photos.with_name('old')/'a'/'00.png').size[0], seed=1))
+    photos.symlink_to(draw_images(
+        photos.with_name('others'), side=Image.open(photos.with_name('old')/'a'/'00.png').size[0], seed=1))
 
 @pytest.mark.parametrize('change,words', [
-    (move_to_another_class, 'classes'), (exchange_two, 'contents'), (take_one_away, 'number'), (add_one, 'number'), (relink, 'contents')])
+    (move_to_another_class, 'classes'), (exchange_two, 'contents'), (take_one_away, 'number'), (add_one, 'number'),
+    (relink, 'contents')])
 def test_other_images_are_refused(cli, begun, change, words):
     photos,_ = begun
     before = weights(cli.cwd/'runs'/'run')
     change(photos)
     r = cli('clae_train', '--resume', 'run')
-    assert r.returncode == 2 and r.stderr.count('\n') == 1 and words in r.stderr and 'begin a new run' in r.stderr, r.stderr
+    assert (r.returncode == 2 and r.stderr.count('\n') == 1 and words in r.stderr and
+            'begin a new run' in r.stderr), r.stderr
     assert same(weights(cli.cwd/'runs'/'run'), before)
 
 def test_what_is_the_same_goes_on(cli, begun, tmp_path):
@@ -110,7 +114,8 @@ def test_moved_images(cli, begun, command):
     r = cli('clae_train', '--resume', 'run', '--path', 'there/photos')
     assert r.returncode == 0, r.stderr
     assert same(weights(cli.cwd/'runs'/'run'), whole)
-    assert json.loads((cli.cwd/'runs'/'run'/'settings.json').read_text())['options']['path'] == str(cli.cwd/'there'/'photos')
+    assert (json.loads((cli.cwd/'runs'/'run'/'settings.json').read_text())['options']['path'] ==
+            str(cli.cwd/'there'/'photos'))
 
 def test_touched_files(cli, begun):
     "Of large images only times tell; who says where they are, says that they are the same"
@@ -142,8 +147,8 @@ def folder_from_elsewhere(photos, f):
     shutil.rmtree(photos)
     photos.with_name('copy').rename(photos)
 
-changes = [replace_one, rename_one, rename_in_order, link_one, copy_hidden, write_a_note, second_name, another_mode, other_pixels,
-           class_named_anew, link_the_folder, folder_from_elsewhere]
+changes = [replace_one, rename_one, rename_in_order, link_one, copy_hidden, write_a_note, second_name, another_mode,
+           other_pixels, class_named_anew, link_the_folder, folder_from_elsewhere]
 
 @posix
 def test_refused_or_exact(cli, begun):
@@ -160,10 +165,13 @@ def test_refused_or_exact(cli, begun):
             else: shutil.rmtree(o)
             shutil.copytree(cli.cwd/'before'/o.name, o)
         shutil.rmtree(cli.cwd/'real', ignore_errors=True)
-        for o in chosen: o(photos, rng.choice([f for f in photos.rglob('*.png') if not f.is_symlink() and f.name[0] != '.']))
+        for o in chosen:
+            o(photos, rng.choice([f for f in photos.rglob('*.png') if not f.is_symlink() and f.name[0] != '.']))
         r = cli('clae_train', '--resume', 'run')
-        if r.returncode: assert r.returncode == 2 and r.stderr.count('\n') == 1 and 'Traceback' not in r.stderr, (chosen, r.stderr)
-        else: assert same(weights(run), whole), chosen
+        if r.returncode:
+            assert r.returncode == 2 and r.stderr.count('\n') == 1 and 'Traceback' not in r.stderr, (chosen, r.stderr)
+        else:
+            assert same(weights(run), whole), chosen
         outcomes.append(r.returncode)
     assert {*outcomes} == {0,2}
     for o in (replace_one, other_pixels): assert outcomes[changes.index(o)] == 2
@@ -174,7 +182,8 @@ def test_refused_or_exact(cli, begun):
     (('--precision', 'bf16'), 'precision')])
 def test_checkpoint_of_another_run(cli, monkeypatch, other, words):
     draw_images(cli.cwd/'photos')
-    for name,more in (('run',()), ('other',other)): stopped(cli, monkeypatch, '--path', 'photos', *quick, *more, '--name', name)
+    for name,more in (('run',()), ('other',other)):
+        stopped(cli, monkeypatch, '--path', 'photos', *quick, *more, '--name', name)
     newest = checkpoints(cli.cwd/'runs'/'run'/'checkpoints')[-1]
     shutil.copy(checkpoints(cli.cwd/'runs'/'other'/'checkpoints')[-1], newest)
     r = cli('clae_train', '--resume', 'run')
@@ -269,7 +278,8 @@ def test_side_output_costs_no_run(cli, full_for, file):
     full_for.add(file)
     r = cli('clae_train', '--limit', 128, '--epochs', 2, '--name', 'run')
     run = cli.cwd/'runs'/'run'
-    assert r.returncode == 0 and r.stderr.count(f'{file} COULD NOT BE WRITTEN') == 1 and f'NOT WRITTEN in runs/run: {file}' in r.stderr
+    assert (r.returncode == 0 and r.stderr.count(f'{file} COULD NOT BE WRITTEN') == 1 and
+            f'NOT WRITTEN in runs/run: {file}' in r.stderr)
     assert (run/'encoder.safetensors').exists() and not (run/file).exists() and not [*run.glob('.*.tmp')]
     assert file in json.loads((run/'summary.json').read_text())['not_written']
 
@@ -299,7 +309,8 @@ def test_no_room_for_the_encoder(cli, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(Checkpoint, 'before_fit', _begins)
         r = cli('clae_train', '--limit', 128, '--epochs', 2, '--name', 'run')
-    assert r.returncode == 2 and 'The encoder is trained, and could not be written' in r.stderr and '--resume run' in r.stderr
+    assert (r.returncode == 2 and 'The encoder is trained, and could not be written' in r.stderr and
+            '--resume run' in r.stderr)
     spare, = elsewhere.rglob('encoder.safetensors')
     assert str(spare) in r.stderr
     monkeypatch.setattr(Path, 'replace', export)
@@ -360,8 +371,10 @@ def wait_for(condition, seconds=120):
 def disk(tmp_path):
     "A disk of 32 MB"
     (place := tmp_path/'disk').mkdir()
-    mount = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=32m', 'clae', place], capture_output=True) if os.name == 'posix' else None
-    if mount is None or mount.returncode: pytest.skip('only root may mount; the tests above raise what a full disk does')
+    mount = (subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=32m', 'clae', place], capture_output=True)
+             if os.name == 'posix' else None)
+    if mount is None or mount.returncode:
+        pytest.skip('only root may mount; the tests above raise what a full disk does')
     yield place
     subprocess.run(['umount', '-l', place], check=True)
 
@@ -373,7 +386,8 @@ long = '--limit', 256, '--bs', 32, '--epochs', 12
 
 @pytest.mark.slow
 def test_full_disk(disk, tmp_path):
-    "It fills up while training, log and all, and is emptied before the end; or is not, and the run goes on later. Both end as without"
+    """It fills up while training, log and all, and is emptied before the end; or is not, and the run goes on later.
+    Both end as without"""
     with working_directory(tmp_path): clae_train.main([*map(str, long), '--name', 'whole'])
     for emptied in (True,False):
         name = f'run{emptied}'
@@ -408,7 +422,8 @@ def test_renamed_run_folder(tmp_path):
     (tmp_path/'runs'/'run').rename(tmp_path/'runs'/'away')
     out,err = p.communicate(timeout=300)
     assert p.returncode == 0, err
-    assert {'encoder.safetensors','history.csv','settings.json','summary.json'} <= {o.name for o in (tmp_path/'runs'/'run').iterdir()}
+    assert ({'encoder.safetensors','history.csv','settings.json','summary.json'} <=
+            {o.name for o in (tmp_path/'runs'/'run').iterdir()})
     assert len(pd.read_csv(tmp_path/'runs'/'run'/'history.csv')) == 12
 
 @posix
@@ -443,14 +458,16 @@ def test_names(cli, command, tmp_path):
 @posix
 @pytest.mark.parametrize('make', [Path.touch, lambda o: o.symlink_to('nothing')], ids=['file','link'])
 def test_no_folder_where_one_is_needed(cli, command, make):
-    for name,func,args in (('runs',clae_train,['--limit',64]), ('res',clae_table,['random','--scale','smoke','--out','res']),
+    for name,func,args in (('runs',clae_train,['--limit',64]),
+                           ('res',clae_table,['random','--scale','smoke','--out','res']),
                            ('res',clae_table,['random','--scale','smoke','--out','res/deep'])):
         if not os.path.lexists(cli.cwd/name): make(cli.cwd/name)
         err = command(func, *args)
         assert 'is no folder' in err and 'move it away' in err, err
 
 def test_no_folder_is_named(command):
-    for data in ('cifar10=','photos='): assert f'{data}FOLDER' in command(clae_table, 'random', '--scale', 'smoke', '--data', data)
+    for data in ('cifar10=','photos='):
+        assert f'{data}FOLDER' in command(clae_table, 'random', '--scale', 'smoke', '--data', data)
 
 def test_no_room_to_begin(cli, full_for):
     "The name is free again"
@@ -467,7 +484,8 @@ def processes_of(folder):
     for o in Path('/proc').iterdir():
         try:
             here = o.name.isdecimal() and Path(os.readlink(o/'cwd')) == folder
-            if here and (o/'stat').read_text().rpartition(')')[2].split()[0] != 'Z': found.append(int(o.name)) # no zombie
+            if here and (o/'stat').read_text().rpartition(')')[2].split()[0] != 'Z': # no zombie
+                found.append(int(o.name))
         except OSError: pass
     return found
 
@@ -480,7 +498,8 @@ def workers_of(parent):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='needs /proc')
 def test_killed_parents_and_children(tmp_path, pytestconfig):
-    "SIGKILL or SIGTERM at random moments of a sweep: nobody is left, and the table is that of a sweep that nobody disturbed"
+    """SIGKILL or SIGTERM at random moments of a sweep: nobody is left, and the table is that of a sweep
+    that nobody disturbed"""
     args = '1', '--scale', 'smoke', '--workers', 2, '--data', tmp_path/'photos'
     draw_images(tmp_path/'photos', 600, seed=3)
     (tmp_path/'calm').mkdir(); (tmp_path/'killed').mkdir()
@@ -491,7 +510,8 @@ def test_killed_parents_and_children(tmp_path, pytestconfig):
         wait_for(lambda: p.poll() is not None or len(workers_of(p.pid)) == 2)
         time.sleep(rng.uniform(0, 20))
         if p.poll() is not None: break
-        whom,sig = (('parent',signal.SIGKILL), ('child',signal.SIGKILL), ('parent',signal.SIGTERM), ('child',signal.SIGKILL))[i%4]
+        whom,sig = (('parent',signal.SIGKILL), ('child',signal.SIGKILL),
+                    ('parent',signal.SIGTERM), ('child',signal.SIGKILL))[i%4]
         if whom == 'child' and (children := workers_of(p.pid)):
             os.kill(rng.choice(children), sig)
             time.sleep(1)
@@ -499,7 +519,8 @@ def test_killed_parents_and_children(tmp_path, pytestconfig):
         else: p.send_signal(sig)
         p.wait()
         wait_for(lambda: not processes_of(tmp_path/'killed'), 10)
-        print(f'{signal.Signals(sig).name} to the {whom}: {len([*(tmp_path/"killed").rglob("summary.json")])} trials are done')
+        print(f'{signal.Signals(sig).name} to the {whom}: '
+              f'{len([*(tmp_path/"killed").rglob("summary.json")])} trials are done')
     for _ in range(2): # the first run may find a trial that a killed one has left as failed
         p = start(tmp_path/'killed', *args, command='clae_table')
         out,err = p.communicate(timeout=900)
@@ -515,7 +536,8 @@ def test_killed_parents_and_children(tmp_path, pytestconfig):
                                   dict(WORLD_SIZE='1', RANK='0')], ids=str)
 def test_leftovers_of_a_launcher(cli, monkeypatch, left):
     for k,v in left.items(): monkeypatch.setenv(k, v)
-    r = cli('clae_train', '--limit', 64, '--epochs', 1, '--name', 'run', '--log', 'tensorboard') # fastai's callback asks, too
+    # fastai's callback asks, too
+    r = cli('clae_train', '--limit', 64, '--epochs', 1, '--name', 'run', '--log', 'tensorboard')
     assert r.returncode == 0 and 'training images' in r.stdout, r.stderr
     assert [*(cli.cwd/'runs'/'run'/'tensorboard').iterdir()]
     assert checkpoints(cli.cwd/'runs'/'run'/'checkpoints') and (cli.cwd/'runs'/'run'/'summary.json').exists()
@@ -528,7 +550,8 @@ def test_leftovers_in_python(monkeypatch, quiet, tmp_path):
     quiet(clae_learner(dls, resnet8, cbs=Checkpoint(tmp_path))).fit(1)
     assert len(checkpoints(tmp_path)) == 1
 
-@pytest.mark.parametrize('left', [dict(WORLD_SIZE='2'), dict(WORLD_SIZE='2', RANK='abc'), dict(WORLD_SIZE='x')], ids=str)
+@pytest.mark.parametrize('left', [dict(WORLD_SIZE='2'), dict(WORLD_SIZE='2', RANK='abc'), dict(WORLD_SIZE='x')],
+                         ids=str)
 def test_half_of_a_launcher(command, monkeypatch, left):
     for k,v in left.items(): monkeypatch.setenv(k, v)
     assert 'unset WORLD_SIZE' in command(clae_train, '--limit', 64, '--epochs', 1)

@@ -45,10 +45,12 @@ def in_a_process(name, *args, cwd=None):
         try: {name}.main()
         finally: print('heavy:', [o for o in ('torch','fastai','fastcore','numpy','matplotlib') if o in sys.modules])'''
     clean = {k: v for k,v in os.environ.items() if k != 'PYTHONWARNINGS'}
-    return subprocess.run([sys.executable, '-c', code, *map(str, args)], cwd=cwd, capture_output=True, text=True, env=clean)
+    return subprocess.run([sys.executable, '-c', code, *map(str, args)],
+        cwd=cwd, capture_output=True, text=True, env=clean)
 
 def test_answers_at_once():
-    "Help, the version and wrong options of all commands, without importing anything heavy, in a fraction of the time that takes"
+    """Help, the version and wrong options of all commands, without importing anything heavy,
+    in a fraction of the time that takes"""
     def seconds(f, *args):
         start = time.perf_counter()
         return f(*args),time.perf_counter() - start
@@ -56,7 +58,8 @@ def test_answers_at_once():
     for name in names:
         for args,code in ((['--help'],0), (['--nonsense'],2), (['--workers=x'],2), (['--version'],0)):
             p,s = seconds(in_a_process, name, *args)
-            assert p.returncode == code and 'Traceback' not in p.stderr and p.stdout.endswith('heavy: []\n'), (name, args, p)
+            assert (p.returncode == code and 'Traceback' not in p.stderr and
+                    p.stdout.endswith('heavy: []\n')), (name, args, p)
             times.append(s)
     fastai,s = seconds(lambda: subprocess.run([sys.executable, '-W', 'ignore', '-c', 'import fastai.vision.all']))
     assert fastai.returncode == 0 and np.median(times) <= .15*s, (times, s)
@@ -99,7 +102,8 @@ def test_groups(cli):
     text = cli('clae_train', '--help').stdout
     heads = re.findall(r'^(\w+):$', text, re.M)
     assert heads[:6] == ['options','data','method','training','hardware','run'] and 'examples' in heads
-    assert text.index('\nmethod:') < text.index('  --eps ') < text.index('\ntraining:') < text.index('  --lr ') < text.index('\nhardware:')
+    assert (text.index('\nmethod:') < text.index('  --eps ') < text.index('\ntraining:') <
+            text.index('  --lr ') < text.index('\nhardware:'))
 
 @pytest.mark.parametrize('name', names)
 def test_examples_are_right(name):
@@ -135,7 +139,8 @@ def test_runs_twice_and_leaves_the_run_folder(cli):
             'summary.json','views.png']
     assert 'trained encoder' in r.stdout and 'raw pixels' in r.stdout and '\r' not in r.stdout
     s = summary(run)
-    assert set(s) == {'settings','seed','images','versions','metrics','not_written'} and s['settings']['name'] == 'digits-simclr-2'
+    assert (set(s) == {'settings','seed','images','versions','metrics','not_written'} and
+            s['settings']['name'] == 'digits-simclr-2')
     for row in ('raw','untrained','encoder'):
         knn = s['metrics']['knn'][row]
         assert {k: len(v['values']) for k,v in knn.items()} == {'1': 20, '5': 20, 'all': 1}
@@ -148,7 +153,8 @@ def test_runs_twice_and_leaves_the_run_folder(cli):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 def test_baseline_and_methods(cli):
-    for args in (['--eps', 0], ['--method', 'plain', '--attack', 'pgd', '--attack-bn', 'clean'], ['--method', 'uel', '--alpha', .5]):
+    for args in (['--eps', 0], ['--method', 'plain', '--attack', 'pgd', '--attack-bn', 'clean'],
+                 ['--method', 'uel', '--alpha', .5]):
         name = args[1] or 'base'
         r = cli('clae_train', *quick, *args, '--name', name)
         assert r.returncode == 0, r.stderr
@@ -174,8 +180,8 @@ def test_precision_auto_is_chosen_once(cli):
 
 def test_recipe(cli, digits_dir):
     "Its settings reach the training, what is given goes before them, and its name is not the run's"
-    args = ['--data', 'folder', '--path', digits_dir/'rgb', '--recipe', 'plain-cifar10', '--arch', 'resnet8', '--size', 16,
-            '--limit', 64, '--epochs', 1, '--bs', 32, '--workers', 0]
+    args = ['--data', 'folder', '--path', digits_dir/'rgb', '--recipe', 'plain-cifar10', '--arch', 'resnet8',
+            '--size', 16, '--limit', 64, '--epochs', 1, '--bs', 32, '--workers', 0]
     for name,own in (('mine',[]), (None,['--lr', .01]), (None,['--lr', .01, '--head', 'mlp'])):
         r = cli('clae_train', *args, *(['--name', name] if name else []), *own)
         assert r.returncode == 0, r.stderr
@@ -183,12 +189,14 @@ def test_recipe(cli, digits_dir):
     run = cli.cwd/'runs'/'mine'
     s = summary(run)['settings']
     assert [s[k] for k in ('method','views','n_out','lr','eps','size')] == ['plain','plain',128,.03,.03,[16,16]]
-    states = [load_checkpoint(checkpoints(run.parent/o/'checkpoints')[-1]) for o in ('mine','rgb-plain-1','rgb-plain-2')]
+    states = [load_checkpoint(checkpoints(run.parent/o/'checkpoints')[-1])
+              for o in ('mine','rgb-plain-1','rgb-plain-2')]
     assert [summary(run.parent/o)['settings']['head'] for o in ('mine','rgb-plain-2')] == ['linear','mlp']
     heads = [[v.shape for k,v in o['model'].items() if k.startswith('head') and v.ndim == 2] for o in states]
     assert heads == [[(128,64)], [(128,64)], [(64,64),(128,64)]]
     opts = [o['opt']['param_groups'] for o in states[:2]]
-    for o,lr in zip(opts, (.03,.01)): assert [(g['momentum'],g['weight_decay'],g['lr']) for g in o] == [(.9,5e-4,lr)]*len(o)
+    for o,lr in zip(opts, (.03,.01)):
+        assert [(g['momentum'],g['weight_decay'],g['lr']) for g in o] == [(.9,5e-4,lr)]*len(o)
 
 @pytest.fixture
 def bad_images(digits_dir, tmp_path):
@@ -219,10 +227,12 @@ def test_existing_run_is_not_overwritten(command, tmp_path):
     assert 'runs/mine exists' in err and 'mine-1' in err
 
 @pytest.mark.parametrize('args,words', [
-    (['--arch', 'resnte18'], ['resnet18','densenet121']), (['--eps', 'nan'], ['eps']), (['--name', '../out'], ['folder name']),
-    (['--data', 'imagenet100'], ['image-net.org']), (['--recipe', 'simclr-tinyimagenet'], ['tiny-imagenet-200.zip']),
-    (['--data', 'cifar11'], ['usage:','--data','cifar10','tinyimagenet']), (['--epochs', '1.5'], ['usage:','--epochs',"'1.5'"]),
-    (['--channels', '2'], ['usage:','--channels']), (['--nonsense'], ['usage:','--nonsense'])])
+    (['--arch', 'resnte18'], ['resnet18','densenet121']), (['--eps', 'nan'], ['eps']),
+    (['--name', '../out'], ['folder name']), (['--data', 'imagenet100'], ['image-net.org']),
+    (['--recipe', 'simclr-tinyimagenet'], ['tiny-imagenet-200.zip']),
+    (['--data', 'cifar11'], ['usage:','--data','cifar10','tinyimagenet']),
+    (['--epochs', '1.5'], ['usage:','--epochs',"'1.5'"]), (['--channels', '2'], ['usage:','--channels']),
+    (['--nonsense'], ['usage:','--nonsense'])])
 def test_bad_options(command, args, words):
     err = command(clae_train, *args)
     assert all(w in err for w in words), err
@@ -261,13 +271,14 @@ def test_classes_without_training_images(cli):
 
 def test_eval_is_on_the_data_of_the_run(cli, digits_dir, monkeypatch):
     "And on the images that it held out"
-    r = cli('clae_train', '--path', digits_dir/'grey', '--name', 'mine', '--views', 'digits', '--arch', 'resnet8', '--epochs', 1,
-            '--seed', 5, '--workers', 0)
+    r = cli('clae_train', '--path', digits_dir/'grey', '--name', 'mine', '--views', 'digits', '--arch', 'resnet8',
+            '--epochs', 1, '--seed', 5, '--workers', 0)
     assert r.returncode == 0, r.stderr
     run = cli.cwd/'runs'/'mine'
     assert summary(run)['settings']['views'] == 'digits'
     seeds = []
-    monkeypatch.setattr(runs, 'get_dls', lambda *args, **kwargs: seeds.append(kwargs['seed']) or get_dls(*args, **kwargs))
+    monkeypatch.setattr(runs, 'get_dls',
+        lambda *args, **kwargs: seeds.append(kwargs['seed']) or get_dls(*args, **kwargs))
     r = cli('clae_eval', 'mine', '--workers', 0)
     assert r.returncode == 0 and seeds == [5], r.stderr
     e = json.loads((run/'eval-folder-honest.json').read_text())

@@ -19,7 +19,8 @@ utf8 = dict(PYTHONIOENCODING='utf-8:strict') # has no bytes that are no text
 names = [b'caf\xc3\xa9', b'\xf0\x9f\x98\x80', b'raw\xff\xfe'] # an accent, an emoji, bytes that are no text
 
 def run(cwd, code, *args, **env):
-    env = {k: v for k,v in os.environ.items() if not k.startswith(('LC_','LANG','PYTHONUTF8','PYTHONIOENC','MPLBACKEND'))} | env
+    env = {k: v for k,v in os.environ.items()
+           if not k.startswith(('LC_','LANG','PYTHONUTF8','PYTHONIOENC','MPLBACKEND'))} | env
     return subprocess.run([sys.executable, '-c', code, *args], cwd=cwd, env=env, capture_output=True, timeout=280)
 
 @pytest.fixture(scope='module')

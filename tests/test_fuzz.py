@@ -1,5 +1,5 @@
-"""Broken input of every kind: a clear message, exit code 2, no traceback, nothing overwritten, nothing executed, nothing
-written where it does not belong."""
+"""Broken input of every kind: a clear message, exit code 2, no traceback, nothing overwritten, nothing executed,
+nothing written where it does not belong."""
 import io
 import os
 import pickle
@@ -36,12 +36,13 @@ def test_numbers(command, option, value):
     err = command(clae_train, f'--{option}={value}')
     assert len(err) < 3000
 
-@pytest.mark.parametrize('option', ['arch','method','attack','recipe','data','precision','attack-bn','on-nonfinite','path','resume'])
+@pytest.mark.parametrize('option', ['arch','method','attack','recipe','data','precision','attack-bn','on-nonfinite',
+                                    'path','resume'])
 @pytest.mark.parametrize('value', ['', 'x', 'x'*5000, '\u202e\U0001f600', '../../etc/passwd', '__class__', 'a\nb'])
 def test_words(command, option, value): command(clae_train, f'--{option}={value}')
 
-bad_names = ['', '.', '..', '../x', '/tmp/x', 'a/b', '-x', '.x', 'x'*101, 'a b', 'a\nb', 'x\0y', '\u202ex', '\U0001f600'*50,
-             'runs/../../x']
+bad_names = ['', '.', '..', '../x', '/tmp/x', 'a/b', '-x', '.x', 'x'*101, 'a b', 'a\nb', 'x\0y', '\u202ex',
+             '\U0001f600'*50, 'runs/../../x']
 
 @pytest.mark.parametrize('name', bad_names)
 def test_names(command, name):
@@ -50,8 +51,9 @@ def test_names(command, name):
     command(clae_export, f'./{name}')
     command(clae_embed, f'./{name}', '--path', '.')
 
-@pytest.mark.parametrize('args', ['--k=0', '--k=-5', '--k=99999999999', '--bs=0', '--data=x', '--protocol=x', '--knn-on=x',
-                                  '--probe-on=x', '--path=nowhere --data=folder', '--workers=-1', '--k=½', '--bs=--'])
+@pytest.mark.parametrize('args', ['--k=0', '--k=-5', '--k=99999999999', '--bs=0', '--data=x', '--protocol=x',
+                                  '--knn-on=x', '--probe-on=x', '--path=nowhere --data=folder', '--workers=-1',
+                                  '--k=½', '--bs=--'])
 def test_eval_options(command, encoder_file, tmp_path, args):
     shutil.copy(encoder_file, tmp_path/'e.safetensors')
     command(clae_eval, 'e.safetensors', '--data=digits', *args.split())
@@ -60,15 +62,15 @@ def test_eval_without_data(command, encoder_file, tmp_path):
     shutil.copy(encoder_file, tmp_path/'e.safetensors')
     assert '--data NAME' in command(clae_eval, 'e.safetensors')
 
-@pytest.mark.parametrize('arg', ['--out=e.safetensors', '--out=no/folder/x.csv', '--out=.', '--out=.csv', '--out=', '--path=', '--bs=0',
-                                 '--path=nowhere', '--path=e.safetensors', '--workers=-1', '--max-pixels=0', '--background=x',
-                                 '--value-range=1', '--channels=2'])
+@pytest.mark.parametrize('arg', ['--out=e.safetensors', '--out=no/folder/x.csv', '--out=.', '--out=.csv', '--out=',
+                                 '--path=', '--bs=0', '--path=nowhere', '--path=e.safetensors', '--workers=-1',
+                                 '--max-pixels=0', '--background=x', '--value-range=1', '--channels=2'])
 def test_embed_options(command, encoder_file, tmp_path, arg):
     shutil.copy(encoder_file, tmp_path/'e.safetensors')
     command(clae_embed, 'e.safetensors', '--path=.', arg)
 
-@pytest.mark.parametrize('arg', ['--out=e.safetensors', '--out=no/folder/x', '--out=.', '--format=pickle', '--out=e.safetensors/x',
-                                 '--out=' + 'x'*300])
+@pytest.mark.parametrize('arg', ['--out=e.safetensors', '--out=no/folder/x', '--out=.', '--format=pickle',
+                                 '--out=e.safetensors/x', '--out=' + 'x'*300])
 def test_export_options(command, encoder_file, tmp_path, arg):
     shutil.copy(encoder_file, tmp_path/'e.safetensors')
     command(clae_export, 'e.safetensors', arg)
@@ -101,7 +103,8 @@ def damaged(data, seed):
     kind = seed % 3
     if kind == 0: return bytes(data[:rng.randrange(len(data))])
     if kind == 1:
-        for _ in range(rng.choice([1,1,8])): data[rng.randrange(min(len(data), rng.choice([24,600,10**9])))] ^= 1 << rng.randrange(8)
+        for _ in range(rng.choice([1,1,8])):
+            data[rng.randrange(min(len(data), rng.choice([24,600,10**9])))] ^= 1 << rng.randrange(8)
     else:
         at = rng.randrange(min(len(data), rng.choice([24,600,10**9])))
         data[at:at+8] = rng.randbytes(8)
@@ -157,15 +160,16 @@ def test_damaged_encoders(tmp_path, encoder_file, seed):
         weights,own = whole.state_dict(),encoder.state_dict()
         assert all(torch.equal(own[k], v) for k,v in weights.items()) and whole.info.items() <= encoder.info.items()
 
-headers = [dict(arch='x'), dict(arch='../x'), dict(arch='__init__'), dict(stem='x'), dict(channels='0'), dict(channels='-1'),
-           dict(channels='"3"'), dict(channels='1e9'), dict(channels='[3]'), dict(channels='{'), dict(channels='null'),
-           dict(mean='[1,2]'), dict(std='[0]'), dict(std='{}'), dict(std='"x"'), dict(mean='NaN'), dict(size='-1'), dict(size='"x"'),
-           dict(format='x'), dict(format='')]
+headers = [dict(arch='x'), dict(arch='../x'), dict(arch='__init__'), dict(stem='x'), dict(channels='0'),
+           dict(channels='-1'), dict(channels='"3"'), dict(channels='1e9'), dict(channels='[3]'), dict(channels='{'),
+           dict(channels='null'), dict(mean='[1,2]'), dict(std='[0]'), dict(std='{}'), dict(std='"x"'),
+           dict(mean='NaN'), dict(size='-1'), dict(size='"x"'), dict(format='x'), dict(format='')]
 
 @pytest.mark.parametrize('change', [*headers, 'arch', 'stem', 'channels'], ids=str)
 def test_wrong_headers(command, tmp_path, encoder_file, change):
     "Headers that are whole and wrong"
-    with safetensors.safe_open(encoder_file, 'pt') as f: head,state = f.metadata(),{k: f.get_tensor(k) for k in f.keys()}
+    with safetensors.safe_open(encoder_file, 'pt') as f:
+        head,state = f.metadata(),{k: f.get_tensor(k) for k in f.keys()}
     head.pop('digest')
     head['version'] = '0.1.0' # which wrote no checksum: that must not be what finds it
     if isinstance(change, str): del head[change]
@@ -190,12 +194,14 @@ def test_damaged_settings(tmp_path, run_folder, seed):
     file.write_bytes(damaged((run_folder/'settings.json').read_bytes(), seed))
     try: options = read_options(tmp_path, to_continue=True)
     except ValueError as e: assert 'damaged' in str(e) or 'pip install' in str(e), e
-    else: assert all(type(options[k]) in (kind,int,type(None)) for k,(kind,_) in train_options.items()) and options['limit'] == 64
+    else: assert (all(type(options[k]) in (kind,int,type(None)) for k,(kind,_) in train_options.items()) and
+                  options['limit'] == 64)
 
 versions = '"versions": {"clae_fastai": "0.2.0"}'
 
-@pytest.mark.parametrize('text', ['', 'null', '[]', '{}', '{"options": {"epochs": 1}}', '{"options": {}, "versions": []}',
-                                  '['*100000, '\x00', f'{{"options": null, {versions}}}', f'{{"options": [], {versions}}}',
+@pytest.mark.parametrize('text', ['', 'null', '[]', '{}', '{"options": {"epochs": 1}}',
+                                  '{"options": {}, "versions": []}', '['*100000, '\x00',
+                                  f'{{"options": null, {versions}}}', f'{{"options": [], {versions}}}',
                                   f'{{"options": 1e999, {versions}}}',
                                   f'{{"options": {{"epochs": "1"}}, {versions}}}'], ids=range(12))
 def test_wrong_settings(command, tmp_path, text):

@@ -1,4 +1,5 @@
-"`benchmarks/gpu.py` on a processor: every part makes its table, without a row that failed, and the committed results stay."
+"""`benchmarks/gpu.py` on a processor: every part makes its table, without a row that failed,
+and the committed results stay."""
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +22,11 @@ def test_all_parts_make_their_tables(tmp_path):
         lines = (tmp_path/f'gpu_{part}.md').read_text().splitlines()
         rows = [line for line in lines if line.startswith('|')]
         assert len(rows) > 3 and len({row.count('|') for row in rows}) == 1, part
-        assert not [row for row in rows if 'Error' in row or 'not reached' in row or 'memory |' in row and row != rows[0]], rows
+        assert not [row for row in rows
+                    if 'Error' in row or 'not reached' in row or 'memory |' in row and row != rows[0]], rows
         assert 'There was no GPU' in '\n'.join(lines) and not [line for line in lines if line.startswith('This part')]
-    assert '| 2 |' in (tmp_path/'gpu_processes.md').read_text() and '| equal |' in (tmp_path/'gpu_processes.md').read_text()
+    assert ('| 2 |' in (tmp_path/'gpu_processes.md').read_text() and
+            '| equal |' in (tmp_path/'gpu_processes.md').read_text())
     assert {f: f.stat().st_mtime_ns for f in (root/'results').iterdir()} == before
 
 @pytest.mark.slow
@@ -39,5 +42,6 @@ def test_a_row_that_fails_says_why(tmp_path, monkeypatch):
     table.measure(['three'], lambda: ['3'])
     args.until = gpu.time.time() + 1
     table.measure(['four'], lambda: ['4'])
-    rows = ['| one | out of memory |', '| two | RuntimeError: no compiler was / found |', '| three | 3 |', '| four | not reached in time |']
+    rows = ['| one | out of memory |', '| two | RuntimeError: no compiler was / found |', '| three | 3 |',
+            '| four | not reached in time |']
     assert (tmp_path/'gpu_step.md').read_text().splitlines()[2:6] == rows

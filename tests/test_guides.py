@@ -8,10 +8,12 @@ from clae_fastai import cli
 
 root = Path(__file__).parent.parent
 guides = sorted((root/'nbs'/'guides').glob('*.ipynb'))
-options = {o for name in dir(cli) if name.startswith('clae_') for o in cli.parser(getattr(cli, name))._option_string_actions}
+options = {o for name in dir(cli) if name.startswith('clae_')
+           for o in cli.parser(getattr(cli, name))._option_string_actions}
 elsewhere = {'--nproc_per_node','--config-path','--config-name','--tiny'} # of torchrun, solo-learn, a benchmark
 
-def cells(guide, kind): return [''.join(c['source']) for c in json.loads(guide.read_text())['cells'] if c['cell_type'] == kind]
+def cells(guide, kind):
+    return [''.join(c['source']) for c in json.loads(guide.read_text())['cells'] if c['cell_type'] == kind]
 
 @pytest.mark.parametrize('guide', guides, ids=lambda o: o.stem)
 def test_options_exist(guide):
@@ -28,7 +30,8 @@ def test_views_and_choices_exist(guide):
 @pytest.mark.parametrize('guide', guides, ids=lambda o: o.stem)
 def test_small_and_executed(guide):
     assert guide.stat().st_size < 300_000
-    shown = [c for c in json.loads(guide.read_text())['cells'] if c['cell_type'] == 'code' and '#| hide' not in ''.join(c['source'])]
+    shown = [c for c in json.loads(guide.read_text())['cells']
+             if c['cell_type'] == 'code' and '#| hide' not in ''.join(c['source'])]
     assert any(c['outputs'] for c in shown)
     assert not [o for c in shown for o in c['outputs'] if o['output_type'] == 'error']
 
@@ -45,7 +48,8 @@ def test_code_is_narrow_enough_to_be_read(page):
 # Commands
 
 def commands(page):
-    "Those of this library in a page's prose, as they stand, without remarks behind them; what ends in three dots is none"
+    """Those of this library in a page's prose, as they stand, without remarks behind them;
+    what ends in three dots is none"""
     text = '\n'.join(cells(page, 'markdown'))
     found = re.findall(r'(?:^ {4}|`)(clae_\w+ [^`\n]+)(?:`|$)', text, re.M)
     return [o for o in (shlex.split(line, comments=True) for line in found) if '...' not in o]
@@ -56,13 +60,15 @@ def test_commands_are_understood(page):
 
 def test_commands_are_found():
     found = {' '.join(o) for page in pages for o in commands(page)}
-    assert {'clae_report mine', 'clae_export mine --format onnx', 'clae_train --path photos --pretrained --epochs 20'} <= found
+    assert {'clae_report mine', 'clae_export mine --format onnx',
+            'clae_train --path photos --pretrained --epochs 20'} <= found
 
 @pytest.mark.slow
 @pytest.mark.parametrize('page', ['guides/search_and_map','guides/which_settings','tutorials/01_images'])
 def test_commands_run(page, cli, digits_dir):
     "One after the other, those that take a folder of images, or what such a one has left"
-    def _runs(name, *args): return name not in ('clae_table','clae_figure') and not {*args} & {'NAME','--recipe','--data','--pretrained'}
+    def _runs(name, *args):
+        return name not in ('clae_table','clae_figure') and not {*args} & {'NAME','--recipe','--data','--pretrained'}
     for folder in ('photos','tiles','other_photos','xrays','my_images'):
         for f in (digits_dir/'grey').glob('*/*.png'):
             to = cli.cwd/folder/f.relative_to(digits_dir/'grey')

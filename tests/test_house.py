@@ -1,4 +1,5 @@
-"The house stands: every module has its notebook, imports run downward, no private name leaves its module, lines stay short."
+"""The house stands: every module has its notebook, imports run downward, no private name leaves its module,
+lines stay short."""
 import ast
 import json
 import re
@@ -12,7 +13,8 @@ root = Path(__file__).parent.parent
 by_hand = {'all','_modidx'} # the modules that no notebook makes
 
 def notebooks(house):
-    "`[(name, the module that it exports or None)]` of the numbered notebooks, in their order, which is the order of the rooms"
+    """`[(name, the module that it exports or None)]` of the numbered notebooks, in their order,
+    which is the order of the rooms"""
     def exports(file):
         code = [''.join(c['source']) for c in json.loads(file.read_text())['cells'] if c['cell_type'] == 'code']
         return next(iter(re.findall(r'^#\| *default_exp +(\S+)', '\n'.join(code), re.M)), None)
@@ -21,13 +23,15 @@ def notebooks(house):
 def modules(house):
     "`{name: file}` of the library's modules, packages left out"
     lib = house/'clae_fastai'
-    return {'.'.join(f.relative_to(lib).with_suffix('').parts): f for f in sorted(lib.rglob('*.py')) if f.stem != '__init__'}
+    return {'.'.join(f.relative_to(lib).with_suffix('').parts): f
+            for f in sorted(lib.rglob('*.py')) if f.stem != '__init__'}
 
 def package_of(module): return 'clae_fastai' + '.'.join(['', *module.split('.')[:-1]])
 
 def imports(file, package, known):
-    """`[(line, module, name, called)]` of all that `file`, of a module in `package`, imports from the library, at its top
-    or later: the `name` of a `module`, or a whole module (then `name` is None), and how it is called in the file"""
+    """`[(line, module, name, called)]` of all that `file`, of a module in `package`, imports from the library,
+    at its top or later: the `name` of a `module`, or a whole module (then `name` is None),
+    and how it is called in the file"""
     found = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import): found += [(node.lineno, o.name, None, o.asname or o.name) for o in node.names]
@@ -62,7 +66,8 @@ def homeless(house):
 def upward(house):
     "Imports of a room that comes later, or of itself, or of `all`"
     order = {n: i for i,(n,_) in enumerate(notebooks(house))} | dict(all=10**6)
-    return [f'{mod}:{line} imports {to}, which is not above it' for mod,found in all_imports(house).items() if mod in order
+    return [f'{mod}:{line} imports {to}, which is not above it'
+            for mod,found in all_imports(house).items() if mod in order
             for line,to,*_ in found if to in order and order[to] >= order[mod]]
 
 def circles(house):
@@ -104,11 +109,15 @@ def test_the_house_stands(check):
 @pytest.fixture
 def house(tmp_path):
     "A small house: core, and two floors of two rooms"
-    def notebook(name, exports): return json.dumps(dict(cells=[dict(cell_type='code', source=[f'#| default_exp {exports}'])]))
-    code = {'core': 'def f(): pass', 'a.one': 'from ..core import *', 'a.two': 'from .one import *\nfrom .. import __version__',
-            'b.one': 'from ..a.two import *\nfrom clae_fastai import core', 'b.two': 'from . import one\nimport clae_fastai.core'}
+    def notebook(name, exports):
+        return json.dumps(dict(cells=[dict(cell_type='code', source=[f'#| default_exp {exports}'])]))
+    code = {'core': 'def f(): pass', 'a.one': 'from ..core import *',
+            'a.two': 'from .one import *\nfrom .. import __version__',
+            'b.one': 'from ..a.two import *\nfrom clae_fastai import core',
+            'b.two': 'from . import one\nimport clae_fastai.core'}
     for i,(name,text) in enumerate(code.items()):
-        for file,content in ((f'nbs/{i:02}_{name}.ipynb', notebook(name, name)), (f'clae_fastai/{name.replace(".", "/")}.py', text)):
+        for file,content in ((f'nbs/{i:02}_{name}.ipynb', notebook(name, name)),
+                             (f'clae_fastai/{name.replace(".", "/")}.py', text)):
             (tmp_path/file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path/file).write_text(content)
     (tmp_path/'clae_fastai'/'all.py').write_text('from clae_fastai.b.two import *')
@@ -170,7 +179,8 @@ def test_what_is_newest_is_there(pytestconfig):
 
 def test_the_table_of_modules():
     "Every room has its line, in the order of the rooms, and links to its notebook"
-    table = re.findall(r'^\| \[([\w.]+)\]\(([\w.]+)\) \|', (root/'nbs'/'modules.ipynb').read_text().replace('    "', ''), re.M)
+    table = re.findall(r'^\| \[([\w.]+)\]\(([\w.]+)\) \|',
+        (root/'nbs'/'modules.ipynb').read_text().replace('    "', ''), re.M)
     files = [f.name for f in sorted((root/'nbs').glob('[0-9]*_*.ipynb'))]
     assert table == [(f.removesuffix('.ipynb').partition('_')[2], f) for f in files]
 

@@ -1,4 +1,5 @@
-"`--log`: TensorBoard's files are in the run's folder, also of a run that goes on; a package that is missing is asked for before any work."
+"""`--log`: TensorBoard's files are in the run's folder, also of a run that goes on;
+a package that is missing is asked for before any work."""
 import importlib.util
 import json
 

@@ -1,5 +1,6 @@
-"""A newcomer's path: the home page, which is README.md: how long it is, in which order, and every line of it that a machine reads,
-copied as it stands, in an empty folder. (`.ci/run` runs the two lines that install, `nbdev_test` tutorials and guides.)"""
+"""A newcomer's path: the home page, which is README.md: how long it is, in which order, and every line of it
+that a machine reads, copied as it stands, in an empty folder. (`.ci/run` runs the two lines that install,
+`nbdev_test` tutorials and guides.)"""
 import json, os, re, shlex, shutil, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
@@ -20,7 +21,8 @@ def is_word(o): return re.search(r'\w', o)
 def test_it_is_short(): assert len(list(filter(is_word, fenced.sub('', readme).split()))) <= 700
 
 parts = ['# clae_fastai', '![', '**For you if**', '**Not for you if**',
-         '## Install', '    git clone ', '    pip install -e . && clae_train', "    pip install -e '.[dev]' && nbdev_test && pytest",
+         '## Install', '    git clone ', '    pip install -e . && clae_train',
+         "    pip install -e '.[dev]' && nbdev_test && pytest",
          '## Your images', '    clae_train --path', '| your folder |', '## In Python', '```python',
          '## What it costs', '## What to expect', '## Read on', '## Citation', '```bibtex', '## Licence']
 
@@ -49,7 +51,8 @@ def test_versions_are_those_of_the_package():
 def test_words_that_a_visitor_need_not_know(word): assert word not in fenced.sub('', readme)
 
 def test_it_links_every_tutorial_and_guide():
-    pages = {p.relative_to(root).as_posix() for o in ('tutorials','guides') for p in (root/'nbs'/o).glob('[!._]*.ipynb')}
+    pages = {p.relative_to(root).as_posix()
+             for o in ('tutorials','guides') for p in (root/'nbs'/o).glob('[!._]*.ipynb')}
     links = re.findall(r'\]\(([^)]+)\)', readme)
     assert pages | {f'nbs/{o}.ipynb' for o in ('results','digits','others','modules')} <= set(links)
     assert [o for o in links if '://' not in o and not (root/o).is_file()] == []
@@ -74,8 +77,10 @@ def test_its_numbers_are_those_of_the_results(monkeypatch):
 def test_the_line_that_clones(tmp_path):
     "As it stands, of this repository in the place of its address"
     line, = [l for l in shell if l.startswith('git clone ')]
-    instead = dict(GIT_CONFIG_COUNT='1', GIT_CONFIG_KEY_0=f'url.{root}.insteadOf', GIT_CONFIG_VALUE_0=settings['DEFAULT']['git_url'])
-    res = subprocess.run(f'{line} && ls', shell=True, cwd=tmp_path, env={**os.environ, **instead}, capture_output=True, text=True)
+    instead = dict(GIT_CONFIG_COUNT='1', GIT_CONFIG_KEY_0=f'url.{root}.insteadOf',
+                   GIT_CONFIG_VALUE_0=settings['DEFAULT']['git_url'])
+    res = subprocess.run(f'{line} && ls', shell=True,
+        cwd=tmp_path, env={**os.environ, **instead}, capture_output=True, text=True)
     assert res.returncode == 0, res.stderr
     assert {'setup.py','nbs','README.md'} <= set(res.stdout.split())
 
@@ -127,7 +132,8 @@ def test_python_is_twelve_lines():
 def test_python_of_the_readme(tmp_path):
     env = {**os.environ, 'MPLBACKEND': 'Agg', 'PYTHONWARNINGS': 'ignore'}
     block, = code('python')
-    res = subprocess.run([sys.executable, '-c', block], cwd=tmp_path, capture_output=True, text=True, timeout=600, env=env)
+    res = subprocess.run([sys.executable, '-c', block],
+        cwd=tmp_path, capture_output=True, text=True, timeout=600, env=env)
     assert res.returncode == 0, res.stderr[-3000:]
     assert 'knn' in res.stdout.lower(), res.stdout[-2000:]
     assert [o.name for o in tmp_path.iterdir()] == ['encoder.safetensors']

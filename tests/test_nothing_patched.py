@@ -1,4 +1,5 @@
-"Importing the library changes nothing for other learners: fastai's classes, functions and dispatch tables are as they were."
+"""Importing the library changes nothing for other learners: fastai's classes, functions and dispatch tables
+are as they were."""
 import json
 import os
 import subprocess
@@ -20,7 +21,8 @@ def changes(*names, path=here.parent):
 
 def test_nothing_is_patched():
     "But for methods that are added to `Learner`"
-    names = [n for n in ('clae_fastai.all','clae_fastai.paper.experiments','clae_fastai.runs','clae_fastai.cli') if find_spec(n)]
+    names = [n for n in ('clae_fastai.all','clae_fastai.paper.experiments','clae_fastai.runs','clae_fastai.cli')
+             if find_spec(n)]
     added = 'distributed','embed','export_encoder','show_views'
     assert changes(*names) == [f'fastai.learner.Learner.{n} is new' for n in added]
 

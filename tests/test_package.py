@@ -22,11 +22,13 @@ def dist(tmp_path_factory):
     "Wheel and sdist of the files under version control"
     pytest.importorskip('build', reason="needs pip install -e '.[test]'")
     src,out = tmp_path_factory.mktemp('src'),tmp_path_factory.mktemp('dist')
-    for f in subprocess.run(['git','ls-files','-z'], cwd=root, capture_output=True, text=True, check=True).stdout.split('\0'):
+    for f in subprocess.run(['git','ls-files','-z'], cwd=root, capture_output=True, text=True,
+                            check=True).stdout.split('\0'):
         if f and (root/f).is_file():
             (src/f).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(root/f, src/f)
-    p = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', out, src], capture_output=True, text=True)
+    p = subprocess.run([sys.executable, '-m', 'build', '--no-isolation', '--outdir', out, src],
+        capture_output=True, text=True)
     assert p.returncode == 0, p.stdout[-2000:] + p.stderr[-4000:]
     return out
 
@@ -40,7 +42,8 @@ def test_contents(dist):
     sdist, = dist.glob('*.tar.gz')
     inside = {o.partition('/')[2] for o in tarfile.open(sdist).getnames()}
     assert modules | extras | {'settings.ini','setup.py','README.md','LICENSE','CITATION.cff'} <= inside
-    assert not [o for o in inside if o.startswith(('tests/','results/','benchmarks/','nbs/')) or o.endswith(('.npz','.png','.csv'))]
+    assert not [o for o in inside
+                if o.startswith(('tests/','results/','benchmarks/','nbs/')) or o.endswith(('.npz','.png','.csv'))]
 
 def test_the_description_needs_no_files(dist):
     "Links and pictures of README.md as a package index shows it: whole addresses, of files that are there"
@@ -69,7 +72,8 @@ def test_citation():
     paper = cite['preferred-citation']
     assert [o['family-names'] for o in paper['authors']] == ['Ho','Vasconcelos'] and '2010.12050' in paper['url']
     bibtex = (root/'README.md').read_text().partition('```bibtex')[2]
-    assert all(str(o) in bibtex for o in (paper['title'], paper['year'], paper['volume'], paper['collection-title'], paper['url']))
+    assert all(str(o) in bibtex
+               for o in (paper['title'], paper['year'], paper['volume'], paper['collection-title'], paper['url']))
 
 @pytest.mark.slow
 def test_the_wheel_runs_outside_the_repository(dist, tmp_path):

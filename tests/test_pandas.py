@@ -14,7 +14,8 @@ from clae_fastai.all import (
 def strict():
     "Plans of pandas are errors"
     with warnings.catch_warnings():
-        for kind in (FutureWarning, getattr(pd.errors, 'PandasChangeWarning', FutureWarning)): warnings.simplefilter('error', kind)
+        for kind in (FutureWarning, getattr(pd.errors, 'PandasChangeWarning', FutureWarning)):
+            warnings.simplefilter('error', kind)
         yield
 
 def test_tables(quiet, tmp_path):

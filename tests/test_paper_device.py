@@ -17,7 +17,8 @@ from PIL import Image
 from clae_fastai.all import (
     FGSM, PGD, Checkpoint, CLAECallback, CollapseMonitor, FileImages, KNNCallback, MemoryDL, MemoryImages, NTXentLoss,
     Resume, TwoViews, adversarial_images, bn_statistics, clae_learner, classifier_vs_eps, encoder_learner, evaluate,
-    extract_features, few_label_knn, file_dls, knn_predict, linear_probe, load_encoder, loss_vs_eps, memory_dls, resnet8)
+    extract_features, few_label_knn, file_dls, knn_predict, linear_probe, load_encoder, loss_vs_eps, memory_dls,
+    resnet8)
 from clae_fastai.data.images import ImageItem
 from paper_device import DEVICE, PaperTensor, missing, paper_device
 
@@ -59,7 +60,8 @@ class Watch(Callback):
         if self.training: self.batches.append(self._since())
 
 def fit(learn, epochs=1, **kwargs):
-    with learn.no_bar(), learn.no_logging(), contextlib.redirect_stdout(io.StringIO()): learn.fit(epochs, 1e-3, **kwargs)
+    with learn.no_bar(), learn.no_logging(), contextlib.redirect_stdout(io.StringIO()):
+        learn.fit(epochs, 1e-3, **kwargs)
     return learn
 
 def make(device, dls=None, **kwargs):
@@ -120,15 +122,17 @@ def test_it_is_like_a_gpu(paper):
 def test_waits_are_counted(paper):
     x,square = torch.rand(4,3).to(DEVICE),torch.eye(3).to(DEVICE)
     waiting = dict(
-        item=lambda: x.sum().item(), float=lambda: float(x[0,0]), int=lambda: int(x[0,0]), bool=lambda: bool(x[0,0] > 0),
-        tolist=x.tolist, cpu=x.cpu, print=lambda: repr(x), format=lambda: f'{x.sum():.3f}',
+        item=lambda: x.sum().item(), float=lambda: float(x[0,0]), int=lambda: int(x[0,0]),
+        bool=lambda: bool(x[0,0] > 0), tolist=x.tolist, cpu=x.cpu, print=lambda: repr(x),
+        format=lambda: f'{x.sum():.3f}',
         nonzero=x.nonzero, mask=lambda: x[x > .5], set_mask=lambda: x.__setitem__(x > .5, x[0,0]),
         index=lambda: x[torch.tensor([0,1])], unique=x.unique, equal=lambda: torch.equal(x, x),
         bincount=lambda: (x > .5).int().flatten().bincount(),
         inverse=lambda: torch.linalg.inv(square), to=lambda: torch.rand(2).to(DEVICE),
         tensor=lambda: torch.tensor([1.], device=DEVICE), copy=lambda: x.copy_(torch.rand(4,3)))
     free = dict(
-        add=lambda: x + 1, index=lambda: x[x.argmax(0)], slice=lambda: x[1:,:2], where=lambda: torch.where(x > .5, x, 0.),
+        add=lambda: x + 1, index=lambda: x[x.argmax(0)], slice=lambda: x[1:,:2],
+        where=lambda: torch.where(x > .5, x, 0.),
         to=lambda: torch.rand(2).to(DEVICE, non_blocking=True), same=lambda: x.to(DEVICE), new=lambda: x.new_zeros(3),
         rand=lambda: torch.rand(3, device=DEVICE), shape=lambda: x.shape, len=lambda: len(x), iter=lambda: list(x),
         fill=lambda: x.fill_(0.))
@@ -208,8 +212,10 @@ def test_ways_to_train(paper, way):
 
 @pytest.mark.parametrize('precision', ['bf16','fp16'])
 def test_half_precision(paper, precision):
-    "float16's scaler, which is PyTorch's, waits twice besides: did the gradients overflow, and is the scale another now?"
-    learn = watched(paper, *2*[scaler]*(precision == 'fp16'), precision=precision, temperature=.5) # no overflow at first
+    """float16's scaler, which is PyTorch's, waits twice besides: did the gradients overflow,
+    and is the scale another now?"""
+    # no overflow at first
+    learn = watched(paper, *2*[scaler]*(precision == 'fp16'), precision=precision, temperature=.5)
     assert isinstance(learn.mixed_precision, MixedPrecision)
     assert all(v.isfinite().all() for v in numbers(learn).values())
 
@@ -233,7 +239,8 @@ def test_monitors_and_epochs(paper):
     assert first == second == Counter({recorder: n_batches, means: 2,
         ('copy to the CPU','measure/monitors.py after_train'): 1, # all that it has seen
         ('copy to the CPU','measure/features.py move'): 2, # features and labels for the effective rank
-        ('_local_scalar_dense','method/views.py check_pixels'): 6, # least and greatest value, of two sets for kNN, one for the rank
+        # least and greatest value, of two sets for kNN, one for the rank
+        ('_local_scalar_dense','method/views.py check_pixels'): 6,
         ('nonzero','measure/features.py check_data'): 4, ('copy to the CPU','measure/features.py check_data'): 2,
         ('_unique2','measure/features.py knn_predict'): 1,
         ('_local_scalar_dense','measure/features.py share_correct'): 1})
@@ -355,7 +362,8 @@ def on_cpu(): return fit(make('cpu', method='plain', attack='rfgsm'), 2)
 def test_evaluation(paper, trained, on_cpu):
     for kwargs in (dict(k=3), dict(k=3, protocol='authors', epochs=2)):
         a,b = (evaluate(o, o.dls, **kwargs) for o in (trained,on_cpu))
-        assert [a.knn, a.knn_mean_per_class, a.result, *a.probe.curve] == [b.knn, b.knn_mean_per_class, b.result, *b.probe.curve]
+        assert ([a.knn, a.knn_mean_per_class, a.result, *a.probe.curve] ==
+                [b.knn, b.knn_mean_per_class, b.result, *b.probe.curve])
     waits = []
     for n in (2,12): # images a batch
         paper.clear()

@@ -1,4 +1,5 @@
-"Run folders: of other versions, of several processes, with settings of every kind; and that commands and library know the same names."
+"""Run folders: of other versions, of several processes, with settings of every kind;
+and that commands and library know the same names."""
 import inspect
 import json
 import shutil
@@ -28,8 +29,8 @@ def annotation(func, name): return inspect.signature(func).parameters[name].anno
 def choices(func, name): return get_args(annotation(func, name))
 
 @pytest.mark.parametrize('func,name,known', [
-    (clae_train,'data',catalogue), (clae_eval,'data',catalogue), (clae_train,'method',methods), (clae_train,'attack',attacks),
-    (clae_train,'views',view_presets), (clae_train,'recipe',recipes)])
+    (clae_train,'data',catalogue), (clae_eval,'data',catalogue), (clae_train,'method',methods),
+    (clae_train,'attack',attacks), (clae_train,'views',view_presets), (clae_train,'recipe',recipes)])
 def test_choices_are_the_tables(func, name, known): assert choices(func, name) == tuple(known)
 
 @pytest.mark.parametrize('name,make', [('clae_table',table), ('clae_figure',figure)])
@@ -49,8 +50,9 @@ def test_precisions():
     assert all(repr(o) in str(e.value) for o in choices(clae_train, 'precision'))
 
 @pytest.mark.parametrize('func,name,options', [
-    (clae_eval,'protocol',dict(data='digits')), (clae_eval,'knn_on',dict(data='digits')), (clae_eval,'probe_on',dict(data='digits')),
-    (clae_export,'format',{}), (clae_train,'attack_bn',dict(limit=64)), (clae_train,'on_nonfinite',dict(limit=64)),
+    (clae_eval,'protocol',dict(data='digits')), (clae_eval,'knn_on',dict(data='digits')),
+    (clae_eval,'probe_on',dict(data='digits')), (clae_export,'format',{}),
+    (clae_train,'attack_bn',dict(limit=64)), (clae_train,'on_nonfinite',dict(limit=64)),
     (clae_train,'log',dict(limit=64)), (clae_train,'channels',dict(limit=64, data='folder', path='.'))])
 def test_library_has_the_same_choices(func, name, options, tmp_path, monkeypatch, capsys):
     "It names them where the command is called from Python, with something else"
@@ -90,12 +92,14 @@ def test_finished_runs_stay_readable(cli, old, change):
     "Of version 0.1.0, and of one with more options and without some"
     run = old/'finished'
     rewrite(run, **change)
-    before = json.loads((run/'eval-digits-authors.json').read_text()) # Adam's: L-BFGS stops early where the penalty is weak
+    # Adam's: L-BFGS stops early where the penalty is weak
+    before = json.loads((run/'eval-digits-authors.json').read_text())
     r = cli('clae_eval', 'finished', '--protocol', 'authors', '--knn-on', 'h')
     assert r.returncode == 0, r.stderr
     now = json.loads((run/'eval-digits-authors-2.json').read_text())
     assert [now[k] for k in ('n_train','n_test','dataset')] == [before[k] for k in ('n_train','n_test','dataset')]
-    assert now['knn'] == pytest.approx(before['knn'], abs=1.5/450) and now['result'] == pytest.approx(before['result'], abs=1.5/450)
+    assert (now['knn'] == pytest.approx(before['knn'], abs=1.5/450) and
+            now['result'] == pytest.approx(before['result'], abs=1.5/450))
     assert now['versions']['clae_fastai'] == __version__
     newer = 'version' in change
     assert ('9.0.0' in r.stdout and 'ignored: later' in r.stdout) == newer
@@ -109,7 +113,8 @@ def test_images_that_0_1_held_out(command, cli, old, digits_dir):
     "It chose them otherwise, so that this version would test on images that were trained on"
     rewrite(old/'finished', data='folder', path=str(digits_dir/'grey'), size=16)
     assert 'another way' in command(clae_eval, 'finished')
-    assert cli('clae_eval', 'finished', '--path', digits_dir/'grey', '--protocol', 'authors', '--knn-on', 'h').returncode == 0
+    assert cli('clae_eval', 'finished', '--path', digits_dir/'grey', '--protocol', 'authors',
+               '--knn-on', 'h').returncode == 0
     rewrite(old/'finished', version='0.2.0')
     assert cli('clae_eval', 'finished', '--protocol', 'authors', '--knn-on', 'h').returncode == 0
 
@@ -129,8 +134,10 @@ def test_trials_of_an_old_version(old):
     "Neither is one gone on with, nor are weights looked at that cannot be read"
     options = json.loads((old/'stopped'/'settings.json').read_text())['options']
     before = (old/'stopped'/'settings.json').read_bytes()
-    with pytest.raises(ValueError, match='clae_fastai==0.1.0'): trial({'data': 'digits', 'limit': options['limit']}, old/'stopped')
-    with pytest.raises(ValueError, match='clae_fastai==0.1.0'): trained(old/'finished')
+    with pytest.raises(ValueError, match='clae_fastai==0.1.0'):
+        trial({'data': 'digits', 'limit': options['limit']}, old/'stopped')
+    with pytest.raises(ValueError, match='clae_fastai==0.1.0'):
+        trained(old/'finished')
     assert (old/'stopped'/'settings.json').read_bytes() == before
 
 # Trials of this one

@@ -38,13 +38,15 @@ kinds = {
     'photographs, as grey': ('jpg', image, (150,90), dict(size=(40,32), channels=1)),
     'photographs, turned': ('jpg', turned, (150,90), dict(size=32)),
     '16 bits': ('png', deep, (100,100), dict(size=40)),
-    'transparent': ('png', lambda f, i, s: image(f, i, s, 'RGBA') or Image.open(f).putalpha(9*i) , (20,12), dict(background='navy'))}
+    'transparent': ('png', lambda f, i, s: image(f, i, s, 'RGBA') or Image.open(f).putalpha(9*i), (20,12),
+                    dict(background='navy'))}
 
 @pytest.mark.parametrize('kind', kinds)
 @pytest.mark.parametrize('layout', ['{i}','{c}/{i}','{part}/{c}/{i}'], ids=['flat','classes','parts'])
 def test_pixels_of_validation(tmp_path, kind, layout):
     suffix,write,size,kwargs = kinds[kind]
-    for i in range(20): write(tmp_path/f"{layout.format(i=i, c='ab'[i%2], part=('train','test')[i%5 == 0])}.{suffix}", i, size)
+    for i in range(20):
+        write(tmp_path/f"{layout.format(i=i, c='ab'[i%2], part=('train','test')[i%5 == 0])}.{suffix}", i, size)
     want = pixels(*folder_dls(tmp_path, bs=4, num_workers=0, **kwargs).loaders)
     dl = folder_dl(tmp_path, bs=7, num_workers=0, **kwargs)
     got = pixels(dl)
@@ -70,7 +72,8 @@ def test_what_is_said(tmp_path):
         assert words in ' '.join(b) and b[0] == f'{tmp_path}: 7 images.'
         assert set(b[1:]) == {o for o in a[1:] if not o.startswith('Held out')}
     (tmp_path/'bad.png').write_text('x')
-    bad = {}, dict(channels=3, value_range=(0,9), skip_bad=True), dict(skip_bad=True), dict(channels=3, background='none')
+    bad = ({}, dict(channels=3, value_range=(0,9), skip_bad=True), dict(skip_bad=True),
+           dict(channels=3, background='none'))
     for kwargs in bad:
         errors = []
         for way in ways:
@@ -78,7 +81,8 @@ def test_what_is_said(tmp_path):
             errors.append(str(e.value))
         assert errors[0] == errors[1]
     assert any('bad.png' in o for o in ways[1](channels=3, skip_bad=True))
-    for path,error in ((tmp_path/'none', FileNotFoundError), (tmp_path/'1.png', ValueError), (tmp_path/'empty', FileNotFoundError)):
+    for path,error in ((tmp_path/'none', FileNotFoundError), (tmp_path/'1.png', ValueError),
+                       (tmp_path/'empty', FileNotFoundError)):
         (tmp_path/'empty').mkdir(exist_ok=True)
         messages = []
         for f in (folder_dls, folder_dl):
@@ -92,7 +96,8 @@ def test_a_function_that_reads(tmp_path):
     for i in range(4): np.save(tmp_path/f'{i}.npy', np.full((8,8,5), i, np.uint8))
     (tmp_path/'about.txt').write_text('x')
     dl = folder_dl(tmp_path, read=read)
-    assert [f.name for f in dl.files] == ['0.npy','1.npy','2.npy','3.npy'] and (next(iter(dl))[0][:,0,0,0]*255).tolist() == [0,1,2,3]
+    assert ([f.name for f in dl.files] == ['0.npy','1.npy','2.npy','3.npy'] and
+            (next(iter(dl))[0][:,0,0,0]*255).tolist() == [0,1,2,3])
     assert any('1 of 5 files' in o for o in dl.notes)
 
 def test_few_in_memory(tmp_path):

@@ -12,7 +12,8 @@ from layouts import image
 def test_a_folder_by_itself(tmp_path):
     for i in range(6): image(tmp_path/f'{i}.png', i, (32,32))
     for o in (tmp_path, str(tmp_path)):
-        for dls in (get_dls(o, bs=2), get_dls('folder', o, bs=2), folder_dls(o, bs=2)): assert (dls.train.n,dls.valid.n) == (4,2)
+        for dls in (get_dls(o, bs=2), get_dls('folder', o, bs=2), folder_dls(o, bs=2)):
+            assert (dls.train.n,dls.valid.n) == (4,2)
     with pytest.raises(ValueError, match='or pass a folder of images'): get_dls(tmp_path/'nowhere')
     with pytest.raises(FileNotFoundError, match='no folder .*nowhere'): get_dls('folder', tmp_path/'nowhere')
 

@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from clae_fastai.all import (
-    MemoryImages, Normalize, TensorCategory, accuracy, cached_images, check_images, check_regular, clae_learner, extract_features,
-    get_dls, get_image_files, load_learner, resnet8, resnet18, vision_learner)
+    MemoryImages, Normalize, TensorCategory, accuracy, cached_images, check_images, check_regular, clae_learner,
+    extract_features, get_dls, get_image_files, load_learner, resnet8, resnet18, vision_learner)
 
 from layouts import cifar10, image
 
@@ -150,7 +150,8 @@ def test_damaged_entries_are_none(tmp_path, opened):
         memo = dict(format='clae-checked-3', background=background, images={'0.png': entry})
         (tmp_path/'.clae-checked.json').write_text(json.dumps(memo))
         return [(o.width,o.height) for _ in range(2) for o in check(tmp_path)[1]],bool(opened)
-    for rest in ([], right[:-1], [*right, 1], [*right[:-1], True], [[], *right[1:]], [40., *right[1:]], [*right[:4], 0, *right[5:]]):
+    for rest in ([], right[:-1], [*right, 1], [*right[:-1], True], [[], *right[1:]], [40., *right[1:]],
+                 [*right[:4], 0, *right[5:]]):
         assert found(stamp + rest) == ([(40,30)]*2, True), rest
     assert found(1) == ([(40,30)]*2, True)
     assert found([*stamp, 7, 8, *right[2:]], 'black') == ([(40,30)]*2, True) # seen on another ground

@@ -1,5 +1,5 @@
-"""Images and folders as people have them: each case is built from small files, and comes out right, or ends in a message.
-Sets in memory and in files, without and with processes that load them."""
+"""Images and folders as people have them: each case is built from small files, and comes out right,
+or ends in a message. Sets in memory and in files, without and with processes that load them."""
 import json
 import pickle
 import re
@@ -16,13 +16,14 @@ import tifffile
 import torch
 import torchvision.transforms as T
 from fastai.vision.all import (
-    DataLoader, DataLoaders, FlipItem, Normalize, PILImage, RandomErasing, RandomResizedCropGPU, RandTransform, TensorImage, aug_transforms)
+    DataLoader, DataLoaders, FlipItem, Normalize, PILImage, RandomErasing, RandomResizedCropGPU, RandTransform,
+    TensorImage, aug_transforms)
 from PIL import Image
 from torchvision.transforms import v2
 
 from clae_fastai.all import (
-    ImageReader, KNNCallback, TwoViews, clae_learner, evaluate, extract_features, find_images, get_dls, knn_predict, load_learner,
-    read_encoder, resnet8, same_for_all)
+    ImageReader, KNNCallback, TwoViews, clae_learner, evaluate, extract_features, find_images, get_dls, knn_predict,
+    load_learner, read_encoder, resnet8, same_for_all)
 
 def save(file, image, **kwargs):
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -55,8 +56,8 @@ def pixels(dls):
 # 1. Split folders
 
 @pytest.mark.parametrize('train,test', [
-    ('train','test'), ('train','validation'), ('train','dev'), ('train','eval'), ('train','val'), ('training','valid'), ('Train','Test'),
-    ('Training','Testing'), ('TRAIN','VALIDATION')])
+    ('train','test'), ('train','validation'), ('train','dev'), ('train','eval'), ('train','val'),
+    ('training','valid'), ('Train','Test'), ('Training','Testing'), ('TRAIN','VALIDATION')])
 def test_split_folders(tmp_path, train, test):
     for part,n in ((train,4),(test,2)): classes(tmp_path/part, 'cat', 'dog', n=n)
     dls = get_dls(tmp_path, bs=2)
@@ -161,15 +162,19 @@ def test_other_classes_in_the_test_part(tmp_path):
 
 # 3. Bit depth
 
-def ramp(high, side, dtype=np.uint16, low=0): return np.linspace(low, high, side*side).round().astype(dtype).reshape(side, side)
+def ramp(high, side, dtype=np.uint16, low=0):
+    return np.linspace(low, high, side*side).round().astype(dtype).reshape(side, side)
 
 depths = {
-    '10 bits': (1023, 'png', lambda s: ramp(1023, s), {}), '12 bits': (4095, 'png', lambda s: ramp(4095, s), {}),
-    '12 bits in TIFF': (4095, 'tif', lambda s: ramp(4095, s), {}), '16 bits': (65535, 'png', lambda s: ramp(65535, s), {}),
+    '10 bits': (1023, 'png', lambda s: ramp(1023, s), {}),
+    '12 bits': (4095, 'png', lambda s: ramp(4095, s), {}),
+    '12 bits in TIFF': (4095, 'tif', lambda s: ramp(4095, s), {}),
+    '16 bits': (65535, 'png', lambda s: ramp(65535, s), {}),
     'big-endian': (4095, 'tif', lambda s: ramp(4095, s).astype('>u2'), {}),
     'I': (2**20-1, 'tif', lambda s: ramp(2**20-1, s, np.int32), {}),
     '16 bits in I': (65535, 'pgm', lambda s: ramp(65535, s, np.int32), {}),
-    'F': ((-1.5,2.5), 'tif', lambda s: np.linspace(-1.5, 2.5, s*s).astype(np.float32).reshape(s, s), dict(value_range=(-1.5,2.5))),
+    'F': ((-1.5,2.5), 'tif', lambda s: np.linspace(-1.5, 2.5, s*s).astype(np.float32).reshape(s, s),
+          dict(value_range=(-1.5,2.5))),
     'negative': ((-1000,400), 'tif', lambda s: ramp(400, s, np.int32, -1000), dict(value_range=(-1000,400))),
     '8 of 16 bits': (255, 'png', lambda s: ramp(255, s), {})}
 
@@ -197,7 +202,8 @@ def test_the_range_is_the_folder_s(tmp_path):
             for i in range(3): save(tmp_path/part/c/f'{i}.png', ramp(high, 32))
     dls = get_dls(tmp_path, bs=2)
     assert dls.reader.value_range == (0,4095)
-    assert [int(o.max()) for o in (dls.train_ds.images,dls.valid_ds.images)] == [round(500/4095*255),round(3000/4095*255)]
+    assert ([int(o.max()) for o in (dls.train_ds.images,dls.valid_ds.images)] ==
+            [round(500/4095*255),round(3000/4095*255)])
 
 @pytest.mark.parametrize('pixels,words', [
     (np.full((32,32), .5, np.float32), 'floats or negative'), (np.full((32,32), -5, np.int32), 'floats or negative')])
@@ -225,7 +231,8 @@ def test_colours_of_sixteen_bits(tmp_path, suffix):
 def write_png(file, x):
     "A PNG of 16 bits and three channels, which Pillow cannot write"
     h,w,_ = x.shape
-    def chunk(name, data): return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
+    def chunk(name, data):
+        return struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data))
     rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in x)
     file.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', w, h, 16, 2, 0, 0, 0)) +
         chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b''))
@@ -233,17 +240,21 @@ def write_png(file, x):
 lost = { # what Pillow would drop, and how such a file is written
     'planar': lambda f,x: tifffile.imwrite(f, x.transpose(2,0,1), planarconfig='separate', photometric='rgb'),
     'compressed': lambda f,x: tifffile.imwrite(f, x, photometric='rgb', compression='zlib'),
-    'bands': lambda f,x: tifffile.imwrite(f, x[:,:,[0,1,2,0]].astype(np.uint8), photometric='rgb', extrasamples=['unspecified']),
+    'bands': lambda f,x: tifffile.imwrite(f, x[:,:,[0,1,2,0]].astype(np.uint8), photometric='rgb',
+                                          extrasamples=['unspecified']),
     'white is zero': lambda f,x: tifffile.imwrite(f, x[:,:,0], photometric='miniswhite'),
     'signed bytes': lambda f,x: tifffile.imwrite(f, x[:,:,0].astype(np.int8)),
     'SGI': lambda f,x: f.with_suffix('.sgi').write_bytes(sgi(x[:,:,0])),
     'transparent': lambda f,x: save(f.with_suffix('.png'), x[:,:,0], transparency=5)}
 
-def sgi(x): return struct.pack('>HBBHHHHIIi80si404x', 474, 0, 2, 2, *x.shape[::-1], 1, 0, 65535, 0, b'', 0) + x.astype('>u2').tobytes()
+def sgi(x):
+    return (struct.pack('>HBBHHHHIIi80si404x', 474, 0, 2, 2, *x.shape[::-1], 1, 0, 65535, 0, b'', 0) +
+            x.astype('>u2').tobytes())
 
 @pytest.mark.parametrize('kind', lost)
 def test_what_pillow_would_drop(tmp_path, kind):
-    for i in range(3): lost[kind](tmp_path/f'{i}.tif', np.random.default_rng(i).integers(0, 65536, (32,32,3), dtype=np.uint16))
+    for i in range(3):
+        lost[kind](tmp_path/f'{i}.tif', np.random.default_rng(i).integers(0, 65536, (32,32,3), dtype=np.uint16))
     text = message(tmp_path)
     assert 'read=' in text and '/0.' in text and 'it has' in text
 
@@ -254,7 +265,8 @@ def test_wide_values_of_narrow_numbers(tmp_path, dtype, low, high):
     else: tifffile.imwrite(tmp_path/'0.tif', x)
     kept = ImageReader(1, (x.min(),x.max()), read=np.load if dtype is np.float16 else None)(next(tmp_path.iterdir()))
     assert np.abs(np.array(kept) - np.linspace(0, 255, 32*32).reshape(32,32)).max() < .6
-    assert pickle.loads(pickle.dumps(kept)).size == (32,32) and json.dumps(ImageReader(1, (x.min(),x.max())).value_range)
+    assert (pickle.loads(pickle.dumps(kept)).size == (32,32) and
+            json.dumps(ImageReader(1, (x.min(),x.max())).value_range))
 
 @pytest.mark.parametrize('wrong', [5, (0,1,2), '0 4095', (None,1), (3,1), (0,float('nan'))], ids=str)
 def test_ranges_that_are_none(wrong):
@@ -305,7 +317,8 @@ def test_opaque_images_with_alpha_are_not_mentioned(tmp_path, capsys):
 
 def turned(im, orientation):
     "The image as a camera stores it that is to be shown as `im`"
-    undo = {2: 'FLIP_LEFT_RIGHT', 3: 'ROTATE_180', 4: 'FLIP_TOP_BOTTOM', 5: 'TRANSPOSE', 6: 'ROTATE_90', 7: 'TRANSVERSE', 8: 'ROTATE_270'}
+    undo = {2: 'FLIP_LEFT_RIGHT', 3: 'ROTATE_180', 4: 'FLIP_TOP_BOTTOM', 5: 'TRANSPOSE', 6: 'ROTATE_90',
+            7: 'TRANSVERSE', 8: 'ROTATE_270'}
     exif = Image.Exif()
     exif[0x112] = orientation
     return im if orientation == 1 else im.transpose(getattr(Image.Transpose, undo[orientation])),exif
@@ -317,7 +330,8 @@ def test_orientation(tmp_path, side, workers, suffix, capsys):
     upright = noise(0, side).resize((side//4,side//4)).resize((side,side), Image.BICUBIC).crop((0,0,side-8,side))
     for i in range(1, 9):
         im,exif = turned(upright, i)
-        save(tmp_path/f'{i}.{suffix}', im, exif=exif, **{'jpg': dict(quality=95), 'webp': dict(lossless=True)}.get(suffix, {}))
+        save(tmp_path/f'{i}.{suffix}', im, exif=exif,
+            **{'jpg': dict(quality=95), 'webp': dict(lossless=True)}.get(suffix, {}))
     dls = get_dls(tmp_path, bs=2, num_workers=workers, valid_pct=0)
     for x in pixels(dls):
         assert x.shape == (3,side,side-8)
@@ -345,7 +359,8 @@ def user_dls(*tfms, side=16, scale=1.):
     "DataLoaders of a user's own, of plain PyTorch or fastai"
     x = torch.rand(32, 3, side, side)*scale
     for t in tfms: x = t(x)
-    return DataLoaders(DataLoader(list(zip(x, range(32))), bs=8, shuffle=True), DataLoader(list(zip(x, range(32))), bs=8))
+    return DataLoaders(DataLoader(list(zip(x, range(32))), bs=8, shuffle=True),
+                       DataLoader(list(zip(x, range(32))), bs=8))
 
 @pytest.mark.parametrize('dls,words', [
     (lambda: user_dls(scale=255.), ['divide them by 255', 'to 25']),
@@ -360,9 +375,11 @@ def test_values_that_views_would_clip(dls, words):
 @pytest.mark.parametrize('compose', [
     lambda n: [T.RandomResizedCrop(16), T.ToTensor(), n],
     lambda n: T.Compose([T.RandomResizedCrop(16), T.ToTensor(), n]),
-    lambda n: v2.Compose([v2.RandomResizedCrop(16), v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), n])])])
+    lambda n: v2.Compose([
+        v2.RandomResizedCrop(16), v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True), n])])])
 @pytest.mark.parametrize('normalize', [
-    T.Normalize([.4]*3, [.2]*3), v2.Normalize([.4]*3, [.2]*3), Normalize.from_stats([.4]*3, [.2]*3, cuda=False)], ids=['v1','v2','fastai'])
+    T.Normalize([.4]*3, [.2]*3), v2.Normalize([.4]*3, [.2]*3), Normalize.from_stats([.4]*3, [.2]*3, cuda=False)],
+    ids=['v1','v2','fastai'])
 def test_normalize_at_the_end_of_views(compose, normalize, quiet):
     "Evaluation normalises as training does"
     dls = user_dls()
@@ -380,20 +397,25 @@ def test_normalize_by_one_number(tmp_path, n_in, quiet):
     learn = quiet(clae_learner(dls, resnet8, views=T.Compose([T.ToTensor(), T.Normalize(.5, .25)])))
     learn.fit(1)
     assert read_encoder(learn.export_encoder(tmp_path/'e.safetensors'))[1]['mean'] == [.5]*n_in
-    with pytest.raises(ValueError, match='normalise 2 channels'): clae_learner(dls, resnet8, views=TwoViews(lambda x: x, ([.5]*2,[.5]*2)))
+    with pytest.raises(ValueError, match='normalise 2 channels'):
+        clae_learner(dls, resnet8, views=TwoViews(lambda x: x, ([.5]*2,[.5]*2)))
 
 def test_two_normalisations(tmp_path):
     classes(tmp_path, 'a', 'b')
     dls = get_dls(tmp_path, bs=4, batch_tfms=[Normalize.from_stats([.4]*3, [.2]*3, cuda=False)])
     for views in (TwoViews([T.RandomCrop(32)], ([.5]*3,[.5]*3)), lambda x: (x, x)):
-        with pytest.raises(ValueError, match='The DataLoaders have a Normalize'): clae_learner(dls, resnet8, views=views)
+        with pytest.raises(ValueError, match='The DataLoaders have a Normalize'):
+            clae_learner(dls, resnet8, views=views)
     clae_learner(dls, resnet8, views=TwoViews([T.RandomCrop(32)], ([.4]*3,[.2]*3)))
-    with pytest.raises(ValueError, match='stats='): TwoViews(torch.nn.Sequential(K.RandomHorizontalFlip(), K.Normalize(.5, .5)))
+    with pytest.raises(ValueError, match='stats='):
+        TwoViews(torch.nn.Sequential(K.RandomHorizontalFlip(), K.Normalize(.5, .5)))
 
 def test_evaluation_looks_at_the_range_too(quiet):
     learn = quiet(clae_learner(user_dls(), resnet8))
-    with pytest.raises(ValueError, match='to 25'): extract_features(learn, user_dls(scale=255.).valid)
-    with pytest.raises(ValueError, match='behind the views'): extract_features(learn, user_dls(T.Normalize([.5]*3, [.25]*3)).valid)
+    with pytest.raises(ValueError, match='to 25'):
+        extract_features(learn, user_dls(scale=255.).valid)
+    with pytest.raises(ValueError, match='behind the views'):
+        extract_features(learn, user_dls(T.Normalize([.5]*3, [.25]*3)).valid)
     assert extract_features(learn, user_dls().valid)[0].shape == (32,64)
 
 def test_what_interpolation_adds_is_cut():
@@ -417,11 +439,13 @@ def test_views_without_statistics_take_the_data_s(tmp_path):
 # 7. The same for all
 
 torchvision_s = [
-    T.Compose([T.RandomResizedCrop(16), T.RandomHorizontalFlip()]), T.Compose([T.Compose([T.RandomCrop(16)]), T.RandomErasing(1.)]),
-    v2.Compose([v2.RandomResizedCrop(16), v2.RandomErasing(1.)]), torch.nn.Sequential(T.RandomResizedCrop(16)), T.RandomResizedCrop(16),
-    v2.RandomAffine(45), [T.Compose([T.RandomCrop(16)]), v2.GaussianNoise(sigma=.1)]]
+    T.Compose([T.RandomResizedCrop(16), T.RandomHorizontalFlip()]),
+    T.Compose([T.Compose([T.RandomCrop(16)]), T.RandomErasing(1.)]),
+    v2.Compose([v2.RandomResizedCrop(16), v2.RandomErasing(1.)]), torch.nn.Sequential(T.RandomResizedCrop(16)),
+    T.RandomResizedCrop(16), v2.RandomAffine(45), [T.Compose([T.RandomCrop(16)]), v2.GaussianNoise(sigma=.1)]]
 
-@pytest.mark.parametrize('aug,n_in', [*((aug,n) for aug in torchvision_s for n in (1,3,5)), (T.Compose([T.AutoAugment()]),3)],
+@pytest.mark.parametrize('aug,n_in', [*((aug,n) for aug in torchvision_s for n in (1,3,5)),
+                                      (T.Compose([T.AutoAugment()]),3)],
                          ids=lambda o: type(o).__name__)
 def test_torchvision_s_transforms_draw_for_each_image(aug, n_in):
     x = torch.rand(1, n_in, 20, 20).expand(8,-1,-1,-1)
@@ -430,11 +454,13 @@ def test_torchvision_s_transforms_draw_for_each_image(aug, n_in):
         warnings.simplefilter('error', UserWarning)
         if n_in == 3: clae_learner(user_dls(side=20), resnet8, views=aug)
 
-@pytest.mark.parametrize('aug', [T.RandomResizedCrop(16), T.RandomHorizontalFlip(), T.RandomErasing()], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize('aug', [T.RandomResizedCrop(16), T.RandomHorizontalFlip(), T.RandomErasing()],
+                         ids=lambda o: type(o).__name__)
 def test_a_crop_for_all_is_warned_of(aug):
     with pytest.warns(UserWarning, match='all images of a batch in the same way'):
         clae_learner(user_dls(), resnet8, views=TwoViews(lambda x: aug(x)))
-    with pytest.warns(UserWarning, match='same way'): clae_learner(user_dls(), resnet8, views=lambda x: (aug(x), aug(x)))
+    with pytest.warns(UserWarning, match='same way'):
+        clae_learner(user_dls(), resnet8, views=lambda x: (aug(x), aug(x)))
 
 def test_the_trial_draws_nothing():
     "The weights are the same, whether views are tried or not"
@@ -446,8 +472,9 @@ def test_the_trial_draws_nothing():
     assert torch.equal(weights('simclr'), weights(preset))
 
 @pytest.mark.parametrize('views', [
-    [RandomErasing(p=1.)], [RandomResizedCropGPU(16)], aug_transforms(batch=True, max_lighting=0), [K.RandomResizedCrop((16,16))],
-    [FlipItem(p=.5), RandomErasing(p=1.)]], ids=['erasing','crop','batch','kornia','both'])
+    [RandomErasing(p=1.)], [RandomResizedCropGPU(16)], aug_transforms(batch=True, max_lighting=0),
+    [K.RandomResizedCrop((16,16))], [FlipItem(p=.5), RandomErasing(p=1.)]],
+    ids=['erasing','crop','batch','kornia','both'])
 def test_transforms_of_batches_as_views(views, quiet):
     "Where they are refused in the DataLoaders, views are the place for them: then they draw for each image"
     x = torch.rand(1, 3, 24, 24).expand(8,-1,-1,-1)
@@ -472,13 +499,15 @@ class Late(RandTransform):
     def encodes(self, x:TensorImage): return x + .01*torch.randn_like(x)
 
 @pytest.mark.parametrize('tfms,words', [
-    ([Normalize.from_stats([.5]*3, [.5]*3, cuda=False), Late()], 'behind Normalize.*Late'), ([RandomErasing()], 'RandomErasing'),
-    ([RandomResizedCropGPU(32)], 'RandomResizedCropGPU'), (aug_transforms(batch=True, max_lighting=0), 'same way')],
+    ([Normalize.from_stats([.5]*3, [.5]*3, cuda=False), Late()], 'behind Normalize.*Late'),
+    ([RandomErasing()], 'RandomErasing'), ([RandomResizedCropGPU(32)], 'RandomResizedCropGPU'),
+    (aug_transforms(batch=True, max_lighting=0), 'same way')],
     ids=['behind','erasing','crop','batch'])
 @pytest.mark.parametrize('side', [32,72])
 def test_transforms_of_batches(tmp_path, tfms, words, side):
     classes(tmp_path, 'a', 'b', side=side)
-    with pytest.raises(ValueError, match='views=') as e: clae_learner(get_dls(tmp_path, bs=4, batch_tfms=tfms, num_workers=0), resnet8)
+    with pytest.raises(ValueError, match='views=') as e:
+        clae_learner(get_dls(tmp_path, bs=4, batch_tfms=tfms, num_workers=0), resnet8)
     assert re.search(words, str(e.value))
     good = [*aug_transforms(), Late(order=50), Normalize.from_stats([.5]*3, [.5]*3, cuda=False)]
     clae_learner(get_dls(tmp_path, bs=4, batch_tfms=good, num_workers=0), resnet8)
@@ -502,7 +531,8 @@ def three_sets(tmp_path):
     classes(tmp_path/'memory', 'a', 'b')
     classes(tmp_path/'files', 'a', 'b', side=72)
     (tmp_path/'arrays').mkdir()
-    for i in range(8): np.save(tmp_path/'arrays'/f'{i}.npy', np.random.default_rng(i).integers(0, 256, (72,72,5), dtype=np.uint8))
+    for i in range(8):
+        np.save(tmp_path/'arrays'/f'{i}.npy', np.random.default_rng(i).integers(0, 256, (72,72,5), dtype=np.uint8))
     return tmp_path
 
 @pytest.mark.parametrize('method', ['spawn','forkserver'])
@@ -510,7 +540,8 @@ def test_workers_are_started(three_sets, method):
     "As on Windows, and on Linux from Python 3.14 on"
     (three_sets/'program.py').write_text(program)
     folders = [three_sets/o for o in ('files','arrays')]
-    r = subprocess.run([sys.executable, three_sets/'program.py', method, *folders], capture_output=True, text=True, timeout=300)
+    r = subprocess.run([sys.executable, three_sets/'program.py', method, *folders],
+        capture_output=True, text=True, timeout=300)
     assert r.returncode == 0, r.stderr
     assert [o for o in r.stdout.splitlines() if o.startswith('(')] == ['(2, 3, 72, 72)', '(2, 5, 72, 72)']
 
@@ -520,7 +551,8 @@ def test_learners_are_exported(three_sets, name, quiet):
     learn = quiet(clae_learner(dls, resnet8))
     learn.export(three_sets/'x.pkl')
     file = find_images(three_sets/name, dls.reader.read)[0][0]
-    z = [o.get_preds(dl=o.dls.test_dl([file], num_workers=0))[0] for o in (learn,quiet(load_learner(three_sets/'x.pkl')))]
+    z = [o.get_preds(dl=o.dls.test_dl([file], num_workers=0))[0]
+         for o in (learn,quiet(load_learner(three_sets/'x.pkl')))]
     torch.testing.assert_close(*z)
 
 # 10. What is ignored is said
@@ -556,7 +588,8 @@ def heic(tmp_path, monkeypatch):
 def test_heic_without_its_package(heic, monkeypatch):
     monkeypatch.setitem(sys.modules, 'pillow_heif', None)
     text = message(heic)
-    assert 'pip install pillow-heif' in text and 'register_heif_opener' in text and '0.heic' in text and 'skip' not in text
+    assert ('pip install pillow-heif' in text and 'register_heif_opener' in text and '0.heic' in text and
+            'skip' not in text)
     save(heic/'5.png', noise(5))
     assert '--skip-bad' in message(heic)
 
@@ -586,8 +619,8 @@ def read_array(file):
 
 @sets
 @pytest.mark.parametrize('shape,dtype,options', [
-    ((),np.uint8,{}), ((1,),np.uint8,{}), ((3,),np.uint8,{}), ((4,),np.uint8,{}), ((2,),np.uint16,{}), ((7,),np.uint16,{}),
-    ((5,),np.float32,dict(value_range=(0,4095))), ((),bool,{})], ids=str)
+    ((),np.uint8,{}), ((1,),np.uint8,{}), ((3,),np.uint8,{}), ((4,),np.uint8,{}),
+    ((2,),np.uint16,{}), ((7,),np.uint16,{}), ((5,),np.float32,dict(value_range=(0,4095))), ((),bool,{})], ids=str)
 def test_any_reader(tmp_path, side, workers, shape, dtype, options, capsys, quiet):
     draw = np.random.default_rng(0)
     top = {bool: 1, np.uint8: 255}.get(dtype, 4095)
@@ -766,4 +799,5 @@ def test_all_good_cases_at_once(cli):
     for i in range(4): save(cli.cwd/'floats'/f'{i}.tif', np.full((32,32), i/2, np.float32))
     r = cli('clae_train', '--path', 'floats')
     assert r.returncode == 2 and '--value-range' in r.stderr and len(r.stderr.splitlines()) == 1
-    assert cli('clae_train', '--path', 'floats', '--value-range', -1, 2, '--bs', 2, '--arch', 'resnet8', '--epochs', 1).returncode == 0
+    assert cli('clae_train', '--path', 'floats', '--value-range', -1, 2, '--bs', 2, '--arch', 'resnet8',
+               '--epochs', 1).returncode == 0

@@ -16,11 +16,14 @@ def check(ds, n=None):
     for f,x in zip(ds.files, ds): assert np.array_equal(x[0].permute(1,2,0), Image.open(f).convert('RGB')), f
 
 def folder(root, n, size=(8,8), layout='flat'):
-    for i in range(n): image(root/{'flat': '', 'classes': f'class{i%3}', 'parts': ('train','test')[i%4 == 0]}[layout]/f'{i}.png', i, size)
+    for i in range(n):
+        image(root/{'flat': '', 'classes': f'class{i%3}', 'parts': ('train','test')[i%4 == 0]}[layout]/f'{i}.png',
+              i, size)
     return root
 
 @pytest.mark.parametrize('layout', ['flat','classes','parts'])
-@pytest.mark.parametrize('n,size', [(40,(8,8)), (1010,(8,8)), (12,(70,70))], ids=['small','kept beside them','in files'])
+@pytest.mark.parametrize('n,size', [(40,(8,8)), (1010,(8,8)), (12,(70,70))],
+                         ids=['small','kept beside them','in files'])
 def test_folders(tmp_path, n, size, layout):
     folder(tmp_path, n, size, layout)
     for kwargs in ({}, dict(limit=6), dict(seed=1)):

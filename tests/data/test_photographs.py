@@ -11,13 +11,14 @@ import pytest
 import scipy.stats
 import torch
 from fastai.vision.all import (
-    Callback, DataBlock, ImageBlock, Resize, accuracy, get_image_files, load_learner, resnet18, set_seed, vision_learner)
+    Callback, DataBlock, ImageBlock, Resize, accuracy, get_image_files, load_learner, resnet18, set_seed,
+    vision_learner)
 from PIL import Image, JpegImagePlugin
 from torchvision.transforms import RandomResizedCrop
 
 from clae_fastai.all import (
-    Checkpoint, FileImages, ImageReader, Resume, TwoCrops, clae_learner, cut_crops, encoder_learner, extract_features, get_dls,
-    random_box, resnet8, two_crops)
+    Checkpoint, FileImages, ImageReader, Resume, TwoCrops, clae_learner, cut_crops, encoder_learner,
+    extract_features, get_dls, random_box, resnet8, two_crops)
 
 def photograph(seed, w=320, h=240):
     "Smooth shapes with fine detail"
@@ -50,13 +51,15 @@ def test_boxes_are_torchvision_s(h, w):
     torch.manual_seed(0)
     rng,n = np.random.default_rng(0),3000
     ours = np.array([random_box(h, w, rng) for _ in range(n)])
-    theirs = np.array([RandomResizedCrop.get_params(torch.empty(3, h, w), (.08,1.), (3/4,4/3)) for _ in range(n)])[:,[1,0,3,2]]
+    theirs = np.array([RandomResizedCrop.get_params(torch.empty(3, h, w), (.08,1.), (3/4,4/3))
+                       for _ in range(n)])[:,[1,0,3,2]]
     def measures(boxes):
         left,top,bw,bh = boxes.T.astype(float)
         return bw*bh, bw/bh, left, top
     for a,b in zip(measures(ours), measures(theirs)): assert scipy.stats.ks_2samp(a, b).pvalue > .001
 
-def gradient(x): return np.abs(np.diff(x.astype(float), axis=0)).mean() + np.abs(np.diff(x.astype(float), axis=1)).mean()
+def gradient(x):
+    return np.abs(np.diff(x.astype(float), axis=0)).mean() + np.abs(np.diff(x.astype(float), axis=1)).mean()
 
 def test_crops_are_sharp(tmp_path):
     "As sharp as if they were cut from the original; a crop of the image that was shrunk first is a blur"
@@ -66,7 +69,8 @@ def test_crops_are_sharp(tmp_path):
     thumbnail,rng,ours,original,before = whole.resize((299,224)),np.random.default_rng(0),[],[],[]
     for _ in range(100):
         l,t,w,h = box = random_box(1200, 1600, rng, (.08,.08))
-        ours.append(gradient(cut_crops(tmp_path/'x.jpg', ImageReader(), (224,224), lambda *_: [(*box,False)])[0].permute(1,2,0).numpy()))
+        ours.append(gradient(cut_crops(tmp_path/'x.jpg', ImageReader(), (224,224), lambda *_: [(*box,False)])[0]
+                             .permute(1,2,0).numpy()))
         original.append(gradient(np.asarray(whole.resize((224,224), Image.BICUBIC, (l,t,l+w,t+h)))))
         s = 299/1600
         before.append(gradient(np.asarray(thumbnail.resize((224,224), Image.BICUBIC, (l*s,t*s,(l+w)*s,(t+h)*s)))))
@@ -81,7 +85,8 @@ def test_no_more_is_decoded_than_is_needed(tmp_path, monkeypatch):
     monkeypatch.setattr(JpegImagePlugin.JpegImageFile, 'load', _load)
     for box,width in (((0,0,800,600), 200), ((0,0,400,300), 400), ((0,0,200,150), 800), ((5,5,199,150), 1600)):
         sizes.clear()
-        cut_crops(tmp_path/'x.jpg', ImageReader(), (75,100), lambda h,w: [(*box,False)] if (h,w) == (1200,1600) else None)
+        cut_crops(tmp_path/'x.jpg', ImageReader(), (75,100),
+            lambda h,w: [(*box,False)] if (h,w) == (1200,1600) else None)
         assert sizes[0][0] == width
 
 @pytest.mark.parametrize('orientation', range(1, 9))
@@ -103,14 +108,16 @@ def test_crops_are_pillow_s(mode, channels):
     im = photograph(2, 400, 300).convert(mode)
     for l,t,w,h in ((0,0,400,300), (37,5,120,200), (200,100,40,40)):
         ours = cut_crops(im, ImageReader(channels), (96,64), lambda *_: [(l,t,w,h,False),(l,t,w,h,True)])
-        right = torch.tensor(np.array(im.crop((l,t,l+w,t+h)).resize((64,96), Image.BICUBIC))).view(96, 64, channels).permute(2,0,1)
+        right = (torch.tensor(np.array(im.crop((l,t,l+w,t+h)).resize((64,96), Image.BICUBIC)))
+                 .view(96, 64, channels).permute(2,0,1))
         assert (ours[0].int() - right).abs().max() <= 1 and torch.equal(ours[1].flip(-1), ours[0])
 
 def test_other_images_are_cut_too(tmp_path):
     "Grey, deep, transparent, of many channels"
     x = np.random.default_rng(0).integers(0, 4096, (80,100), dtype=np.uint16)
     draw = two_crops(1., np.random.default_rng(0), (.08,1.))
-    images = (x,ImageReader(1, (0,4095))),(Image.new('RGBA', (100,80)),ImageReader()),(np.zeros((80,100,5), np.uint8),ImageReader(5))
+    images = ((x,ImageReader(1, (0,4095))),(Image.new('RGBA', (100,80)),ImageReader()),
+              (np.zeros((80,100,5), np.uint8),ImageReader(5)))
     for image,reader in images:
         assert cut_crops(image, reader, (32,48), draw).shape == (2,reader.channels,32,48)
     assert (cut_crops(Image.new('RGBA', (100,80)), ImageReader(), (32,48), draw) == 255).all()
@@ -161,7 +168,8 @@ def test_fastai_finds_what_it_expects(photos, tmp_path, quiet):
     torch.testing.assert_close(quiet(load_learner(tmp_path/'x.pkl')).predict(file)[2], z[0])
     # the same dls, for learners of other kinds
     assert dls.one_batch()[0].shape == (4,3,48,48)
-    for other in (vision_learner(dls, resnet18, pretrained=False), encoder_learner(dls, learn, metrics=accuracy)): quiet(other).fit(1)
+    for other in (vision_learner(dls, resnet18, pretrained=False), encoder_learner(dls, learn, metrics=accuracy)):
+        quiet(other).fit(1)
 
 def test_in_a_data_block_of_ones_own(photos, quiet):
     block = DataBlock([ImageBlock], get_items=get_image_files, item_tfms=TwoCrops(32, area=(.2,1.)))
@@ -173,7 +181,8 @@ def test_in_a_data_block_of_ones_own(photos, quiet):
 
 def test_views_smaller_than_images(photos, quiet):
     "fastai's presizing: crops are cut on the device"
-    dls = DataBlock([ImageBlock], get_items=get_image_files, item_tfms=Resize(96)).dataloaders(photos, bs=4, num_workers=0)
+    dls = DataBlock([ImageBlock], get_items=get_image_files, item_tfms=Resize(96)).dataloaders(
+        photos, bs=4, num_workers=0)
     learn = quiet(clae_learner(dls, resnet8, size=32))
     learn.fit(1)
     x = dls.one_batch()[0]
@@ -217,7 +226,8 @@ def test_two_processes_check_once(tmp_path):
     for c in 'ab':
         (tmp_path/'x'/c).mkdir(parents=True)
         for i in range(40): photograph(i, 80, 72).save(tmp_path/'x'/c/f'{i}.jpg')
-    both = [subprocess.Popen([sys.executable, tmp_path/'program.py', tmp_path/'x'], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [subprocess.Popen([sys.executable, tmp_path/'program.py', tmp_path/'x'], stdout=subprocess.PIPE, text=True)
+            for _ in range(2)]
     counts = [p.communicate(timeout=120)[0].split()[-2:] for p in both]
     assert [p.returncode for p in both] == [0,0] and sorted(int(n) for n,_ in counts) == [0,80]
 
@@ -231,7 +241,8 @@ def test_all_that_is_broken_is_listed(tmp_path):
 def test_what_a_run_would_take(cli, photos, bs, steps):
     "Also where an epoch has fewer steps than are timed"
     r = cli('clae_train', '--path', photos, '--arch', 'resnet8', '--size', 32, '--bs', bs, '--epochs', 3, '--dry-run')
-    assert r.returncode == 0 and '20 training images of 2 classes' in r.stdout and f'{steps} steps an epoch' in r.stdout, r.stderr
+    assert (r.returncode == 0 and '20 training images of 2 classes' in r.stdout and
+            f'{steps} steps an epoch' in r.stdout), r.stderr
     assert 'A step takes' in r.stdout and 'GiB' in r.stdout and f'3 epochs of {steps} steps take about' in r.stdout
     assert not (cli.cwd/'runs').exists()
 
@@ -247,9 +258,11 @@ def test_recipes_of_photographs(cli, recipe):
     writer = getattr(layouts, recipe.removeprefix('simclr-'))
     writer(cli.cwd/'data')
     if recipe.endswith('100'): # enough for a few batches
-        for i,f in enumerate(sorted((cli.cwd/'data').glob('train/*/*.JPEG'))[:40]): photograph(i, 400, 300).save(f)
+        for i,f in enumerate(sorted((cli.cwd/'data').glob('train/*/*.JPEG'))[:40]):
+            photograph(i, 400, 300).save(f)
     else:
-        for i in range(40): layouts.image(cli.cwd/'data'/'tiny-imagenet-200'/'train'/'n01443537'/'images'/f'x{i}.JPEG', i, (64,64))
+        for i in range(40):
+            layouts.image(cli.cwd/'data'/'tiny-imagenet-200'/'train'/'n01443537'/'images'/f'x{i}.JPEG', i, (64,64))
     r = cli('clae_train', '--recipe', recipe, '--path', 'data', '--limit', 32, '--bs', 8, '--epochs', 1, '--workers', 0)
     assert r.returncode == 0, r.stderr
     assert next((cli.cwd/'runs').glob('*/summary.json')) and ' 4 steps an epoch' in r.stdout
@@ -263,7 +276,8 @@ def family(pid):
 
 def peak_memory(*command, cwd):
     "MiB of a command and its processes at the most; what they share is counted once (PSS)"
-    p,most = subprocess.Popen([*map(str, command)], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True),0
+    p,most = subprocess.Popen(
+        [*map(str, command)], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True),0
     while p.poll() is None:
         with contextlib.suppress(OSError, StopIteration): # one has ended meanwhile
             maps = [open(f'/proc/{o}/smaps_rollup').read().splitlines() for o in family(p.pid)]

@@ -1,4 +1,5 @@
-"Folders and files from strangers: nothing waits, nothing starts a program, nothing is read twice, and what came along is not believed."
+"""Folders and files from strangers: nothing waits, nothing starts a program, nothing is read twice,
+and what came along is not believed."""
 import contextlib
 import json
 import os
@@ -15,8 +16,8 @@ import torch
 from PIL import EpsImagePlugin, Image
 
 from clae_fastai.all import (
-    ImageReader, MemoryImages, cached_images, check_images, check_regular, cut_crops, find_images, folder_dls, get_dls, load_checkpoint,
-    load_encoder, read_safetensors, write_safetensors)
+    ImageReader, MemoryImages, cached_images, check_images, check_regular, cut_crops, find_images, folder_dls, get_dls,
+    load_checkpoint, load_encoder, read_safetensors, write_safetensors)
 
 from layouts import image, writers
 
@@ -84,8 +85,10 @@ def test_images_that_are_no_files(tmp_path, make):
             with pytest.raises(ValueError, match=f'{name}.*no regular file'): ImageReader().pixels(file)
             with pytest.raises(ValueError, match=f'{name}.*no regular file'):
                 cut_crops(file, ImageReader(), (4,4), lambda h,w: [(0,0,w,h,False)])
-            with pytest.raises(ValueError, match=f'{name}.*no regular file'): folder_dls(tmp_path, bs=2, size=16)
-            with pytest.raises(ValueError, match='no regular file'): folder_dls(tmp_path, bs=2, read=lambda f: np.zeros((8,8)))
+            with pytest.raises(ValueError, match=f'{name}.*no regular file'):
+                folder_dls(tmp_path, bs=2, size=16)
+            with pytest.raises(ValueError, match='no regular file'):
+                folder_dls(tmp_path, bs=2, read=lambda f: np.zeros((8,8)))
         file.unlink()
 
 @others
@@ -114,7 +117,8 @@ def test_data_sets_that_are_no_files(tmp_path, name):
     writers[name](tmp_path)
     refused = []
     for file in [f for f in sorted(tmp_path.rglob('*')) if f.is_file()][::-1]:
-        if file.suffix in {o.suffix for o in refused} and len(refused) > 8: continue # images are read one like the other
+        # images are read one like the other
+        if file.suffix in {o.suffix for o in refused} and len(refused) > 8: continue
         aside = file.rename(file.with_name('aside'))
         pipe(file)
         with at_once():
@@ -133,7 +137,8 @@ def found(root): return [str(f.relative_to(root)) for f in find_images(root)[0]]
 def test_links_into_each_other(tmp_path):
     "Names without end"
     folder_of(tmp_path, [f'{c}/{i}.png' for c in 'ab' for i in range(5)])
-    for at,to in (('a/x','../b'), ('b/y','../a'), ('a/self','.'), ('b/up','..'), ('out','..')): (tmp_path/at).symlink_to(to)
+    for at,to in (('a/x','../b'), ('b/y','../a'), ('a/self','.'), ('b/up','..'), ('out','..')):
+        (tmp_path/at).symlink_to(to)
     with at_once(): dls = folder_dls(tmp_path, bs=2)
     assert dls.train.n + dls.valid.n == 10 and list(dls.vocab) == ['a','b']
     assert any('5 names of files or folders that are there already, such as' in o and 'a/x' in o for o in dls.notes)
@@ -156,7 +161,8 @@ def test_links_that_lead_out(tmp_path, capsys):
     "A data set that is made of links is one, with its classes; nothing is said"
     folder_of(tmp_path/'all', [f'{i}.png' for i in range(20)])
     for i in range(20):
-        (file := tmp_path/'set'/('train' if i < 14 else 'test')/'ab'[i%2]/f'{i}.png').parent.mkdir(parents=True, exist_ok=True)
+        (file := tmp_path/'set'/('train' if i < 14 else 'test')/'ab'[i%2]/f'{i}.png').parent.mkdir(
+            parents=True, exist_ok=True)
         file.symlink_to(tmp_path/'all'/f'{i}.png')
     (tmp_path/'linked').symlink_to('set')
     (tmp_path/'parts').mkdir()
@@ -230,7 +236,8 @@ def test_the_checksum_is_of_the_classes_too(tmp_path):
 @pytest.mark.parametrize('labels', [[0,1,2], [0,-1,1]])
 def test_labels_of_no_class(labels):
     images = torch.zeros(3, 1, 4, 4, dtype=torch.uint8)
-    with pytest.raises(ValueError, match='2 classes, and labels from'): MemoryImages(images, torch.tensor(labels), ['a','b'])
+    with pytest.raises(ValueError, match='2 classes, and labels from'):
+        MemoryImages(images, torch.tensor(labels), ['a','b'])
     MemoryImages(images, torch.tensor(labels)) # nobody has named them
 
 # what is no folder
@@ -247,8 +254,9 @@ def pack(root, name):
 def test_archives(cli, command, tmp_path, name):
     from clae_fastai.cli import clae_train
     file = pack(tmp_path, name)
-    for read in (lambda: folder_dls(file), lambda: get_dls(file), lambda: get_dls(str(file)), lambda: get_dls('folder', file),
-                 lambda: get_dls('cifar10', file), lambda: get_dls('dtd', file, download=False)):
+    for read in (lambda: folder_dls(file), lambda: get_dls(file), lambda: get_dls(str(file)),
+                 lambda: get_dls('folder', file), lambda: get_dls('cifar10', file),
+                 lambda: get_dls('dtd', file, download=False)):
         with pytest.raises(ValueError, match='is an archive: unpack it'): read()
     for args in (['--path',file], ['--data','cifar10','--path',file]): assert 'unpack it' in command(clae_train, *args)
 
@@ -262,7 +270,8 @@ def test_files_in_place_of_folders(tmp_path):
 @pytest.mark.parametrize('path', ['', ' '])
 def test_a_path_that_is_empty(path):
     "It would be the folder that one is in"
-    for read in (lambda: folder_dls(path), lambda: get_dls('folder', path), lambda: get_dls('cifar10', path), lambda: get_dls(path or '')):
+    for read in (lambda: folder_dls(path), lambda: get_dls('folder', path), lambda: get_dls('cifar10', path),
+                 lambda: get_dls(path or '')):
         with pytest.raises(ValueError, match='path is empty|no data set'): read()
 
 # folders of thousands
@@ -285,7 +294,8 @@ def test_thousands_are_kept(thousands, monkeypatch):
     want = {pixels(f).numpy().tobytes(): f.parent.name for f in thousands.glob('*/*.png')}
     monkeypatch.setattr(Image, 'open', _refuse)
     seen = []
-    for options in (dict(), dict(seed=3), dict(limit=100), dict(valid_pct=.5), dict(unlabelled=True), dict(valid_pct=0.)):
+    for options in (dict(), dict(seed=3), dict(limit=100), dict(valid_pct=.5), dict(unlabelled=True),
+                    dict(valid_pct=0.)):
         dls = folder_dls(thousands, bs=8, **options)
         for ds in (dls.train_ds,dls.valid_ds):
             for x,*y in ds:
@@ -300,8 +310,10 @@ def test_thousands_that_have_changed(thousands):
     "A file that is another now, and other ways to read them"
     folder_dls(thousands, bs=8)
     cache = thousands/'.clae-images.safetensors'
-    for change in (lambda: image(thousands/'a'/'0.png', 5000, (8,8)), lambda: image(thousands/'a'/'new.png', 6000, (8,8)),
-                   lambda: (thousands/'a'/'new.png').unlink(), lambda: (thousands/'a'/'2.png').rename(thousands/'a'/'2b.png')):
+    for change in (lambda: image(thousands/'a'/'0.png', 5000, (8,8)),
+                   lambda: image(thousands/'a'/'new.png', 6000, (8,8)),
+                   lambda: (thousands/'a'/'new.png').unlink(),
+                   lambda: (thousands/'a'/'2.png').rename(thousands/'a'/'2b.png')):
         before = check_regular(cache)
         change()
         dls = folder_dls(thousands, bs=8)

@@ -64,12 +64,14 @@ def test_a_row_an_image(cli, kind, layout):
     want = {}
     for dl in learn.dls.loaders:
         dl = dl.new(shuffle=False, drop_last=False)
-        want |= {f.relative_to(root).as_posix(): h.numpy() for f,h in zip(dl.dataset.files, extract_features(file, dl)[0])}
+        want |= {f.relative_to(root).as_posix(): h.numpy()
+                 for f,h in zip(dl.dataset.files, extract_features(file, dl)[0])}
     assert len(want) == 30
     tables = []
     for kind in ('csv','npz'):
         r = cli('clae_embed', file, '--path', root, '--out', f'f.{kind}', *args)
-        assert r.returncode == 0 and r.stdout.endswith(f'Wrote the features of 30 images, 64 numbers each, to f.{kind}.\n'), r
+        assert (r.returncode == 0 and
+                r.stdout.endswith(f'Wrote the features of 30 images, 64 numbers each, to f.{kind}.\n')), r
         tables.append(read(cli.cwd/f'f.{kind}'))
     a,b = tables
     assert [*a] == [*b] == sorted(want) and all(np.array_equal(a[k], b[k]) for k in a), 'float32 comes back'
@@ -82,7 +84,8 @@ def test_a_row_an_image(cli, kind, layout):
     assert table.shape == (30,64) and list(table.index) == [*a]
 
 def test_learners(tmp_path):
-    "Files, images and items as given; a `DataBlock`, whose transforms act as in validation; training goes on as if nothing was"
+    """Files, images and items as given; a `DataBlock`, whose transforms act as in validation;
+    training goes on as if nothing was"""
     root = folder(tmp_path/'images', noise((40,40,3)), 'png', '{c}/{i}', 12)
     learn,_ = encoder(tmp_path/'e.safetensors', root)
     files = [*learn.dls.valid.files, learn.dls.train.files[0]][::-1]
@@ -90,7 +93,8 @@ def test_learners(tmp_path):
     assert h.device.type == 'cpu' and not h.requires_grad and learn.embed(files).files is files
     for images in ([*map(str, files)], [Image.open(f) for f in files], [np.array(Image.open(f)) for f in files]):
         torch.testing.assert_close(learn.embed(images).features, h)
-    torch.testing.assert_close(learn.embed(learn.dls.valid_ds.items).features, extract_features(learn, learn.dls.valid)[0])
+    torch.testing.assert_close(learn.embed(learn.dls.valid_ds.items).features,
+                               extract_features(learn, learn.dls.valid)[0])
     block = DataBlock((ImageBlock,CategoryBlock), get_items=get_image_files, get_y=parent_label, item_tfms=Resize(32),
         batch_tfms=Normalize.from_stats([.5]*3, [.2]*3))
     dls = block.dataloaders(root, bs=4, num_workers=0)
@@ -104,13 +108,14 @@ def test_learners(tmp_path):
         torch.testing.assert_close(h, extract_features(learn, dls.valid)[0])
         torch.testing.assert_close(learn.embed([PILImage.create(f) for f in files]).features, h)
         assert [f.name for f in learn.embed(root/'a').files] == sorted(o.name for o in (root/'a').glob('*.png'))
-    for wrong,error,word in ((tmp_path/'x', FileNotFoundError, 'no folder'), (tmp_path/'e.safetensors', ValueError, 'is a file')):
+    for wrong,error,word in ((tmp_path/'x', FileNotFoundError, 'no folder'),
+                             (tmp_path/'e.safetensors', ValueError, 'is a file')):
         with pytest.raises(error, match=word): learn.embed(wrong)
     (tmp_path/'empty').mkdir()
     with pytest.raises(FileNotFoundError, match='no image in'): learn.embed(tmp_path/'empty')
 
-hostile = ['=SUM(A1)', 'a,b', 'a"b', '"', "it's", 'two\nlines', 'a\rb', 'a\r\nb', ' spaces ', '<b>&amp;', 'größe 日本', '#', '-1',
-    '\udcff\udcfe', 'tab\tx', '🦊']
+hostile = ['=SUM(A1)', 'a,b', 'a"b', '"', "it's", 'two\nlines', 'a\rb', 'a\r\nb', ' spaces ', '<b>&amp;', 'größe 日本',
+    '#', '-1', '\udcff\udcfe', 'tab\tx', '🦊']
 
 def test_hostile_names(cli):
     "Both kinds of file give them back; bytes that are no text are spelt out"
@@ -183,7 +188,8 @@ def test_nothing_half(tmp_path, monkeypatch, kind, error):
         if n == 3: raise error
         old(*args)
     monkeypatch.setattr(features, 'check_channels', _fail_later)
-    with pytest.raises(error if error is KeyboardInterrupt else type(error), match=str(error) if isinstance(error, Exception) else None):
+    with pytest.raises(error if error is KeyboardInterrupt else type(error),
+                       match=str(error) if isinstance(error, Exception) else None):
         write_features(learn, dl, tmp_path/f'f.{kind}', root)
     assert n == 3 and {*os.listdir(tmp_path)} == before
 
@@ -218,7 +224,8 @@ def test_memory(tmp_path, kind):
     some = folder(tmp_path/'some', noise((32,32,3)), 'png', '{i}', 8)
     clae_learner(folder_dls(some, bs=4), 'resnet18', stem='imagenet').export_encoder(tmp_path/'e.safetensors')
     args = ['e.safetensors', '--path', 'images', '--out', f'f.{kind}']
-    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', measured, *args], cwd=tmp_path, capture_output=True, text=True)
+    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', measured, *args],
+        cwd=tmp_path, capture_output=True, text=True)
     assert p.returncode == 0, p.stderr
     before,after = json.loads(p.stdout.splitlines()[-1])
     print(f'{kind}: {before:.0f} MB with all imports, {after:.0f} MB at the most')

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from clae_fastai.all import (DataLoaders, KNNCallback, clae_learner, evaluate, export_onnx, extract_features, get_dls, load_encoder,
-                             resnet8, resnet20, set_seed, transfer)
+from clae_fastai.all import (DataLoaders, KNNCallback, clae_learner, evaluate, export_onnx, extract_features, get_dls,
+                             load_encoder, resnet8, resnet20, set_seed, transfer)
 from clae_fastai.cli import clae_eval, clae_export
 
 # evaluating changes nothing
@@ -76,7 +76,8 @@ def test_onnx_and_safetensors_give_the_live_features(trained, tmp_path):
     for i,source in enumerate((learn, f)):
         out = export_onnx(source, tmp_path/f'{i}.onnx')
         session = ort.InferenceSession(out)
-        for n in (1, 7, len(x)): np.testing.assert_allclose(session.run(None, dict(images=x[:n]))[0], live[:n], rtol=0, atol=1e-4)
+        for n in (1, 7, len(x)):
+            np.testing.assert_allclose(session.run(None, dict(images=x[:n]))[0], live[:n], rtol=0, atol=1e-4)
         meta = {o.key: o.value for o in onnx.load(out).metadata_props}
         assert meta['arch'] == 'resnet8' and json.loads(meta['mean']) == [.5,.5,.5]
 
@@ -93,7 +94,8 @@ def pets(tmp_path):
     folder = tmp_path/'oxford-iiit-pet'
     for sub in ('images','annotations'): (folder/sub).mkdir(parents=True)
     for part,start in (('trainval',0), ('test',3)):
-        names = [(f'{breed}_{i}',c) for c,breed in enumerate(['Abyssinian','american_bulldog'], 1) for i in range(start, start+3)]
+        names = [(f'{breed}_{i}',c)
+                 for c,breed in enumerate(['Abyssinian','american_bulldog'], 1) for i in range(start, start+3)]
         (folder/'annotations'/f'{part}.txt').write_text(''.join(f'{name} {c} {c} 1\n' for name,c in names))
         for name,c in names: Image.new('RGB', (40,30), (60*c,0,10*c)).save(folder/'images'/f'{name}.jpg')
     return tmp_path
@@ -101,7 +103,8 @@ def pets(tmp_path):
 def test_transfer_runs_the_rest(trained, pets):
     "A set that is not there, or does not suit the encoder, costs the others nothing"
     _,_,f = trained
-    t = transfer(f, ['flowers','pets','digits'], pets, download=False, k=3, solver='adam', epochs=2, bs=2, num_workers=0)
+    t = transfer(f, ['flowers','pets','digits'], pets,
+        download=False, k=3, solver='adam', epochs=2, bs=2, num_workers=0)
     assert list(t.missing) == ['flowers','digits'] and list(t.results) == ['pets'] and 'missing' in str(t)
     assert '3 channels' in t.missing['digits']
     assert t.results['pets'].probe.metric == 'mean_per_class' and t.results['pets'].n_train == 6
@@ -126,10 +129,12 @@ def test_bad_data(trained, digits_dir):
 
 def test_a_file_of_another_architecture_names_the_keys(trained, tmp_path):
     _,dls,f = trained
-    with pytest.raises(ValueError, match='does not fit resnet34: it misses layer1.1.bn1.bias .* more, has in another shape bn1.bias'):
+    with pytest.raises(ValueError, match='does not fit resnet34: it misses layer1.1.bn1.bias .* more, '
+                                         'has in another shape bn1.bias'):
         load_encoder(f, 'resnet34')
     deeper = clae_learner(dls, resnet20).export_encoder(tmp_path/'e.safetensors')
-    with pytest.raises(ValueError, match='does not fit resnet8: it has besides layer1.1.bn1.bias .* more'): load_encoder(deeper, 'resnet8')
+    with pytest.raises(ValueError, match='does not fit resnet8: it has besides layer1.1.bn1.bias .* more'):
+        load_encoder(deeper, 'resnet8')
 
 class Bomb:
     def __init__(self, file): self.file = str(file)
@@ -158,7 +163,8 @@ def test_eval_and_export_commands(tmp_path, cli, command):
         out = succeed('clae_eval', 'digits-simclr-1', *args)
         assert 'linear probe' in out and '\r' not in out
     e = json.loads((run/'eval-digits-honest.json').read_text())
-    assert e['settings']['k'] == 200 and e['n_test'] == 450 and e['result'] == e['probe']['final'] and 'torch' in e['versions']
+    assert (e['settings']['k'] == 200 and e['n_test'] == 450 and e['result'] == e['probe']['final'] and
+            'torch' in e['versions'])
     a = json.loads((run/'eval-digits-authors.json').read_text())
     assert a['result'] == a['probe']['best_on_test'] == max(a['probe']['curve']) and len(a['probe']['curve']) == 1000
     succeed('clae_export', 'digits-simclr-1', '--format', 'onnx', '--out', 'e.onnx')

@@ -18,7 +18,8 @@ from clae_fastai.measure.features import KNNClassifier, few_label_knn, knn_accur
 from clae_fastai.measure.probe import linear_probe
 
 def scikit_learn(bank, y, queries, k, temperature):
-    model = KNeighborsClassifier(k, metric='cosine', algorithm='brute', weights=lambda dist: np.exp((1-dist)/temperature))
+    model = KNeighborsClassifier(k, metric='cosine', algorithm='brute',
+        weights=lambda dist: np.exp((1-dist)/temperature))
     return torch.tensor(model.fit(bank.double(), y).predict(queries.double()))
 
 def lightly(bank, y, queries, k, temperature):
@@ -35,22 +36,24 @@ def votes(bank, y, queries, k, temperature):
     return share/share.sum(1, keepdim=True),clear
 
 def check_against_oracles(bank, y, queries, k, temperature):
-    "Where votes differ by 1e-5 or more, all three agree; elsewhere ours is one of the best. How many queries were clear?"
+    """Where votes differ by 1e-5 or more, all three agree; elsewhere ours is one of the best.
+    How many queries were clear?"""
     ours = knn_predict(bank, y, queries, k, temperature)
     share,clear = votes(bank, y, queries, k, temperature)
     best = share.amax(1, keepdim=True)
     good = share > best - 1e-5
     assert good.gather(1, ours[:,None])[clear].all()
     decided = clear & (good.sum(1) == 1)
-    for oracle in (scikit_learn, lightly): assert torch.equal(ours[decided], oracle(bank, y, queries, k, temperature)[decided])
+    for oracle in (scikit_learn, lightly):
+        assert torch.equal(ours[decided], oracle(bank, y, queries, k, temperature)[decided])
     return int(decided.sum())
 
 dtypes = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 @settings(deadline=None, max_examples=60)
-@given(n=st.integers(1, 80), d=st.integers(2, 33), n_classes=st.integers(1, 6), k=st.integers(1, 80), seed=st.integers(0, 999),
-       temperature=st.sampled_from([.05,.1,.5]), dtype=st.sampled_from(dtypes), query_dtype=st.sampled_from(dtypes),
-       length=st.sampled_from([1e-3,1.,100.]))
+@given(n=st.integers(1, 80), d=st.integers(2, 33), n_classes=st.integers(1, 6), k=st.integers(1, 80),
+       seed=st.integers(0, 999), temperature=st.sampled_from([.05,.1,.5]), dtype=st.sampled_from(dtypes),
+       query_dtype=st.sampled_from(dtypes), length=st.sampled_from([1e-3,1.,100.]))
 def test_knn_is_scikit_learns_and_lightlys(n, d, n_classes, k, seed, temperature, dtype, query_dtype, length):
     "Of any floating point types: half precision as it is, computed in float32"
     g = torch.Generator().manual_seed(seed)
@@ -74,7 +77,8 @@ def test_more_similarities_than_one_chunk(blobs):
     share,clear = votes(bank, y, queries, 20, .1)
     undecided = ~clear | (share.topk(2).values.diff().abs().flatten() < 1e-5)
     assert undecided.sum() < 25
-    assert torch.equal(ours[~undecided], parts[~undecided]) and torch.equal(ours[~undecided], share.argmax(1)[~undecided])
+    assert (torch.equal(ours[~undecided], parts[~undecided]) and
+            torch.equal(ours[~undecided], share.argmax(1)[~undecided]))
 
 @pytest.mark.parametrize('k,temperature', [(1,.1), (7,.1), (50,.5), (400,.07)])
 def test_knn_classifier(blobs, k, temperature):
@@ -101,8 +105,10 @@ def test_few_labels(blobs):
     (x,y),(tx,ty) = blobs(600, 16, 6),blobs(120, 16, 6, 1)
     res = few_label_knn(x, y, tx, ty, draws=5)
     assert list(res) == ['1','5','10','1%','10%','all'] and [len(v['values']) for v in res.values()] == [5]*5 + [1]
-    for v in res.values(): assert v['mean'] == pytest.approx(np.mean(v['values'])) and v['std'] == pytest.approx(np.std(v['values']))
-    assert res['1']['values'] == res['1%']['values'] and res['10']['values'] == res['10%']['values'] # 100 images a class
+    for v in res.values():
+        assert v['mean'] == pytest.approx(np.mean(v['values'])) and v['std'] == pytest.approx(np.std(v['values']))
+    # 100 images a class
+    assert res['1']['values'] == res['1%']['values'] and res['10']['values'] == res['10%']['values']
     assert res['1']['mean'] < res['10']['mean'] < res['all']['mean'] + .05
 
 def test_bad_features(blobs):
@@ -120,11 +126,13 @@ def test_bad_features(blobs):
         if name != 'knn':
             with pytest.raises(ValueError, match=r'not in the training set, such as \[2\]'): f((x[y<2],y[y<2]), (tx,ty))
 
-@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='the largest size of a process is read from /proc')
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(),
+                    reason='the largest size of a process is read from /proc')
 def test_memory():
     "Neither kNN nor the probe copies the features, which are 117 MiB here; kNN has 69 MiB of similarities"
     script = Path(__file__).parents[2]/'benchmarks'/'bench_memory.py'
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MALLOC_MMAP_THRESHOLD_': '4000000'} # what is freed is gone
-    out = subprocess.run([sys.executable, script, '30000', '1024', '10'], env=env, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, script, '30000', '1024', '10'],
+        env=env, capture_output=True, text=True, check=True).stdout
     extra = {row['what']: row['MiB'] for row in map(json.loads, out.splitlines())}
     assert 60 < extra['kNN'] < 140 and 10 < extra['probe'] < 90, extra

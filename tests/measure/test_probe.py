@@ -49,7 +49,8 @@ def test_lbfgs_reaches_scikit_learns_loss(blobs, l2, spread):
     p = linear_probe((x,y), (x,y), l2s=[l2])
     m = LogisticRegression(C=1/l2, tol=1e-10, max_iter=20000).fit(x.double(), y)
     ours,theirs = ((p.linear.weight.data,p.linear.bias.data),(torch.tensor(m.coef_),torch.tensor(m.intercept_)))
-    assert float(loss_of(*ours, x.double(), y, l2)) == pytest.approx(float(loss_of(*theirs, x.double(), y, l2)), rel=1e-4)
+    assert (float(loss_of(*ours, x.double(), y, l2)) ==
+            pytest.approx(float(loss_of(*theirs, x.double(), y, l2)), rel=1e-4))
 
 def plain_fit(x, y, l2, start, tol):
     def loss_and_grad(v):
@@ -90,7 +91,8 @@ def test_lbfgs_in_blocks_is_that_of_the_whole_features(blobs, dtype, sizes, give
     assert p.curve == curve and p.settings['l2'] == l2
     torch.testing.assert_close(p.linear.weight.data, weight, rtol=1e-6, atol=1e-6*float(weight.abs().max()))
     torch.testing.assert_close(p.linear.bias.data, bias, rtol=1e-6, atol=1e-6*float(weight.abs().max()))
-    assert p.top1 == pytest.approx(float((F.linear(test[0].double(), weight, bias).argmax(1) == test[1]).float().mean()))
+    assert p.top1 == pytest.approx(
+        float((F.linear(test[0].double(), weight, bias).argmax(1) == test[1]).float().mean()))
 
 def test_the_penalty_is_chosen_without_the_test_set(blobs):
     train,(tx,ty) = blobs(300, 20, 4, 0, 2),blobs(200, 20, 4, 1, 2)
@@ -98,7 +100,8 @@ def test_the_penalty_is_chosen_without_the_test_set(blobs):
     assert a.settings == b.settings and torch.equal(a.linear.weight, b.linear.weight)
     l2s = a.settings['l2s']
     assert len(l2s) == len(a.curve) == 45 and min(l2s) == pytest.approx(1e-6) and max(l2s) == pytest.approx(1e5)
-    assert a.curve.index(max(a.curve)) == l2s.index(a.settings['l2']) and a.best_on_test is None # of equals the strongest
+    # of equals the strongest
+    assert a.curve.index(max(a.curve)) == l2s.index(a.settings['l2']) and a.best_on_test is None
     assert a.final > .6 and a.final == a.top1 and a.top5 is None
 
 def test_best_on_test_is_not_the_headline(blobs):
@@ -120,6 +123,7 @@ def test_accuracies_of_more_test_images_than_a_block(blobs):
 @pytest.mark.parametrize('wrong,words', [
     (dict(solver='adam', epochs=0), 'epochs .* 0, 256'), (dict(solver='adam', bs=0), 'bs .* 0 and'),
     (dict(solver='adam', lr=0.), 'lr above 0'),
-    (dict(solver='adam', lr=float('nan')), 'lr above 0'), (dict(l2s=[]), 'one penalty or more'), (dict(l2s=[1.,-1.]), '0 or above')])
+    (dict(solver='adam', lr=float('nan')), 'lr above 0'), (dict(l2s=[]), 'one penalty or more'),
+    (dict(l2s=[1.,-1.]), '0 or above')])
 def test_bad_probe_settings(blobs, wrong, words):
     with pytest.raises(ValueError, match=words): linear_probe(blobs(60, 5, 3), blobs(30, 5, 3, 1), **wrong)

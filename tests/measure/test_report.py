@@ -35,8 +35,9 @@ bare = dict(settings={}, versions={}, metrics={})
 hostile = [ # the first is a script across a folder and a file
     b"<script>document.title='owned'<" + b"/script>.png", b'"><img src=x onerror="document.title=\'owned\'">.png',
     b"' onload='document.title=1.png",
-    b'<svg onload=document.title=1>.png', b'a,b;c.png', b'two\nlines.png', b'bell\x07 tab\t esc\x1b[2J.png', b'\xff\xfe no text.png',
-    '\u202egnp.exe'.encode() + b'.png', b'{{ 7*7 }}{% raw %}.png', b'&amp;lt;b&gt;.png', b'<!--.png', b'x' + b'l'*180 + b'.png']
+    b'<svg onload=document.title=1>.png', b'a,b;c.png', b'two\nlines.png', b'bell\x07 tab\t esc\x1b[2J.png',
+    b'\xff\xfe no text.png', '\u202egnp.exe'.encode() + b'.png', b'{{ 7*7 }}{% raw %}.png', b'&amp;lt;b&gt;.png',
+    b'<!--.png', b'x' + b'l'*180 + b'.png']
 
 @contextlib.contextmanager
 def quiet(folder):
@@ -44,12 +45,15 @@ def quiet(folder):
 
 @pytest.fixture(scope='module')
 def places(tmp_path_factory, digits_dir):
-    "A folder with the runs `labelled` and `flat`; `flat` was trained on 560 files, with hostile names, copies and re-saved images"
+    """A folder with the runs `labelled` and `flat`; `flat` was trained on 560 files, with hostile names,
+    copies and re-saved images"""
     from sklearn.datasets import load_digits
     here = tmp_path_factory.mktemp('reports')
     folder = os.fsencode(here/'flat')
     os.mkdir(folder)
-    def image(i): return Image.fromarray((load_digits_images[i]*255/16).astype(np.uint8)).resize((16,16), Image.BILINEAR).convert('RGB')
+    def image(i):
+        return (Image.fromarray((load_digits_images[i]*255/16).astype(np.uint8))
+                .resize((16,16), Image.BILINEAR).convert('RGB'))
     load_digits_images = load_digits().images
     names = hostile + [b'%04d.png' % i for i in range(len(hostile), 540)]
     for i,name in enumerate(names):
@@ -61,7 +65,8 @@ def places(tmp_path_factory, digits_dir):
     for i in range(30,40): image(i).save(here/'flat'/f'saved {i:04}.jpg', quality=75)
     with quiet(here):
         commands.clae_train.main(['--limit','64','--epochs','1','--name','labelled'])
-        commands.clae_train.main(['--path','flat','--unlabelled','--arch','resnet8','--epochs','1','--workers','0','--name','flat'])
+        commands.clae_train.main(['--path','flat','--unlabelled','--arch','resnet8','--epochs','1','--workers','0',
+                                  '--name','flat'])
         for name in ('labelled','flat'): commands.clae_report.main([name])
     return here
 
@@ -70,10 +75,11 @@ def page_of(places, name): return (places/'runs'/name/'report.html').read_bytes(
 # What the page is
 
 class Strict(HTMLParser):
-    "Every tag is closed in its order, attributes are quoted and none is an event's, and nothing stands where it may not"
+    """Every tag is closed in its order, attributes are quoted and none is an event's,
+    and nothing stands where it may not"""
     void = {'meta','img','br'}
-    known = void | set('html head title style body header main section h1 h2 p ul li dl dt dd div table thead tbody tr th td figure '
-        'figcaption strong b i span details summary'.split())
+    known = void | set('html head title style body header main section h1 h2 p ul li dl dt dd div table thead tbody '
+        'tr th td figure figcaption strong b i span details summary'.split())
     in_p = {'strong','b','i','span','br'}
     attributes = 'charset content http-equiv name lang class style src width height alt title scope tabindex'.split()
     def __init__(self, text):
@@ -91,7 +97,8 @@ class Strict(HTMLParser):
         for k,v in attrs:
             if k.startswith('on') or k not in self.attributes: self.bad.append(f'{tag} {k}={v}')
             if k in ('src','href'): self.loads.append(v)
-        if re.search(r'=\s*[^"\s>]', re.sub(r'"[^"]*"', '""', self.get_starttag_text())): self.bad.append(self.get_starttag_text()[:200])
+        if re.search(r'=\s*[^"\s>]', re.sub(r'"[^"]*"', '""', self.get_starttag_text())):
+            self.bad.append(self.get_starttag_text()[:200])
         if tag == 'img': self.images.append(dict(attrs))
         if tag in ('h1','h2'): self.headings.append(tag)
         if tag == 'figure': self.titles.append(dict(attrs)['title'])
@@ -101,8 +108,10 @@ class Strict(HTMLParser):
         if not self.open or self.open.pop() != tag: self.bad.append(f'</{tag}> closes something else')
 
     def handle_data(self, data):
-        if self.open and self.open[-1] in ('ul','dl','table','tr','tbody','thead') and data.strip(): self.bad.append(data)
-        if '<' in data and self.open[-1] == 'style': self.bad.append(data)
+        if self.open and self.open[-1] in ('ul','dl','table','tr','tbody','thead') and data.strip():
+            self.bad.append(data)
+        if '<' in data and self.open[-1] == 'style':
+            self.bad.append(data)
 
     def handle_comment(self, data): self.bad.append(f'<!--{data}')
     def unknown_decl(self, data): self.bad.append(data)
@@ -113,8 +122,10 @@ def test_valid_html(places, name):
     page = Strict(text)
     assert not page.bad
     assert page.headings == ['h1'] + ['h2']*(len(page.headings)-1) and len(page.headings) > 6
-    assert all(o['src'].startswith('data:image/') and o['alt'] and int(o['width']) and int(o['height']) for o in page.images)
-    assert len(page.images) == len(page.loads) and not any(o in text.replace('http-equiv', '') for o in ('http','url(','@import'))
+    assert all(o['src'].startswith('data:image/') and o['alt'] and int(o['width']) and int(o['height'])
+               for o in page.images)
+    assert (len(page.images) == len(page.loads) and
+            not any(o in text.replace('http-equiv', '') for o in ('http','url(','@import')))
     assert not any(ord(c) < 32 and c != '\n' or 0xd800 <= ord(c) < 0xe000 or c in '\x7f\u202e' for c in text)
     assert len(text) < 4e6
     with contextlib.suppress(ImportError):
@@ -124,12 +135,13 @@ def test_valid_html(places, name):
 def test_the_check_of_html_finds_what_is_wrong():
     head = '<!DOCTYPE html>\n<html lang="en">'
     assert not Strict(f'{head}<p>a &lt;b&gt; <b>c</b></p></html>').bad
-    for wrong in ('<p><ul></ul></p>', '<b>', '</b>', '<b><i></b></i>', '<script></script>', '<p onclick="x">a</p>', '<p class=x>a</p>',
-                  '<!-- a -->'):
+    for wrong in ('<p><ul></ul></p>', '<b>', '</b>', '<b><i></b></i>', '<script></script>', '<p onclick="x">a</p>',
+                  '<p class=x>a</p>', '<!-- a -->'):
         assert Strict(f'{head}{wrong}</html>').bad, wrong
 
 def test_hostile_names_are_text(places):
-    "Each name stands in the page as it is, or spelled out, when it stands there; all of them do in a page about them alone"
+    """Each name stands in the page as it is, or spelled out, when it stands there;
+    all of them do in a page about them alone"""
     dl = folder_dl(places/'flat', 16, bs=64, num_workers=0)
     seen = look_at(places/'runs'/'flat'/'encoder.safetensors', {'': dl})
     few = [i for i,name in enumerate(seen.names) if not re.fullmatch(r'\d{4}\.png|(copy of|saved) .*', name)]
@@ -147,16 +159,19 @@ def test_hostile_names_are_text(places):
 
 def test_labelled_and_unlabelled(places):
     labelled,flat = (html.unescape(page_of(places, o)) for o in ('labelled','flat'))
-    for o in ('trained encoder','1 label a class','Red: of another class','by chance it would be','simclr','fgsm, eps 0.03'):
+    for o in ('trained encoder','1 label a class','Red: of another class','by chance it would be','simclr',
+              'fgsm, eps 0.03'):
         assert o in labelled, o
     for o in ('Accuracy','trained encoder','of another class','by chance it'): assert o not in flat, o
-    for o in ('Losses','What training saw','Nearest neighbours','A map of the images','Near-duplicates','All settings','torchvision'):
+    for o in ('Losses','What training saw','Nearest neighbours','A map of the images','Near-duplicates',
+              'All settings','torchvision'):
         assert o in labelled and o in flat, o
     notes = json.loads((places/'runs'/'flat'/'summary.json').read_text())['settings']['images']
     assert notes and all(''.join(c for c in o if c.isprintable()) in flat for o in notes)
     for name,text in (('labelled',labelled), ('flat',flat)): # whatever the run has found
         verdict = json.loads((places/'runs'/name/'summary.json').read_text())['metrics']['verdict']
-        assert 'Has it learnt?' in text and verdict['sentence'] in text and all(o['meaning'] in text for o in verdict['numbers'].values())
+        assert ('Has it learnt?' in text and verdict['sentence'] in text and
+                all(o['meaning'] in text for o in verdict['numbers'].values()))
     assert 'All 514 images of the run' in labelled and '532 to train on, 28 held out' in flat
 
 def test_verdict_evaluations_and_a_second_report(places, cli):
@@ -173,7 +188,8 @@ def test_verdict_evaluations_and_a_second_report(places, cli):
     r = cli('clae_report', 'labelled')
     assert r.returncode == 0 and 'report-2.html' in r.stdout and 'eval-half.json is left out' in r.stdout
     text = (run/'report-2.html').read_text()
-    for o in ('<strong>Still falling:</strong> A &lt;b&gt;longer&lt;/b&gt; training pays.','0.1235','0 to 1','1 &amp; more'):
+    for o in ('<strong>Still falling:</strong> A &lt;b&gt;longer&lt;/b&gt; training pays.','0.1235','0 to 1',
+              '1 &amp; more'):
         assert o in text, o
     for o in ('eval-digits-honest.json','81.2','74.6','90.0'): assert f'>{o}</td>' in text, o
     assert 'eval-half' not in text and not Strict(text).bad
@@ -189,7 +205,8 @@ def test_neighbours_are_those_of_numpy(places):
     cosines = x @ x.T
     np.fill_diagonal(cosines, -2)
     shown = Strict(page_of(places, 'flat')).titles[:84]
-    index = {''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in f): i for i,f in enumerate(files)}
+    index = {''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in f): i
+             for i,f in enumerate(files)}
     assert [index[shown[i]] for i in range(0, 84, 7)] == np.linspace(0, len(files)-1, 12).round().tolist()
     for i in range(0, 84, 7):
         q,*near = (index[o] for o in shown[i:i+7])
@@ -225,7 +242,8 @@ def test_pairs_are_counted_and_few_are_shown():
     images = MemoryImages((x*255).byte(), torch.arange(80)%40//20 ^ (torch.arange(80) == 79).long(), ['a','b'])
     seen = look_at(create_encoder('resnet8', 'cifar', 3), dict(training=memory_dls(images, images, bs=16).valid))
     text = report_page('x', bare, seen)
-    assert 'There are 40 pairs, of 80 images. These are the 24 most similar ones.' in text and text.count('class="pair"') == 24
+    assert ('There are 40 pairs, of 80 images. These are the 24 most similar ones.' in text and
+            text.count('class="pair"') == 24)
 
 # Bounds
 
@@ -249,7 +267,8 @@ def test_what_was_looked_at_is_what_is_shown():
     sets = [MemoryImages(o, y, list('abc')) for o,y in zip(x.split([20,10]), (torch.arange(30)%3).split([20,10]))]
     dls = memory_dls(*sets, bs=4)
     model = create_encoder('resnet8', 'cifar', 3).eval()
-    states = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), dls.train.rng.getstate()]
+    states = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),
+              dls.train.rng.getstate()]
     for most in (100,13):
         seen = look_at(model, dict(zip(('training','held-out'), dls.loaders)), most=most)
         idxs = np.linspace(0, 29, min(30, most)).round().astype(int)
@@ -267,7 +286,8 @@ def test_what_was_looked_at_is_what_is_shown():
         before,_,after = report_page('x', bare, seen).partition('<h2>Near-duplicates')
         assert before.count('<figure class="other"') == others
         plt.close('all')
-    assert states == [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), dls.train.rng.getstate()]
+    assert states == [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),
+                      dls.train.rng.getstate()]
 
 @pytest.mark.parametrize('channels', [1,2,4,12])
 def test_channels(channels):
@@ -302,8 +322,10 @@ def test_names_of_classes(cli, recwarn):
         os.makedirs(os.path.dirname(file), exist_ok=True)
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (16,16,3), dtype=np.uint8)).save(cli.cwd/'x.png')
         os.rename(cli.cwd/'x.png', file)
-    r = cli('clae_train', '--path', 'images', '--arch', 'resnet8', '--bs', 8, '--epochs', 1, '--workers', 0, '--name', 'names')
-    assert r.returncode == 0 and 'WRITTEN' not in r.stderr and not any('Glyph' in str(o.message) for o in recwarn), r.stderr
+    r = cli('clae_train', '--path', 'images', '--arch', 'resnet8', '--bs', 8, '--epochs', 1, '--workers', 0,
+            '--name', 'names')
+    assert (r.returncode == 0 and 'WRITTEN' not in r.stderr and
+            not any('Glyph' in str(o.message) for o in recwarn)), r.stderr
     r = cli('clae_report', 'names')
     text = (cli.cwd/'runs'/'names'/'report.html').read_bytes().decode()
     assert r.returncode == 0 and not Strict(text).bad
@@ -320,12 +342,14 @@ def test_what_is_damaged_is_left_out(cli):
     assert r.returncode == 0 and [o.split()[0] for o in r.stdout.splitlines() if 'is left out' in o] == [
         'runs/finished/history.csv','runs/finished/views.png','runs/finished/eval-digits-authors.json'], r.stderr
     text = (run/'report.html').read_text()
-    assert 'trained encoder' in text and not any(o in text for o in ('Losses','What training saw','clae_eval')) and not Strict(text).bad
+    assert ('trained encoder' in text and
+            not any(o in text for o in ('Losses','What training saw','clae_eval')) and not Strict(text).bad)
     with pytest.MonkeyPatch.context() as m:
         def no_room(self, target): raise OSError(28, 'No space left on device')
         m.setattr(Path, 'replace', no_room)
         r = cli('clae_report', 'finished')
-    assert r.returncode == 2 and 'No space left' in r.stderr and sorted(o.name for o in run.glob('*report*')) == ['report.html']
+    assert (r.returncode == 2 and 'No space left' in r.stderr and
+            sorted(o.name for o in run.glob('*report*')) == ['report.html'])
 
 def test_refusals(places, cli, command):
     shutil.copytree(old_runs, cli.cwd/'runs')
@@ -347,7 +371,8 @@ def test_refusals(places, cli, command):
     assert 'encoder.safetensors' in command(commands.clae_report, 'labelled')
 
 def test_old_runs_and_other_images(cli, digits_dir):
-    "A run of 0.1.0 has less to tell; its encoder looks at another folder, whatever its layout, read as its own images were"
+    """A run of 0.1.0 has less to tell; its encoder looks at another folder, whatever its layout,
+    read as its own images were"""
     runs = shutil.copytree(old_runs, cli.cwd/'runs')
     for i,args in enumerate([(), ('--path', digits_dir/'rgb')], 1):
         r = cli('clae_report', 'finished', *args)
@@ -383,10 +408,13 @@ def test_in_a_browser(places, visit, name, width, scheme):
     tab,bad = visit(places/'runs'/name/'report.html', viewport={'width': width, 'height': 900}, color_scheme=scheme)
     assert tab.evaluate('document.documentElement.scrollWidth <= innerWidth')
     outside = '''[...document.querySelectorAll("body *")]
-        .filter(o => !o.closest(".wide > *") && o.getBoundingClientRect().right > innerWidth).map(o => o.outerHTML.slice(0, 80))'''
+        .filter(o => !o.closest(".wide > *") && o.getBoundingClientRect().right > innerWidth)
+        .map(o => o.outerHTML.slice(0, 80))'''
     assert tab.evaluate(outside) == []
-    assert tab.evaluate('[...document.images].filter(o => !o.naturalWidth).map(o => o.alt)') == []
-    assert tab.evaluate('[...document.images].filter(o => o.naturalWidth != o.getAttribute("width")).map(o => o.alt)') == []
+    assert tab.evaluate('[...document.images].filter(o => !o.naturalWidth)'
+                        '.map(o => o.alt)') == []
+    assert tab.evaluate('[...document.images].filter(o => o.naturalWidth != o.getAttribute("width"))'
+                        '.map(o => o.alt)') == []
     tab.evaluate('document.querySelectorAll("details").forEach(o => o.open = true)')
     assert tab.evaluate('document.documentElement.scrollWidth <= innerWidth')
     colours = [tab.evaluate(f'getComputedStyle(document.body).{o}') for o in ('backgroundColor','color')]
@@ -406,7 +434,8 @@ def test_no_script_runs(places, visit, tmp_path):
     text = report_page(f'x{evil}', dict(bare, settings={evil: evil, 'images': [f'{evil}\udcff\0']}), seen, evil)
     assert rf'{html.escape(evil, quote=False).replace(chr(34), "&#34;")}\udcff\x00' in text
     policy = re.search('<meta http-equiv="Content-Security-Policy"[^>]*>', text)[0]
-    unsafe = text.replace('</main>', '<img src="x" onerror="document.title=\'owned\'"><script>document.title="owned"</script></main>')
+    unsafe = text.replace('</main>', '<img src="x" onerror="document.title=\'owned\'">'
+                                     '<script>document.title="owned"</script></main>')
     for page,title in ((text, f'Run x{evil}'), (text.replace(policy, ''), f'Run x{evil}'), (unsafe, f'Run x{evil}'),
                        (unsafe.replace(policy, ''), 'owned')):
         (tmp_path/'page.html').write_text(page)

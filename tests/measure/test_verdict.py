@@ -8,7 +8,8 @@ from fastai.vision.all import Callback
 from torch import nn
 
 from clae_fastai.all import (
-    Checkpoint, CollapseMonitor, MemoryImages, Resume, clae_learner, extract_features, get_dls, memory_dls, resnet8, set_seed)
+    Checkpoint, CollapseMonitor, MemoryImages, Resume, clae_learner, extract_features, get_dls, memory_dls, resnet8,
+    set_seed)
 
 class Constant(nn.Module):
     "A head whose embeddings are all equal, whatever comes in and is learnt"
@@ -48,20 +49,23 @@ class Spy(Callback):
     "Embeddings and losses of the training batches of an epoch"
     run_valid = False
     def before_epoch(self): self.seen = []
-    def after_loss(self): self.seen.append((*(z.detach().numpy() for z in self.pred[:2]), float(self.loss_func.loss_aug)))
+    def after_loss(self):
+        self.seen.append((*(z.detach().numpy() for z in self.pred[:2]), float(self.loss_func.loss_aug)))
 
 def numbers_of(z_q, z_p):
     n = len(z_q)
     pairs = [((z_q[i]-z_q[j])**2).sum() for i in range(n) for j in range(n) if i < j]
     own = [(z_q[i] @ z_p.T).argmax() == i for i in range(n)]
-    return z_q.std(0, ddof=1).mean(), ((z_q-z_p)**2).sum(1).mean(), math.log(np.exp(-2*np.array(pairs)).mean()), np.mean(own)
+    return (z_q.std(0, ddof=1).mean(), ((z_q-z_p)**2).sum(1).mean(), math.log(np.exp(-2*np.array(pairs)).mean()),
+            np.mean(own))
 
 def test_numbers(quiet):
     learn = learner(quiet, limit=128)
     monitor,spy = CollapseMonitor(),Spy()
     learn.fit(2, 1e-3, cbs=[monitor, spy])
     row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
-    for name,expected in zip(('z_std','alignment','uniformity','own_view'), np.mean([numbers_of(*o[:2]) for o in spy.seen], 0)):
+    for name,expected in zip(('z_std','alignment','uniformity','own_view'),
+                             np.mean([numbers_of(*o[:2]) for o in spy.seen], 0)):
         assert row[name] == pytest.approx(expected, rel=1e-4), name
     assert row['collapse_level'] == pytest.approx(math.log(63))
     assert monitor.last['loss_aug'] == pytest.approx(np.mean([o[2] for o in spy.seen]))
@@ -71,7 +75,8 @@ def test_numbers(quiet):
     assert row['rankme'] == pytest.approx(math.exp(-(s/s.sum()*np.log(s/s.sum())).sum()), rel=1e-3)
     assert set(monitor.verdict.numbers) == {'loss_aug','z_std','alignment','uniformity','own_view','rankme'}
 
-@pytest.mark.parametrize('method,level', [('plain',math.log(32)), ('simclr',math.log(63)), (lambda a,b: (a*b).sum(1).mean(), 1.)])
+@pytest.mark.parametrize('method,level', [('plain',math.log(32)), ('simclr',math.log(63)),
+                                          (lambda a,b: (a*b).sum(1).mean(), 1.)])
 def test_collapse_level(method, level, quiet):
     learn = learner(quiet, method, 64)
     learn.fit(1, 1e-3, cbs=(monitor := CollapseMonitor()))
@@ -126,6 +131,7 @@ def test_resumed_where_batches_are_others(quiet, tmp_path):
     class Shorter(Callback):
         order,run_valid = Resume.order+1,False
         def before_batch(self):
-            if len(monitor.batches if monitor.batches is not None else ()) == 4 and self.epoch == 1: monitor.batches = monitor.batches[:2]
+            if len(monitor.batches if monitor.batches is not None else ()) == 4 and self.epoch == 1:
+                monitor.batches = monitor.batches[:2]
     learner(quiet, limit=128).fit(3, 1e-3, cbs=[monitor, Resume(tmp_path), Shorter()])
     assert all(math.isfinite(o) for o in monitor.last.values())

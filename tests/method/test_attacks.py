@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clae_fastai.all import (
-    FFGSM, FGSM, PGD, RFGSM, CLAECallback, NTXentLoss, PlainLoss, RandomPerturbation, adversarial_bn, attacks, clae_learner,
-    frozen_bn_stats, get_dls, resnet8, set_seed)
+    FFGSM, FGSM, PGD, RFGSM, CLAECallback, NTXentLoss, PlainLoss, RandomPerturbation, adversarial_bn, attacks,
+    clae_learner, frozen_bn_stats, get_dls, resnet8, set_seed)
 
 mean,std = torch.tensor([.49,.48,.45]),torch.tensor([.25,.24,.26])
 kinds = [(a,n,s) for a in attacks for n in ('linf','l2') for s in ('normalized','pixel')]
@@ -49,7 +49,8 @@ def test_pgd_takes_its_steps():
         moved = (x + delta).requires_grad_()
         g, = torch.autograd.grad(loss(anchor, f(moved)), moved)
         delta = (delta + size*g.sign()).clamp(-eps, eps)
-        torch.testing.assert_close(PGD(eps, steps=steps, step_size=size, start='zero')(f, x, loss), x + delta, rtol=0, atol=1e-12)
+        torch.testing.assert_close(PGD(eps, steps=steps, step_size=size, start='zero')(f, x, loss), x + delta,
+                                   rtol=0, atol=1e-12)
 
 @pytest.mark.parametrize('norm', ['linf','l2'])
 @pytest.mark.parametrize('attack', [FGSM, partial(PGD, steps=4, start='zero'), partial(FFGSM, start='zero')])
@@ -78,7 +79,8 @@ def test_special_cases_equal_fgsm(norm, space, eps, seed):
 @settings(max_examples=20, deadline=None)
 @given(d=st.integers(2, 40), b=st.integers(1, 9), seed=st.integers(0, 999))
 def test_a_positive_pair_alone_has_no_gradient(d, b, seed):
-    "At delta=0 a normalised positive pair is at its maximum of similarity: FGSM is directed by the negatives, not so a random start"
+    """At delta=0 a normalised positive pair is at its maximum of similarity: FGSM is directed by the negatives,
+    not so a random start"""
     seen = []
     class Watch(FGSM):
         def direction(self, g): seen.append(g); return super().direction(g)

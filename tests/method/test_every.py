@@ -9,11 +9,13 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from clae_fastai.all import (
-    FFGSM, FGSM, PGD, RFGSM, Attack, Checkpoint, FusedAdam, RandomPerturbation, Resume, clae_learner, dual_bns, get_dls, resnet8)
+    FFGSM, FGSM, PGD, RFGSM, Attack, Checkpoint, FusedAdam, RandomPerturbation, Resume, clae_learner, dual_bns, get_dls,
+    resnet8)
 
 def learner(quiet, **kwargs):
     set_seed(0)
-    return quiet(clae_learner(get_dls('digits', bs=32, limit=320), resnet8, views='digits', **kwargs)) # ten steps an epoch
+    # ten steps an epoch
+    return quiet(clae_learner(get_dls('digits', bs=32, limit=320), resnet8, views='digits', **kwargs))
 
 def adversarial(model): return [t.clone() for bn in dual_bns(model) for t in (*bn.adv.parameters(), *bn.adv.buffers())]
 def same(a, b): return all(map(torch.equal, a, b))
@@ -30,7 +32,8 @@ class Spy(Callback):
         before,self.now = self.now,self.state()
         self.moved.append(tuple(not same(a, b) for a,b in zip(before, self.now)))
 
-optimisers = dict(fused=FusedAdam, adam=Adam, sgd=partial(SGD, mom=.9), torch=partial(OptimWrapper, opt=torch.optim.AdamW))
+optimisers = dict(fused=FusedAdam, adam=Adam, sgd=partial(SGD, mom=.9),
+                  torch=partial(OptimWrapper, opt=torch.optim.AdamW))
 
 @pytest.mark.parametrize('opt_func', optimisers.values(), ids=optimisers.keys())
 def test_between_attacks_its_batch_norms_rest(opt_func, quiet):
@@ -96,7 +99,8 @@ def test_convolutions_of_a_cycle(every, units, quiet):
     calls = Counter({o.key: o.count for o in prof.key_averages()})
     forwards,backwards = (calls[k]/n_convs for k in ('aten::convolution','aten::convolution_backward'))
     attacks = 4/every
-    assert (forwards, backwards) == (8 + 2*attacks, 8 + 2*attacks) # two views each; the attack's, and the adversarial view's
+    # two views each; the attack's, and the adversarial view's
+    assert (forwards, backwards) == (8 + 2*attacks, 8 + 2*attacks)
     assert (forwards + 2*backwards - attacks)/4 == units == learn.clae.units # the attack's backward is half of one
 
 class Count:
@@ -109,7 +113,8 @@ class Count:
         if b.requires_grad: b.register_hook(lambda g: setattr(self, 'n', self.n+1))
         return (a*b).sum().sin()
 
-@pytest.mark.parametrize('attack,units', [(FGSM(.1), 2), (RFGSM(.1), 3), (RFGSM(.1, 0.), 2), (FFGSM(.1), 3), (FFGSM(.1, start='zero'), 2),
+@pytest.mark.parametrize('attack,units', [
+    (FGSM(.1), 2), (RFGSM(.1), 3), (RFGSM(.1, 0.), 2), (FFGSM(.1), 3), (FFGSM(.1, start='zero'), 2),
     (PGD(.1, steps=3), 7), (PGD(.1, steps=3, start='zero'), 6), (RandomPerturbation(.1), 0)], ids=str)
 def test_units_of_attacks(attack, units):
     count = Count()
@@ -117,12 +122,14 @@ def test_units_of_attacks(attack, units):
     assert count.n == units == attack.units
 
 def test_units(quiet):
-    for kwargs,units in ((dict(eps=0), 6), (dict(alpha=0), 6), (dict(attack='random', every=1), 9), (dict(attack='random', every=4), 6.75),
-                         (dict(every=2), 8.5), (dict(attack=PGD(.03), every=1), 6+3+21)):
+    for kwargs,units in ((dict(eps=0), 6), (dict(alpha=0), 6), (dict(attack='random', every=1), 9),
+                         (dict(attack='random', every=4), 6.75), (dict(every=2), 8.5),
+                         (dict(attack=PGD(.03), every=1), 6+3+21)):
         assert learner(quiet, **kwargs).clae.units == units
     class Own(Attack):
         def delta(self, x, grad): return .01*grad().sign()
-    for attack in (lambda embed, x, loss: x, Own(.01)): assert math.isnan(learner(quiet, attack=attack).clae.units) # nobody knows
+    for attack in (lambda embed, x, loss: x, Own(.01)):
+        assert math.isnan(learner(quiet, attack=attack).clae.units) # nobody knows
 
 @pytest.mark.parametrize('every', [0, -1, 1.5, 'x', None])
 def test_refused(every, quiet):

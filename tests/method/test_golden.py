@@ -7,20 +7,24 @@ import torch
 from torch import nn
 
 from clae_fastai.all import (
-    FGSM, Callback, CLAECallback, CLAELoss, ContrastiveModel, DataLoader, DataLoaders, Learner, NTXentLoss, OptimWrapper, PlainLoss,
-    Recorder, UELLoss, adversarial_bn, convert_dual_bn, frozen_bn_stats, knn_predict, partial, projection_head)
+    FGSM, Callback, CLAECallback, CLAELoss, ContrastiveModel, DataLoader, DataLoaders, Learner, NTXentLoss,
+    OptimWrapper, PlainLoss, Recorder, UELLoss, adversarial_bn, convert_dual_bn, frozen_bn_stats, knn_predict, partial,
+    projection_head)
 
 losses = dict(plain=PlainLoss, uel=UELLoss, simclr=NTXentLoss)
 sgd,adam = partial(OptimWrapper, opt=torch.optim.SGD, momentum=.9),partial(OptimWrapper, opt=torch.optim.Adam)
-training = dict(plain=(sgd,.03,5e-4), uel=(sgd,.03,5e-4), simclr=(adam,3e-4,0.)) # optimiser, learning rate, weight decay
+# optimiser, learning rate, weight decay
+training = dict(plain=(sgd,.03,5e-4), uel=(sgd,.03,5e-4), simclr=(adam,3e-4,0.))
 
 def small_encoder():
-    return nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, 8, 3, padding=1, bias=False), bn1=nn.BatchNorm2d(8), relu1=nn.ReLU(),
-                                     conv2=nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False), bn2=nn.BatchNorm2d(16), relu2=nn.ReLU()))
+    return nn.Sequential(OrderedDict(
+        conv1=nn.Conv2d(3, 8, 3, padding=1, bias=False), bn1=nn.BatchNorm2d(8), relu1=nn.ReLU(),
+        conv2=nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False), bn2=nn.BatchNorm2d(16), relu2=nn.ReLU()))
 
 def model_of(d, method):
     "The golden network, in its initial state"
-    model = convert_dual_bn(ContrastiveModel(small_encoder(), projection_head(16, 'mlp' if method == 'simclr' else 'linear', 8))).double()
+    model = convert_dual_bn(ContrastiveModel(
+        small_encoder(), projection_head(16, 'mlp' if method == 'simclr' else 'linear', 8))).double()
     state = {rename(k[5:]): torch.tensor(d[k]) for k in d if k.startswith('init/')}
     model.load_state_dict(state)
     return model
@@ -50,7 +54,8 @@ def attacked(d, method, device='cpu'):
         return FGSM(.03)(model, torch.tensor(d['step0/x_q'], device=device), losses[method]())
 
 def three_steps(d, method, device='cpu'):
-    "`CLAECallback` in a plain `Learner`: each step's adversary, losses, gradients and parameters, by their names in `d`"
+    """`CLAECallback` in a plain `Learner`: each step's adversary, losses, gradients and parameters,
+    by their names in `d`"""
     t = lambda i, k: torch.tensor(d[f'step{i}/{k}'], device=device)
     seen = {}
     def views(x): return t(learn.iter, 'x_q'),t(learn.iter, 'x_p')
@@ -59,9 +64,11 @@ def three_steps(d, method, device='cpu'):
         def keep(self, **tensors): seen.update({f'step{self.iter}/{k}': v.detach().clone() for k,v in tensors.items()})
         def before_step(self):
             grads = {f'grad/{k}': p.grad for k,p in self.model.named_parameters()}
-            self.keep(x_adv=self.learn.xb[2], loss_aug=self.loss_func.loss_aug, loss_adv=self.loss_func.loss_adv, **grads)
+            self.keep(x_adv=self.learn.xb[2], loss_aug=self.loss_func.loss_aug, loss_adv=self.loss_func.loss_adv,
+                      **grads)
         def after_step(self): self.keep(**{f'param/{k}': p for k,p in self.model.named_parameters()})
-    dls = DataLoaders(DataLoader([(torch.zeros(3,12,12),)]*48, bs=16, device=device), DataLoader([], bs=16), device=device)
+    dls = DataLoaders(DataLoader([(torch.zeros(3,12,12),)]*48, bs=16, device=device),
+                      DataLoader([], bs=16), device=device)
     opt_func,lr,wd = training[method]
     learn = Learner(dls, model_of(d, method).to(device), CLAELoss(losses[method](), alpha=.7), opt_func=opt_func,
                     cbs=[CLAECallback(views, FGSM(.03)), Record()], wd_bn_bias=True)

@@ -10,12 +10,13 @@ import torchvision
 from torch import nn
 
 from clae_fastai.all import (
-    FGSM, Callback, CLAELoss, DataBlock, DataLoaders, GradientClip, ImageBlock, IndexSplitter, MixedPrecision, NTXentLoss,
-    PILImageBW, RandomSplitter, TensorImage, TfmdDL, TransformBlock, TwoViews, attacks, clae_learner, deepcopy, dual_bns,
-    extract_features, few_label_knn, get_dls, get_files, has_bf16, methods, noop, partial, resnet8, resnet18, set_seed,
-    strip_dual_bn)
+    FGSM, Callback, CLAELoss, DataBlock, DataLoaders, GradientClip, ImageBlock, IndexSplitter, MixedPrecision,
+    NTXentLoss, PILImageBW, RandomSplitter, TensorImage, TfmdDL, TransformBlock, TwoViews, attacks, clae_learner,
+    deepcopy, dual_bns, extract_features, few_label_knn, get_dls, get_files, has_bf16, methods, noop, partial, resnet8,
+    resnet18, set_seed, strip_dual_bn)
 
-tiny = nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU())
+tiny = nn.Sequential(nn.Conv2d(1, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(),
+                     nn.Conv2d(8, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU())
 low_types = dict(bf16=torch.bfloat16, fp16=torch.float16)
 
 @pytest.fixture(scope='module')
@@ -49,7 +50,8 @@ def test_two_steps_of_everything(dls, quiet, method, attack, norm, labelled):
     means = [learn.loss_terms.mean(k) for k in ('loss_aug','loss_adv')]
     assert len(seen) == 2 and np.isfinite(seen).all() and means == pytest.approx(np.mean(seen, 0), rel=1e-5)
     assert all(v.isfinite().all() for v in learn.model.parameters())
-    assert all(not torch.equal(v, before[k]) for k,v in learn.model.named_parameters() if 'bn' in k or k.endswith('weight'))
+    assert all(not torch.equal(v, before[k]) for k,v in learn.model.named_parameters()
+               if 'bn' in k or k.endswith('weight'))
 
 others = dict(ntxent=lightly.loss.NTXentLoss, dcl=lightly.loss.DCLLoss, vicreg=lightly.loss.VICRegLoss,
               barlow=lightly.loss.BarlowTwinsLoss, pml=lambda: pml.SelfSupervisedLoss(pml.NTXentLoss()))
@@ -64,7 +66,8 @@ def test_losses_of_other_libraries(dls, quiet, name, bf16):
     if bf16: learn.to_bf16()
     learn.fit(1, 1e-3)
     assert isinstance(learn.loss_func, CLAELoss) and np.isfinite(learn.recorder.final_record).all()
-    assert len(seen) >= 6 and all(a.dtype == b.dtype == torch.float32 for a,b in seen) # the attack's, loss_aug, loss_adv
+    # the attack's, loss_aug, loss_adv
+    assert len(seen) >= 6 and all(a.dtype == b.dtype == torch.float32 for a,b in seen)
     assert not torch.allclose(seen[0][0].norm(dim=1), torch.ones(16), atol=1e-2)
 
 def test_lightly_agrees_with_ours():
@@ -78,11 +81,13 @@ def test_a_loss_that_is_no_number(dls, quiet):
 
 def test_pixel_space_needs_a_normalize(dls):
     attack = FGSM(.1, space='pixel')
-    with pytest.raises(ValueError, match='Normalize'): clae_learner(dls[True], resnet8, attack=attack, views=TwoViews(noop))
+    with pytest.raises(ValueError, match='Normalize'):
+        clae_learner(dls[True], resnet8, attack=attack, views=TwoViews(noop))
 
 @pytest.mark.parametrize('precision', low_types)
 def test_precision_is_what_it_says(dls, quiet, precision):
-    "Low precision in training's forwards and in the attack's, whose loss is scaled, too; views, x_adv and weights in float32"
+    """Low precision in training's forwards and in the attack's, whose loss is scaled, too;
+    views, x_adv and weights in float32"""
     learn = quiet(clae_learner(dls[True], resnet8, views='digits', every=1, cbs=GradientClip(1.)))
     getattr(learn, f'to_{precision}')()
     seen,adv,scales = [],[],[]
@@ -98,7 +103,8 @@ def test_precision_is_what_it_says(dls, quiet, precision):
     assert set(seen) == {low_types[precision]} and len(adv) == 2
     assert all(x.dtype == y.dtype == torch.float32 and ((y - x).abs() <= .03 + 1e-5).all() for x,y in adv)
     assert all(got == pytest.approx(want) for got,want in scales) and (scales[0][1] > 1) == (precision == 'fp16')
-    assert all(p.dtype == torch.float32 for p in learn.model.parameters()) and np.isfinite(learn.recorder.final_record[0])
+    assert (all(p.dtype == torch.float32 for p in learn.model.parameters()) and
+            np.isfinite(learn.recorder.final_record[0]))
     assert not torch.is_autocast_enabled('cpu')
 
 def test_channels_last(dls, quiet):
@@ -125,7 +131,8 @@ def test_float16_by_name(dls):
     assert by_name.mixed_precision.amp_mode == by_method.mixed_precision.amp_mode
 
 def test_a_skipped_step_leaves_nothing(dls, quiet):
-    "A batch whose loss is no number, the second of two: weights, batch norm's statistics and the means are those after the first"
+    """A batch whose loss is no number, the second of two: weights, batch norm's statistics and the means
+    are those after the first"""
     learn = quiet(clae_learner(dls[True], resnet8, views='digits', every=1, on_nonfinite='skip'))
     base,kept = learn.loss_func.base,[]
     def loss(a, b): return base(a, b)*(float('nan') if learn.training and learn.iter == 1 else 1)
@@ -140,12 +147,14 @@ def test_a_skipped_step_leaves_nothing(dls, quiet):
 
 @pytest.mark.parametrize('precision', ['fp32','bf16'])
 def test_attack_through_the_clean_batch_norm(dls, quiet, precision):
-    "The attack's own forward uses the chosen batch norm, the adversarial view's the adversarial one; the attack leaves both alone"
+    """The attack's own forward uses the chosen batch norm, the adversarial view's the adversarial one;
+    the attack leaves both alone"""
     for bn,want in (('adv', 2), ('clean', 1)):
         learn = quiet(clae_learner(dls[True], resnet8, views='digits', every=1, attack_bn=bn, precision=precision))
         calls = {'clean': 0, 'adv': 0}
         d = dual_bns(learn.model)[0]
-        for k in calls: getattr(d, k).register_forward_hook(lambda m, i, o, k=k: calls.update({k: calls[k] + m.training}))
+        for k in calls:
+            getattr(d, k).register_forward_hook(lambda m, i, o, k=k: calls.update({k: calls[k] + m.training}))
         learn.fit(1)
         # two batches of four forwards: of two views, of the attack, of x_adv
         assert calls == {'adv': 2*want, 'clean': 2*(4 - want)}
@@ -153,7 +162,8 @@ def test_attack_through_the_clean_batch_norm(dls, quiet, precision):
 
 @pytest.mark.slow
 def test_low_precision_is_as_good():
-    "5-label kNN on digits, mean of 3 seeds: bfloat16 and float16 within 2 points of float32, with one-cycle and gradient clipping"
+    """5-label kNN on digits, mean of 3 seeds: bfloat16 and float16 within 2 points of float32,
+    with one-cycle and gradient clipping"""
     def accuracy(precision, seed):
         set_seed(seed)
         dls = get_dls('digits', bs=64)
@@ -161,12 +171,14 @@ def test_low_precision_is_as_good():
         if precision: getattr(learn, precision)()
         fast = precision is None or precision == 'to_bf16' and has_bf16('cpu') # see above
         with learn.no_bar(), learn.no_logging(), torch.backends.mkldnn.flags(enabled=fast): learn.fit_one_cycle(5, 3e-3)
-        return few_label_knn(*extract_features(learn, dls.train), *extract_features(learn, dls.valid), ns=(5,))['5']['mean']
+        return few_label_knn(*extract_features(learn, dls.train), *extract_features(learn, dls.valid),
+                             ns=(5,))['5']['mean']
     full,*low = (np.mean([accuracy(p, s) for s in range(3)]) for p in (None,'to_bf16','to_fp16'))
     assert full > .65 and min(low) > full - .02, (full,low)
 
 def test_given_weights(quiet):
-    "Before the first step the clean path gives the stock model's features, bit for bit; both batch norms start from the given values"
+    """Before the first step the clean path gives the stock model's features, bit for bit;
+    both batch norms start from the given values"""
     set_seed(0)
     stock = torchvision.models.resnet18()
     for b in (m for m in stock.modules() if isinstance(m, nn.BatchNorm2d)):

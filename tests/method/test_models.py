@@ -7,15 +7,16 @@ from torch import nn
 
 from clae_fastai.all import convert_dual_bn, create_encoder, dual_bns, num_features, strip_dual_bn
 
-tv_names = [o for o in torchvision.models.list_models(module=torchvision.models) if 'regnet' not in o or o.endswith('400mf')]
+tv_names = [o for o in torchvision.models.list_models(module=torchvision.models)
+            if 'regnet' not in o or o.endswith('400mf')]
 ten = ['resnet18','resnet50','resnext50_32x4d','densenet121','mobilenet_v2','mobilenet_v3_small','efficientnet_b0',
        'shufflenet_v2_x1_0','vgg11_bn','googlenet']
 five = ['resnet10t','efficientnet_lite0','regnetx_002','mobilenetv3_small_050','repvgg_a0']
 
 @pytest.mark.parametrize('name', tv_names)
 def test_every_torchvision_architecture(name):
-    """By name; on the meta device, where a network costs nothing (RegNets read numbers from tensors as they are built: the smallest
-    of either kind are built for real)"""
+    """By name; on the meta device, where a network costs nothing (RegNets read numbers from tensors
+    as they are built: the smallest of either kind are built for real)"""
     with torch.device('cpu' if 'regnet' in name else 'meta'):
         enc = create_encoder(name)
         h = enc.train()(torch.zeros(2, 3, *[299 if 'inception' in name else 224]*2))

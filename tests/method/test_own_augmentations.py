@@ -1,4 +1,5 @@
-"Other libraries' augmentations as views: each image its own random numbers, which follow from the seed, and one way to normalise."
+"""Other libraries' augmentations as views: each image its own random numbers, which follow from the seed,
+and one way to normalise."""
 import random
 
 import kornia.augmentation as K
@@ -19,18 +20,22 @@ try:
 except ImportError: A = None
 needs_albumentations = pytest.mark.skipif(A is None, reason='needs albumentations')
 
-def crops(n_in=3): return [A.RandomResizedCrop((24,24)), A.HorizontalFlip()] + ([A.ColorJitter(p=.8)] if n_in == 3 else [])
+def crops(n_in=3):
+    return [A.RandomResizedCrop((24,24)), A.HorizontalFlip()] + ([A.ColorJitter(p=.8)] if n_in == 3 else [])
 
 augmentations = dict(
-    torchvision=lambda: v2.Compose([v2.RandomResizedCrop(24), v2.RandomHorizontalFlip(), v2.ColorJitter(.4, .4, .4, .1)]),
-    kornia=lambda: TwoViews(nn.Sequential(K.RandomResizedCrop((24,24)), K.RandomHorizontalFlip(), K.ColorJitter(.4, .4, .4, .1))),
+    torchvision=lambda: v2.Compose([v2.RandomResizedCrop(24), v2.RandomHorizontalFlip(),
+                                    v2.ColorJitter(.4, .4, .4, .1)]),
+    kornia=lambda: TwoViews(nn.Sequential(K.RandomResizedCrop((24,24)), K.RandomHorizontalFlip(),
+                                          K.ColorJitter(.4, .4, .4, .1))),
     kornia_list=lambda: [K.RandomResizedCrop((24,24)), K.RandomSolarize()],
     fastai=lambda: [*aug_transforms(size=24, max_rotate=20)],
     mixed=lambda: [v2.RandomCrop(28), FlipItem(.5), *aug_transforms(size=24)])
 if A: augmentations |= dict(
     albumentations=crops,
     albumentations_composed=lambda: A.Compose([*crops(), ToTensorV2()]),
-    albumentations_sometimes=lambda: [crops()[0], A.Compose(crops()[1:], p=.5), A.OneOf([A.GaussianBlur(), A.GaussNoise()])],
+    albumentations_sometimes=lambda: [crops()[0], A.Compose(crops()[1:], p=.5),
+                                      A.OneOf([A.GaussianBlur(), A.GaussNoise()])],
     albumentations_and_torchvision=lambda: [*crops(), v2.RandomGrayscale(), A.ToFloat(), v2.RandomErasing(p=1)])
 
 def dls(n=16, n_in=3):
@@ -89,8 +94,10 @@ def test_normalize_is_taken_over():
     learn = clae_learner(dls(), resnet8, views=A.Compose([*crops(), A.Normalize(), ToTensorV2()]))
     for own,stats in zip(learn.clae.stats, imagenet_stats): torch.testing.assert_close(own, torch.tensor(stats))
     x = torch.rand(2, 3, 32, 32)
-    expected = np.stack([A.Normalize()(image=(o*255).round().byte().permute(1,2,0).numpy())['image'] for o in x]).transpose(0,3,1,2)
-    torch.testing.assert_close(learn.clae.normalize((x*255).round().byte()), torch.from_numpy(expected), rtol=0, atol=1e-5)
+    expected = np.stack([A.Normalize()(image=(o*255).round().byte().permute(1,2,0).numpy())['image']
+                         for o in x]).transpose(0,3,1,2)
+    torch.testing.assert_close(learn.clae.normalize((x*255).round().byte()), torch.from_numpy(expected),
+                               rtol=0, atol=1e-5)
 
 refused = {
     'in the middle': lambda: TwoViews([v2.Normalize([.5],[.5]), v2.RandomCrop(24)]),

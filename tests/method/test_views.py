@@ -1,5 +1,5 @@
-"""The distribution of each augmentation is torchvision's: mean, standard deviation and extremes over 2,000 draws on the same image
-(two-sample Kolmogorov-Smirnov)."""
+"""The distribution of each augmentation is torchvision's: mean, standard deviation and extremes over 2,000 draws
+on the same image (two-sample Kolmogorov-Smirnov)."""
 import pytest
 import torch
 import torchvision.transforms as T
@@ -29,7 +29,8 @@ theirs = dict(
     blur         =('imagenet','RandomGaussianBlur',  T.RandomApply([T.GaussianBlur(3, (.1,2.))], p=.5)))
 
 def moments(x):
-    "Of each draw: mean and standard deviation of its channels, smallest and largest value, mean of each quadrant (where things are)"
+    """Of each draw: mean and standard deviation of its channels, smallest and largest value,
+    mean of each quadrant (where things are)"""
     x = x.as_subclass(torch.Tensor)
     quadrants = nn.functional.adaptive_avg_pool2d(x.mean(1, keepdim=True), 2).flatten(1)
     return torch.cat([x.mean((2,3)), x.std((2,3)), x.amin((1,2,3))[:,None], x.amax((1,2,3))[:,None], quadrants], 1)
@@ -54,7 +55,8 @@ def test_normalize_last_and_once(quiet):
     "Whatever the DataLoaders normalise with, the encoder sees views that are normalised with it, once"
     seen = []
     for stats in (None, ([.2],[.4])):
-        dls = get_dls('digits', bs=64, limit=256, batch_tfms=None if stats is None else Normalize.from_stats(*stats, cuda=False))
+        dls = get_dls('digits', bs=64, limit=256,
+            batch_tfms=None if stats is None else Normalize.from_stats(*stats, cuda=False))
         learn = quiet(clae_learner(dls, resnet8, views='digits', eps=0.))
         learn.model.encoder.register_forward_pre_hook(lambda m, x: seen.append(x[0].detach()))
         learn.fit(1, 0.)
@@ -63,4 +65,5 @@ def test_normalize_last_and_once(quiet):
         seen.clear()
         assert (mean,std) == ((.5,.5) if stats is None else (pytest.approx(.2), pytest.approx(.4)))
         pix = x*std + mean
-        assert pix.min() >= -1e-6 and pix.max() <= 1 + 1e-6 and pix.min() < .05 and pix.max() > .95 and x.dtype == torch.float32
+        assert (pix.min() >= -1e-6 and pix.max() <= 1 + 1e-6 and pix.min() < .05 and pix.max() > .95 and
+                x.dtype == torch.float32)

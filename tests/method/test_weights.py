@@ -33,7 +33,8 @@ class LightlySimCLR(nn.Module):
 
 def moco(net, query='encoder_q', key='encoder_k'):
     both = {f'module.{p}.{k}': v for p in (query,key) for k,v in net.state_dict().items()}
-    return dict(epoch=3, arch='resnet18', state_dict={**both, 'module.queue': torch.zeros(128, 16)}, optimizer=dict(state={}))
+    return dict(epoch=3, arch='resnet18', state_dict={**both, 'module.queue': torch.zeros(128, 16)},
+                optimizer=dict(state={}))
 
 def solo(net):
     return dict(state_dict={**{f'backbone.{k}': v for k,v in net.state_dict().items() if k[:3] != 'fc.'},
@@ -49,7 +50,8 @@ layouts = {
     'solo-learn': (solo, "left out 2 of 122 tensors, classifier.weight, projector.0.weight"),
     'MoCo': (moco, "taken from behind 'module.encoder_q.'"),
     'MoCo v3': (lambda net: moco(net, 'base_encoder', 'momentum_encoder'), "taken from behind 'module.base_encoder.'"),
-    'a head before': (lambda net: dict(model={f'encoder.{k}': v for k,v in net.state_dict().items()}), "taken from behind 'encoder.'")}
+    'a head before': (lambda net: dict(model={f'encoder.{k}': v for k,v in net.state_dict().items()}),
+                      "taken from behind 'encoder.'")}
 
 @pytest.mark.parametrize('layout', layouts)
 @pytest.mark.parametrize('suffix', ['.pth','.safetensors',''])
@@ -59,17 +61,20 @@ def test_other_tools_weights(original, layout, suffix, tmp_path, capsys):
     if suffix == '.pth': torch.save(state, tmp_path/'x.pth')
     if suffix == '.safetensors':
         from safetensors.torch import save_file
-        save_file({k: v.clone() for k,v in state.get('state_dict', state.get('model', state)).items()}, tmp_path/'x.safetensors')
+        save_file({k: v.clone() for k,v in state.get('state_dict', state.get('model', state)).items()},
+                  tmp_path/'x.safetensors')
     learn = clae_learner(dls(), resnet18, weights=tmp_path/f'x{suffix}' if suffix else state)
     out = capsys.readouterr().out
     assert says in out and bool(out) == bool(says)
     x = torch.rand(2, 3, 80, 80)
-    with torch.no_grad(): torch.testing.assert_close(learn.model.encoder.eval()(x), features(original, x), atol=1e-6, rtol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(learn.model.encoder.eval()(x), features(original, x), atol=1e-6, rtol=1e-6)
 
 def test_a_stem_for_small_images_is_found(original):
     net = torchvision.models.resnet18()
     net.conv1,net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False),nn.Identity()
-    enc = clae_learner(dls(), resnet18, weights=solo(net)).model.encoder.eval() # of 80 pixels, where the other stem is usual
+    # of 80 pixels, where the other stem is usual
+    enc = clae_learner(dls(), resnet18, weights=solo(net)).model.encoder.eval()
     assert enc.conv1.kernel_size == (3,3) and isinstance(enc.maxpool, nn.Identity)
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad(): torch.testing.assert_close(enc(x), features(net.eval(), x))
@@ -90,10 +95,12 @@ wrong = {
     'an unknown name': (dict(weights='IMAGENET22K'), "has no trained weights 'IMAGENET22K'"),
     'another architecture': (dict(weights=resnet34().state_dict()), 'do not fit the architecture'),
     'nothing of it': (dict(weights={'a': torch.zeros(1)}), 'do not fit the architecture'),
-    'two encoders': (dict(weights={f'{p}.{k}': v for p in ('encoder','backbone') for k,v in resnet18().state_dict().items()}), 'several'),
+    'two encoders': (dict(weights={f'{p}.{k}': v for p in ('encoder','backbone')
+                                   for k,v in resnet18().state_dict().items()}), 'several'),
     'two beginnings': (dict(weights={}, pretrained=True), 'two beginnings'),
     'pretrained, of a module': (dict(arch=create_encoder(resnet18), pretrained=True), 'A module is trained as it is'),
-    "the library's, of a module": (dict(arch=create_encoder(resnet18), weights=ResNet18_Weights.DEFAULT), 'A module is trained'),
+    "the library's, of a module": (dict(arch=create_encoder(resnet18), weights=ResNet18_Weights.DEFAULT),
+                                   'A module is trained'),
     'pretrained by name': (dict(pretrained='mine.pth'), 'pretrained must be')}
 
 @pytest.mark.parametrize('case', wrong)

@@ -1,4 +1,5 @@
-"The figures: no trace left in the learner, intervals and distances against SciPy, every kind of learner and data, helpful errors."
+"""The figures: no trace left in the learner, intervals and distances against SciPy, every kind of learner and data,
+helpful errors."""
 import copy
 import random
 import warnings
@@ -15,13 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from clae_fastai.all import (FGSM, Callback, CLAECallback, CLAELoss, ContrastiveModel, DataLoader, DataLoaders, DualBatchNorm,
-                             IntToFloatTensor, Learner, MemoryDL, MemoryImages, Normalize, NTXentLoss, adversarial_bn,
-                             clae_learner, create_encoder, extract_features, full_batches, get_dls, linear_probe, partial,
-                             projection_head, resnet8, seeded_clae, set_seed)
-from clae_fastai.paper.analysis import (adversarial_images, bn_distance, bn_statistics, classifier_vs_eps, confidence_interval,
-                                        frechet_distance, intervals, loss_vs_eps, paired_intervals, plot_adversarial_images,
-                                        plot_bn_statistics, plot_classifier_vs_eps, plot_loss_vs_eps)
+from clae_fastai.all import (FGSM, Callback, CLAECallback, CLAELoss, ContrastiveModel, DataLoader, DataLoaders,
+                             DualBatchNorm, IntToFloatTensor, Learner, MemoryDL, MemoryImages, Normalize, NTXentLoss,
+                             adversarial_bn, clae_learner, create_encoder, extract_features, full_batches, get_dls,
+                             linear_probe, partial, projection_head, resnet8, seeded_clae, set_seed)
+from clae_fastai.paper.analysis import (adversarial_images, bn_distance, bn_statistics, classifier_vs_eps,
+                                        confidence_interval, frechet_distance, intervals, loss_vs_eps,
+                                        paired_intervals, plot_adversarial_images, plot_bn_statistics,
+                                        plot_classifier_vs_eps, plot_loss_vs_eps)
 
 small = partial(resnet8, width=4)
 
@@ -32,8 +34,10 @@ def close_figures():
 
 def make(quiet, data='digits', digits_dir=None, fit=True, seed=3, **kwargs):
     set_seed(seed)
-    dls = get_dls(data, **(dict(path=digits_dir/'rgb', size=16, num_workers=0) if data == 'folder' else dict(limit=128)), bs=32)
-    learn = quiet(clae_learner(dls, small, **{**({} if data == 'folder' else dict(views='digits')), 'every': 1, **kwargs}))
+    dls = get_dls(data, **(dict(path=digits_dir/'rgb', size=16, num_workers=0) if data == 'folder' else
+                           dict(limit=128)), bs=32)
+    learn = quiet(clae_learner(
+        dls, small, **{**({} if data == 'folder' else dict(views='digits')), 'every': 1, **kwargs}))
     if fit: learn.fit(1, 1e-3)
     return learn
 
@@ -53,7 +57,8 @@ def state(learn):
     loaders,drawn = [dl.rng.getstate() for dl in learn.dls.loaders],getattr(learn.clae.attack, 'generator', None)
     generators = [random.getstate(), np.random.get_state(), torch.get_rng_state(), loaders, drawn and drawn.get_state()]
     noticed = ('training','track_running_stats','momentum','use_adv')
-    modules = [[getattr(m, k, None) for k in noticed] + [len(m._forward_hooks), len(m._backward_hooks)] for m in learn.model.modules()]
+    modules = [[getattr(m, k, None) for k in noticed] + [len(m._forward_hooks), len(m._backward_hooks)]
+               for m in learn.model.modules()]
     batch = [learn.loss_func.loss_aug, learn.loss_func.loss_adv, learn.xb, learn.yb]
     objects = [*learn.cbs, learn.clae.attack, learn.clae.views, learn.clae.learn, learn.dls, *learn.dls.loaders]
     return tensors,generators,modules,batch,[held(cb) for cb in learn.cbs],[id(o) for o in objects]
@@ -107,8 +112,8 @@ def test_an_error_in_the_middle_changes_nothing_either(quiet, monkeypatch):
     learn.model.train() # not the mode that the error leaves behind
     before = state(learn)
     monkeypatch.setattr(CLAECallback, 'adversarial_views', lambda self, x: self.model.eval() and self.views(x) and 1/0)
-    for figure in (loss_vs_eps, partial(classifier_vs_eps, l2s=[1.]), adversarial_images, partial(bn_statistics, reestimate=True),
-                   Learner.show_views):
+    for figure in (loss_vs_eps, partial(classifier_vs_eps, l2s=[1.]), adversarial_images,
+                   partial(bn_statistics, reestimate=True), Learner.show_views):
         with pytest.raises(ZeroDivisionError): figure(learn)
         assert same(before, state(learn)), figure
 
@@ -152,7 +157,8 @@ def test_paired_intervals_are_scipys(quiet):
     assert paired_intervals(rows).index.tolist() == [.02,.05]
 
 def numbers(low, high, n): return st.lists(st.floats(low, high), min_size=n, max_size=n)
-gaussians = st.integers(1, 6).flatmap(lambda n: st.tuples(*[st.tuples(numbers(-9, 9, n), numbers(1e-3, 9, n)) for _ in range(3)]))
+gaussians = st.integers(1, 6).flatmap(
+    lambda n: st.tuples(*[st.tuples(numbers(-9, 9, n), numbers(1e-3, 9, n)) for _ in range(3)]))
 
 @settings(deadline=None, max_examples=50)
 @given(gaussians)
@@ -168,7 +174,8 @@ def test_frechet_distance_is_that_of_the_matrices(abc):
 def test_perturbations_have_their_size(kw, quiet):
     eps = .5 if 'norm' in kw else .02
     images = adversarial_images(make(quiet, attack=FGSM(eps, **kw)), 32)
-    d = np.stack(images.difference).reshape(32, -1)*(1 if 'space' in kw else 2) # the views divide by a standard deviation of .5
+    # the views divide by a standard deviation of .5
+    d = np.stack(images.difference).reshape(32, -1)*(1 if 'space' in kw else 2)
     fresh = make(quiet, fit=False, attack=FGSM(eps, **kw)) # nor need it have been trained to know its normalisation
     assert len(adversarial_images(fresh, 2)) == 2
     size = np.linalg.norm(d, axis=1) if 'norm' in kw else np.abs(d).max(1)
@@ -188,7 +195,8 @@ def test_originals_are_the_images_of_the_data(quiet):
 
 @pytest.mark.parametrize('kw', [dict(), dict(norm='l2'), dict(space='pixel')])
 def test_the_sweep_is_the_attack_at_each_strength(kw, quiet):
-    "One gradient for all strengths gives what an attack of each strength gives, and the loss is the second term of a training step's"
+    """One gradient for all strengths gives what an attack of each strength gives,
+    and the loss is the second term of a training step's"""
     learn,eps = make(quiet, attack=FGSM(.03, **kw)),(0,.03,.2)
     rows,slow = loss_vs_eps(learn, eps, 3, seed=5),[]
     with seeded_clae(learn, 5) as (clae,model,device), torch.no_grad():
@@ -245,7 +253,8 @@ def test_unperturbed_images_are_the_probes_own(quiet):
     tables = [classifier_vs_eps(learn, (0,.05), dls=dls, seed=s, l2s=[1.]) for s in (0,1)]
     wide = [t.pivot(index='image', columns=['kind','eps'], values='cross_entropy') for t in tables]
     for w in wide:
-        for kind in ('adversarial','random','supervised'): np.testing.assert_allclose(sorted(w[kind][0]), ce.sort().values, atol=1e-3)
+        for kind in ('adversarial','random','supervised'):
+            np.testing.assert_allclose(sorted(w[kind][0]), ce.sort().values, atol=1e-3)
         assert not np.allclose(w['random'][0], ce, atol=1e-2) # shuffled
         assert w['supervised'][.05].mean() > max(w[k][.05].mean() for k in ('adversarial','random'))
     assert not np.allclose(wide[0]['random'][0], wide[1]['random'][0])
@@ -316,7 +325,8 @@ def test_a_learner_of_ones_own(quiet):
     dls = get_dls('digits', bs=32, limit=64, batch_tfms=Normalize.from_stats([.5],[.5],cuda=False))
     enc = create_encoder(small, n_in=1)
     clae = CLAECallback(lambda x: (F.dropout(x, .1), F.dropout(x, .1)), FGSM(.02, space='pixel'))
-    learn = quiet(Learner(dls, ContrastiveModel(enc, projection_head(16, 'mlp', 8)), CLAELoss(NTXentLoss(), 1.), cbs=clae))
+    learn = quiet(Learner(dls, ContrastiveModel(enc, projection_head(16, 'mlp', 8)), CLAELoss(NTXentLoss(), 1.),
+                          cbs=clae))
     learn.fit(1, 1e-3)
     all_figures(learn)
     images = adversarial_images(learn, 4) # in pixels, whoever normalised them
@@ -338,7 +348,8 @@ def test_errors_name_the_remedy(quiet, digits_dir):
                     (lambda: classifier_vs_eps(fresh), 'call learn.fit first'),
                     (lambda: adversarial_images(plain), r'as in eps=\.03'),
                     (lambda: classifier_vs_eps(learn, dls=DataLoaders(unlabelled, unlabelled)), 'no labels'),
-                    (lambda: classifier_vs_eps(learn, dls=DataLoaders(learn.dls.train)), 'give DataLoaders with some as dls'),
+                    (lambda: classifier_vs_eps(learn, dls=DataLoaders(learn.dls.train)),
+                     'give DataLoaders with some as dls'),
                     (lambda: loss_vs_eps(Learner(learn.dls, nn.Flatten(), nn.MSELoss())), 'make it with clae_learner'),
                     (lambda: Learner(learn.dls, nn.Flatten(), nn.MSELoss()).show_views(), 'make it with clae_learner'),
                     (lambda: loss_vs_eps(learn, (.1,-.1)), '0 or more'),
@@ -360,7 +371,8 @@ def test_drawings_show_what_the_tables_hold(quiet):
     assert [list(l.get_ydata()) for l in ax.lines[:2]] == [t.loc[k]['mean'].tolist() for k in ('adversarial','random')]
     assert len(ax.collections) == 2
     band = ax.collections[0].get_paths()[0].vertices[:,1]
-    assert band.min() == pytest.approx(t.loc['adversarial'].low.min()) and band.max() == pytest.approx(t.loc['adversarial'].high.max())
+    assert (band.min() == pytest.approx(t.loc['adversarial'].low.min()) and
+            band.max() == pytest.approx(t.loc['adversarial'].high.max()))
     for mean,drawn in ((t['mean'].max(), True), (99., False)): # what is far above is named, and flattens nothing
         other = rows.assign(loss=rows.loss.where(rows.kind != 'augmentation', mean))
         ax = plot_loss_vs_eps(other)
@@ -377,7 +389,8 @@ def test_drawings_show_what_the_tables_hold(quiet):
     assert list(fig.axes[0].lines[0].get_ydata()) == means[[3,1]].tolist()
     assert list(fig.axes[2].lines[0].get_xdata()) == bn_distance(stats).relative.tolist()
     both = pd.concat([stats, bn_statistics(learn, True, 2)])
-    right,d = plot_bn_statistics(both).axes[-1],bn_distance(both, ('clean','clean_p')) # bars of what counts as none, behind the points
+    # bars of what counts as none, behind the points
+    right,d = plot_bn_statistics(both).axes[-1],bn_distance(both, ('clean','clean_p'))
     assert [o.get_width() for o in right.patches] == d.relative.tolist()
     times = bn_distance(both).query("estimate == 're-estimated'").relative.to_numpy()/d.relative.to_numpy()
     assert f'{np.median(times):.0f} times' in right.get_title() and len(right.lines[1].get_xdata()) == len(d)
@@ -398,11 +411,13 @@ def test_the_picture_of_figure_2(quiet):
     assert all(np.allclose(a.get_array(), b.mean(2)) for a,b in zip(maps, images.difference))
     for m in maps:
         low,high = m.get_clim()
-        assert low == -high and high >= max(np.abs(d).max() for d in images.difference) and (low,high) == maps[0].get_clim()
+        assert (low == -high and high >= max(np.abs(d).max() for d in images.difference) and
+                (low,high) == maps[0].get_clim())
         up,none,down = (m.cmap(m.norm(v)) for v in (.015,0,-.015))
         assert up[0] > 2*up[2] and down[2] > 2*down[0] and min(none[:3]) > .95
     assert [ax.get_xlabel() for ax in axes[:,3]] == [f'{c:.3f}' for c in images.cos_adv] and not axes[0,1].get_xlabel()
-    assert '1.5 % of the way' in captions(fig) and 'red brighter, blue darker' in captions(fig) and 'cosine' in captions(fig)
+    assert ('1.5 % of the way' in captions(fig) and 'red brighter, blue darker' in captions(fig) and
+            'cosine' in captions(fig))
     assert not any(word in captions(fig) for word in ('x_','eps'))
 
 def test_letters_are_readable_on_a_phone(quiet):

@@ -238,7 +238,8 @@ def test_a_figure_is_drawn_whatever_is_missing(tmp_path):
 def draw(name, accuracies):
     "Axes and legend of a figure of made-up accuracies, {labels: one for each seed}"
     grid = replace(grids()[name], metrics=('knn',))
-    rows = [dict(data='cifar10_12k', seed=s, knn=v, **dict(zip(grid.axes, key))) for key,vs in accuracies.items() for s,v in enumerate(vs)]
+    rows = [dict(data='cifar10_12k', seed=s, knn=v, **dict(zip(grid.axes, key)))
+            for key,vs in accuracies.items() for s,v in enumerate(vs)]
     fig = grid.draw(pd.DataFrame(rows))
     plt.close(fig)
     return fig.axes[0],[o.get_text() for o in fig.legends[0].get_texts()]
@@ -246,7 +247,8 @@ def draw(name, accuracies):
 def test_a_single_seed_is_hollow_and_no_line_leads_there():
     ax,names = draw('fig6a', {(0,): [.30,.31,.32], (.2,): [.33], (.5,): [.33,.34,.36], (1,): [.34,.36,.35]})
     points = {o.lines[0].get_xdata()[0]: o.lines[0] for o in ax.containers}
-    assert {x: o.get_markerfacecolor() == 'white' for x,o in points.items()} == {0: False, .2: True, .5: False, 1: False}
+    assert ({x: o.get_markerfacecolor() == 'white' for x,o in points.items()} ==
+            {0: False, .2: True, .5: False, 1: False})
     line, = [o for o in ax.lines if len(o.get_xdata()) == 4]
     assert np.isnan(line.get_ydata()).tolist() == [False,True,False,False]
     assert len({o.get_color() for x,o in points.items() if x}) == 1 and points[0].get_color() != points[.2].get_color()

@@ -9,7 +9,8 @@ from clae_fastai.paper.experiments import figure, grids, table
 
 root = Path(__file__).parents[2]
 results = root/'results'
-names = {f'{k}-{scale}': g for scale in ('small','fast') for k,g in grids(scale).items() if (results/f'{k}-{scale}.md').exists()}
+names = {f'{k}-{scale}': g for scale in ('small','fast') for k,g in grids(scale).items()
+         if (results/f'{k}-{scale}.md').exists()}
 
 @pytest.mark.parametrize('name', names)
 def test_tables_of_the_trials(name, tmp_path, monkeypatch):
@@ -68,7 +69,8 @@ def test_no_verdict_is_lost(page):
             line, = [l for l in text.splitlines() if re.match(re.escape(f'| {claim}') + r'( \(.*?\))? \| ', l)]
             said = line.split(' | ')[1].replace('**', '')
             assert all(v in said for v in verdict.split('<br>'))
-    counts = dict((k,int(n)) for n,k in re.findall(r'(\d+) (reproduced|within noise|not reproduced)', text.splitlines()[0]))
+    counts = dict((k,int(n)) for n,k in
+                  re.findall(r'(\d+) (reproduced|within noise|not reproduced)', text.splitlines()[0]))
     each = [v.split(': ')[-1] for o in rows for v in o.strip('|').split(' | ')[-1].strip().split('<br>')]
     assert counts == {k: each.count(k) for k in counts} and len(counts) == 3
 

@@ -1,6 +1,7 @@
-"""What `test_distributed.py` runs under torchrun, on every rank: `distributed_worker.py NAME ... OUT`, where a NAME is one of the
-functions exact, learner, monitors, resume and slow_first. Results go to OUT/NAME-RANK.pt. Its first part is also the reference in
-one process. `distributed_worker.py clae_train OPTION ... OUT` is the command, whose exit code goes to OUT/code-RANK."""
+"""What `test_distributed.py` runs under torchrun, on every rank: `distributed_worker.py NAME ... OUT`, where a NAME is
+one of the functions exact, learner, monitors, resume and slow_first. Results go to OUT/NAME-RANK.pt. Its first part is
+also the reference in one process. `distributed_worker.py clae_train OPTION ... OUT` is the command, whose exit code
+goes to OUT/code-RANK."""
 import hashlib
 import math
 import os
@@ -15,10 +16,11 @@ import torch
 from torch import distributed as dist, nn
 
 from clae_fastai import cli
-from clae_fastai.all import (FFGSM, FGSM, PGD, Callback, Checkpoint, CLAECallback, CLAELoss, CollapseMonitor, ContrastiveModel, DataBlock,
-    DataLoader, DataLoaders, ImageBlock, IndexSplitter, KNNCallback, Learner, NTXentLoss, OptimWrapper, PILImageBW, PlainLoss,
-    ProgressCallback, Recorder, Resume, RFGSM, UELLoss, checkpoints, clae_learner, dual_bns, evaluate, extract_features, gather,
-    get_dls, load_checkpoint, np, num_distrib, partial, projection_head, rank_distrib, rank_offset, resnet8, save_checkpoint, set_seed)
+from clae_fastai.all import (FFGSM, FGSM, PGD, Callback, Checkpoint, CLAECallback, CLAELoss, CollapseMonitor,
+    ContrastiveModel, DataBlock, DataLoader, DataLoaders, ImageBlock, IndexSplitter, KNNCallback, Learner, NTXentLoss,
+    OptimWrapper, PILImageBW, PlainLoss, ProgressCallback, Recorder, Resume, RFGSM, UELLoss, checkpoints, clae_learner,
+    dual_bns, evaluate, extract_features, gather, get_dls, load_checkpoint, np, num_distrib, partial, projection_head,
+    rank_distrib, rank_offset, resnet8, save_checkpoint, set_seed)
 
 losses = dict(plain=PlainLoss, uel=UELLoss, uel_full=partial(UELLoss, detach_keys=False), simclr=NTXentLoss)
 n_images,steps = 48,3
@@ -33,7 +35,8 @@ class Record(Callback):
         xs,loss = self.learn.xb,self.learn.loss.detach()
         self.seen.append(dict(x_q=xs[0], x_adv=xs[-1], n_views=len(xs), loss=loss, grads=grads))
     def after_step(self):
-        self.seen[-1]['params'] = {k.removeprefix('module.'): p.detach().clone() for k,p in self.model.named_parameters()}
+        self.seen[-1]['params'] = {k.removeprefix('module.'): p.detach().clone()
+                                   for k,p in self.model.named_parameters()}
 
 class Watch(FGSM):
     "FGSM that keeps the gradients it takes the signs of"
@@ -78,7 +81,8 @@ def every_second(out):
     class Norms(Callback):
         order,run_valid = 1000,False
         def before_fit(self): self.seen = []
-        def after_batch(self): self.seen.append([p.detach().clone() for bn in dual_bns(self.model) for p in bn.adv.parameters()])
+        def after_batch(self):
+            self.seen.append([p.detach().clone() for bn in dual_bns(self.model) for p in bn.adv.parameters()])
     learn = digits_learner(every=2)
     with learn.distributed(), learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-3, cbs=(norms := Norms()))
     moved = [any(not torch.equal(p, q) for p,q in zip(a, b)) for a,b in zip(norms.seen, norms.seen[1:])]
@@ -134,8 +138,8 @@ def learner(out):
         preds = learn.get_preds()
     kept = [a == b for a,b in zip(before, parts(learn), strict=True)]
     seen = {k: getattr(learn.batches, k) for k in ('seen','n_iter','draws')}
-    save(out, 'digits', first=first, state=state(learn), **seen, kept=kept, group=dist.is_initialized(), values=values, valid=valid,
-         preds=preds, labels=[o[1] for o in learn.dls.valid_ds])
+    save(out, 'digits', first=first, state=state(learn), **seen, kept=kept, group=dist.is_initialized(), values=values,
+         valid=valid, preds=preds, labels=[o[1] for o in learn.dls.valid_ds])
 
     # on its own after the context: our own functions on rank 0 alone, and fastai's error where its loop would run
     other = digits_learner() # the fit fails after its first step
@@ -150,7 +154,8 @@ def learner(out):
     with learn.distributed(), learn.distributed(): learn.fit(1)
     save(out, 'again', state=state(learn), kept=[a == b for a,b in zip(before, parts(learn), strict=True)])
 
-    items = [np.array(x[0]) for x,_ in get_dls('digits', bs=16, limit=64).train_ds] # no labels, and nothing to validate on
+    # no labels, and nothing to validate on
+    items = [np.array(x[0]) for x,_ in get_dls('digits', bs=16, limit=64).train_ds]
     set_seed(7)
     dls = DataBlock([ImageBlock(PILImageBW)], splitter=IndexSplitter([])).dataloaders(items, bs=16, num_workers=0)
     learn = clae_learner(dls, resnet8, views='digits', attack='pgd')
@@ -173,7 +178,8 @@ def sync_bn(out):
     def norms(cls=nn.BatchNorm2d): return [m for m in learn.model.modules() if isinstance(m, cls)]
     own = norms()
     def restored(): return all(a is b for a,b in zip(own, norms(), strict=True)) and not norms(nn.SyncBatchNorm)
-    with patch.object(nn.parallel.DistributedDataParallel, '_passing_sync_batchnorm_handle'), learn.distributed(sync_bn=True):
+    with (patch.object(nn.parallel.DistributedDataParallel, '_passing_sync_batchnorm_handle'),
+          learn.distributed(sync_bn=True)):
         learn.distributed_trainer.before_fit() # DistributedDataParallel itself would refuse them on a CPU
         duals = dual_bns(learn.model)
         sync = [isinstance(m, nn.SyncBatchNorm) for d in duals for m in (d.clean, d.adv)]
@@ -188,7 +194,8 @@ def nested_and_failed(out):
         def before_train(self): # the first epoch's training comes after it
             self.learn.validate()
             self.learn.model.train()
-            self.learn.dl,self.wrapped = self.learn.dls.train,isinstance(self.learn.model, nn.parallel.DistributedDataParallel)
+            self.learn.dl,self.wrapped = (
+                self.learn.dls.train,isinstance(self.learn.model, nn.parallel.DistributedDataParallel))
     class Fail(Callback):
         def after_batch(self): raise RuntimeError('boom')
     learn = digits_learner()
@@ -225,7 +232,8 @@ def resume(out):
     def run(attack, *cbs):
         learn = digits_learner(attack=attack(.03), cbs=cbs)
         with learn.distributed(): message = failure(learn.fit_one_cycle, 2, 3e-3)
-        return dict(message=message, state=state(learn), attack=learn.clae.attack.state_dict(), values=learn.recorder.values)
+        return dict(message=message, state=state(learn), attack=learn.clae.attack.state_dict(),
+                    values=learn.recorder.values)
     for attack in (RFGSM, FFGSM, partial(PGD, steps=2)):
         name = getattr(attack, '__name__', 'PGD')
         folder = out/f'checkpoints-{name}'
@@ -258,7 +266,8 @@ def slow_first(out):
     waits = 4
     form_group,options = dist.init_process_group,'--limit 128 --epochs 1 --name slow'
     with (patch.object(dist, 'init_process_group', partial(form_group, timeout=timedelta(seconds=waits))),
-          patch.object(runs, 'get_dls', slow(runs.get_dls)), patch.object(runs, 'few_label_knn', slow(runs.few_label_knn))):
+          patch.object(runs, 'get_dls', slow(runs.get_dls)),
+          patch.object(runs, 'few_label_knn', slow(runs.few_label_knn))):
         clae_train(out, *options.split())
 
 if __name__ == '__main__':

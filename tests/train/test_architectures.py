@@ -1,11 +1,13 @@
-"""Encoders of every architecture of torchvision, and of every family of timm, as files: written, read back, and the same features.
-Those of more than 50 million parameters have names and shapes alone, as those are what could be wrong."""
+"""Encoders of every architecture of torchvision, and of every family of timm, as files: written, read back,
+and the same features. Those of more than 50 million parameters have names and shapes alone, as those are what could
+be wrong."""
 import pytest
 import torch
 import torchvision
 from torchvision.models import get_model_weights, list_models
 
-from clae_fastai.all import MemoryImages, clae_learner, create_encoder, key_difference, load_encoder, memory_dls, plain_state
+from clae_fastai.all import (
+    MemoryImages, clae_learner, create_encoder, key_difference, load_encoder, memory_dls, plain_state)
 
 timm = pytest.importorskip('timm')
 pytestmark = pytest.mark.slow
@@ -20,11 +22,11 @@ families = { # the smallest model of each, by the size of its images
     160: '''
         test_coatnet test_vit test_vit_relpos''',
     224: '''
-        coat_tiny convit_tiny deit_tiny_patch16_224 efficientformer_l1 efficientformerv2_s0 efficientvit_m0 eva02_tiny_patch14_224
-        gcvit_xxtiny gmixer_12_224 levit_128 pit_xs_224 swiftformer_xs visformer_tiny vit_tiny_r_s16_p8_224
-        xcit_nano_12_p8_224 cait_xxs24_224 davit_tiny focalnet_tiny_srf hiera_tiny_224 mvitv2_tiny nest_tiny sequencer2d_s
-        swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 tiny_vit_5m_224 tnt_s_legacy_patch16_224 twins_svt_small
-        vitamin_small_224 volo_d1_224''',
+        coat_tiny convit_tiny deit_tiny_patch16_224 efficientformer_l1 efficientformerv2_s0 efficientvit_m0
+        eva02_tiny_patch14_224 gcvit_xxtiny gmixer_12_224 levit_128 pit_xs_224 swiftformer_xs visformer_tiny
+        vit_tiny_r_s16_p8_224 xcit_nano_12_p8_224 cait_xxs24_224 davit_tiny focalnet_tiny_srf hiera_tiny_224
+        mvitv2_tiny nest_tiny sequencer2d_s swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 tiny_vit_5m_224
+        tnt_s_legacy_patch16_224 twins_svt_small vitamin_small_224 volo_d1_224''',
     240: '''
         crossvit_tiny_240''',
     256: '''
@@ -32,12 +34,14 @@ families = { # the smallest model of each, by the size of its images
     299: '''
         inception_v4'''}
 large_families = '''
-    beit_base_patch16_224 deepseek_vit_412m gemma4_vit_167m inception_resnet_v2 mobilenetv5_base naflexvit_base_patch16_parfac_gap
-    nasnetalarge pnasnet5large qwen3_vit_88m samvit_base_patch16_224 vgg11'''.split() # whose smallest model is large
+    beit_base_patch16_224 deepseek_vit_412m gemma4_vit_167m inception_resnet_v2 mobilenetv5_base
+    naflexvit_base_patch16_parfac_gap nasnetalarge pnasnet5large qwen3_vit_88m samvit_base_patch16_224
+    vgg11'''.split() # whose smallest model is large
 
 names = list_models(module=torchvision.models)
 n_params = {o: get_model_weights(o).DEFAULT.meta['num_params'] for o in names}
-computing = 'regnet_x_16gf regnet_x_32gf regnet_y_16gf regnet_y_32gf regnet_y_128gf'.split() # with values, when built; as the smaller ones
+# with values, when built; as the smaller ones
+computing = 'regnet_x_16gf regnet_x_32gf regnet_y_16gf regnet_y_32gf regnet_y_128gf'.split()
 sizes = dict(maxvit_t=224, inception_v3=96)
 
 def same_features(arch, size, folder):

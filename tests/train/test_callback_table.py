@@ -19,7 +19,8 @@ from clae_fastai.all import FileDL, FileImages, MemoryImages, clae_learner, imag
 
 page = Path(__file__).parents[2]/'nbs'/'16b_train.callbacks.ipynb'
 names = {} # of fastai's callbacks, and what they are written with
-modules = 'core data fp16 hook mixup progress schedule tracker rnn training preds channelslast tensorboard wandb'.split()
+modules = ('core data fp16 hook mixup progress schedule tracker rnn training preds '
+           'channelslast tensorboard wandb').split()
 for module in [f'callback.{o}' for o in modules] + ['learner']:
     with contextlib.suppress(ImportError): names |= vars(importlib.import_module(f'fastai.{module}'))
 
@@ -46,7 +47,8 @@ def images(kind, labelled, n_valid=8):
         return image_dls(whole, whole.take(slice(0,n_valid)), FileDL, bs=8, num_workers=0)
     dataset = data.TensorDataset(x, y) if labelled else data.TensorDataset(x)
     valid = data.Subset(dataset, range(n_valid))
-    return DataLoaders(data.DataLoader(dataset, batch_size=8, shuffle=True, drop_last=True), data.DataLoader(valid, batch_size=8))
+    return DataLoaders(data.DataLoader(dataset, batch_size=8, shuffle=True, drop_last=True),
+                       data.DataLoader(valid, batch_size=8))
 
 class Stepped(Callback):
     n = 0
@@ -56,7 +58,8 @@ def outcome(text, dls):
     "'works', or in which words it is refused"
     learn = clae_learner(dls, resnet8, every=1)
     learn.logger,stepped = noop,Stepped()
-    with contextlib.redirect_stdout(io.StringIO()) as said, learn.no_bar() if 'ShowGraph' not in text else contextlib.nullcontext():
+    with (contextlib.redirect_stdout(io.StringIO()) as said,
+          learn.no_bar() if 'ShowGraph' not in text else contextlib.nullcontext()):
         if text.startswith('Wandb'):
             import wandb
             wandb.init(mode='offline', project='p', dir='.', settings=wandb.Settings(silent=True))
@@ -71,7 +74,8 @@ def outcome(text, dls):
 
 def row(text):
     kinds = [(kind,labelled) for kind in ('memory','files','PyTorch') for labelled in (True,False)]
-    said = {outcome(text, images(*kind)) for kind in kinds},{outcome(text, images('memory', labelled, 0)) for labelled in (True,False)}
+    said = ({outcome(text, images(*kind)) for kind in kinds},
+            {outcome(text, images('memory', labelled, 0)) for labelled in (True,False)})
     assert [len(o) for o in said] == [1,1], said # whatever the images
     refused = {o for outcomes in said for o in outcomes if o != 'works'}
     cells = ['works' if 'works' in o else 'refused' for o in said]

@@ -2,8 +2,8 @@
 import pytest
 import torch
 from fastai.vision.all import (
-    Callback, CSVLogger, CutMix, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixUp, ReduceLROnPlateau, SaveModelCallback,
-    TerminateOnNaNCallback)
+    Callback, CSVLogger, CutMix, EarlyStoppingCallback, GradientAccumulation, GradientClip, MixUp, ReduceLROnPlateau,
+    SaveModelCallback, TerminateOnNaNCallback)
 
 from clae_fastai.all import CollapseMonitor, KNNCallback, MemoryImages, clae_learner, memory_dls, resnet8
 
@@ -26,7 +26,8 @@ trackers = [SaveModelCallback, EarlyStoppingCallback, ReduceLROnPlateau]
 @pytest.mark.parametrize('labels', [True,False])
 def test_trackers(tracker, labels, quiet, tmp_path):
     without = learner(quiet, tmp_path, 0, labels)
-    refused(without, tracker(), "'valid_loss', and there are no validation images .* one of train_loss, loss_aug, loss_adv")
+    refused(without, tracker(),
+        "'valid_loss', and there are no validation images .* one of train_loss, loss_aug, loss_adv")
     without.fit(2, cbs=tracker(monitor='train_loss'))
     without.fit(2, cbs=[CollapseMonitor(), tracker(monitor='z_std')])
     refused(without, tracker(monitor='accuracy'), "'accuracy', and the training table has no such column")
@@ -39,7 +40,8 @@ def test_trackers_of_knn(quiet, tmp_path):
 
 @pytest.mark.parametrize('cb', [MixUp, CutMix])
 def test_labels_are_not_mixed(cb, quiet, tmp_path):
-    refused(learner(quiet, tmp_path), cb(), f'{cb.__name__}.* no labels'.replace('MixUp', '[Mm]ix').replace('CutMix', '[Cc]ut'))
+    refused(learner(quiet, tmp_path), cb(),
+        f'{cb.__name__}.* no labels'.replace('MixUp', '[Mm]ix').replace('CutMix', '[Cc]ut'))
 
 class Halves(Callback):
     "Changes the views after they were made"

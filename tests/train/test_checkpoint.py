@@ -1,4 +1,5 @@
-"Runs that die, as real processes: killed, terminated, out of disk, with dead workers; and what resumes equals what was never interrupted."
+"""Runs that die, as real processes: killed, terminated, out of disk, with dead workers;
+and what resumes equals what was never interrupted."""
 import json
 import os
 import random
@@ -16,8 +17,8 @@ import pytest
 import safetensors
 import torch
 
-from fastai.vision.all import (Callback, ImageDataLoaders, OptimWrapper, PILImage, RandomCrop, Resize, aug_transforms, nn, partial,
-                               ranger, set_seed, working_directory)
+from fastai.vision.all import (Callback, ImageDataLoaders, OptimWrapper, PILImage, RandomCrop, Resize, aug_transforms,
+                               nn, partial, ranger, set_seed, working_directory)
 
 from clae_fastai.cli import clae_train
 from clae_fastai.data.catalogue import get_dls
@@ -32,7 +33,8 @@ def start(cwd, *args, **kwargs):
     "A run in a process of its own, which has begun to train when this returns"
     exe = Path(sys.executable).with_name('clae_train')
     env = {**os.environ, 'PYTHONWARNINGS': 'ignore', 'PYTHONUNBUFFERED': '1'}
-    p = subprocess.Popen([exe, *map(str, args)], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kwargs)
+    p = subprocess.Popen([exe, *map(str, args)], cwd=cwd,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kwargs)
     while ' training images of ' not in (line := p.stdout.readline()): assert line or p.poll() is None, p.stderr.read()
     return p
 
@@ -81,7 +83,8 @@ def unfinished(whole, tmp_path):
     return run
 
 def killed(cwd, args, times, seconds):
-    "The folder of a run that is killed that often, at a random moment of so many seconds after a checkpoint, and resumed to its end"
+    """The folder of a run that is killed that often, at a random moment of so many seconds after a checkpoint,
+    and resumed to its end"""
     run,rng,args = cwd/'runs'/'killed',random.Random(0),[*args, '--name', 'killed']
     for _ in range(times):
         before,p = newest(run/'checkpoints'),start(cwd, *args)
@@ -160,7 +163,8 @@ def test_two_at_once(tmp_path, command):
         p.kill()
         p.communicate()
 
-def learner(dls, cbs=None, arch=resnet8, **kwargs): return clae_learner(dls, arch, views='digits', cbs=cbs, every=1, **kwargs)
+def learner(dls, cbs=None, arch=resnet8, **kwargs):
+    return clae_learner(dls, arch, views='digits', cbs=cbs, every=1, **kwargs)
 
 class Stop(Callback):
     run_valid,order = False,2000
@@ -174,10 +178,12 @@ def same_weights(a, b):
 
 @pytest.mark.parametrize('workers,at', [(0,5),(2,4)])
 def test_random_item_transforms(digits_dir, tmp_path, quiet, workers, at):
-    "Views by batch and random crops by item, in this process and in workers: the rest of an epoch is the rest of the same epoch"
+    """Views by batch and random crops by item, in this process and in workers:
+    the rest of an epoch is the rest of the same epoch"""
     def fit(*cbs):
         set_seed(3)
-        dls = ImageDataLoaders.from_folder(digits_dir/'rgb', valid_pct=.2, seed=1, item_tfms=[Resize(20), RandomCrop(16)],
+        dls = ImageDataLoaders.from_folder(digits_dir/'rgb', valid_pct=.2, seed=1,
+                                           item_tfms=[Resize(20), RandomCrop(16)],
                                            batch_tfms=[*aug_transforms(size=16)], bs=64, num_workers=workers)
         learn = quiet(learner(dls, cbs=cbs))
         learn.fit_one_cycle(2, 3e-3) # of three batches
@@ -233,8 +239,10 @@ def test_full_disk(tmp_path, quiet, capsys):
     try: learn.fit(3)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, old)
     err = capsys.readouterr().err
-    assert err.count('COULD NOT BE SAVED') == 2 and 'epoch0001' in err and 'epoch0000' not in err and len(learn.recorder.values) == 3
-    assert os.listdir(tmp_path) == ['epoch0000.safetensors'] and load_checkpoint(tmp_path/'epoch0000.safetensors')['epoch'] == 0
+    assert (err.count('COULD NOT BE SAVED') == 2 and 'epoch0001' in err and 'epoch0000' not in err and
+            len(learn.recorder.values) == 3)
+    assert (os.listdir(tmp_path) == ['epoch0000.safetensors'] and
+            load_checkpoint(tmp_path/'epoch0000.safetensors')['epoch'] == 0)
 
 def test_best_and_last_are_kept(tmp_path, quiet):
     class Score(Callback):
@@ -256,8 +264,10 @@ def large_images(digits_dir, tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_to_the_whole_group(large_images, tmp_path):
-    "Ctrl-C in a terminal reaches all of a process's group, and launchers send theirs to it: those that load images go on"
-    args = ['--path', large_images, '--arch', 'resnet8', '--size', 16, '--epochs', 1000, '--bs', 32, '--workers', 2, '--name', 'group']
+    """Ctrl-C in a terminal reaches all of a process's group, and launchers send theirs to it:
+    those that load images go on"""
+    args = ['--path', large_images, '--arch', 'resnet8', '--size', 16, '--epochs', 1000, '--bs', 32, '--workers', 2,
+            '--name', 'group']
     for sig,code in ((signal.SIGINT,130), (signal.SIGTERM,143)):
         p = start(tmp_path, *args, start_new_session=True)
         folder,args = tmp_path/'runs'/'group'/'checkpoints',['--resume', 'group']

@@ -4,7 +4,8 @@ import torch
 from fastai.vision.all import Callback, set_seed
 
 from clae_fastai.all import (
-    Checkpoint, Resume, clae_learner, encoder_learner, evaluate, extract_features, get_dls, load_encoder, plain_model, plain_state, resnet8)
+    Checkpoint, Resume, clae_learner, encoder_learner, evaluate, extract_features, get_dls, load_encoder, plain_model,
+    plain_state, resnet8)
 
 def whole(learn, backend): learn.model = torch.compile(learn.model, backend=backend)
 def encoder(learn, backend): learn.model.encoder = torch.compile(learn.model.encoder, backend=backend)
@@ -43,7 +44,8 @@ def test_looked_through(compile, backend, quiet, tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes() # and equal encoders are equal files
     assert load_encoder(files[1]).state_dict().keys() == load_encoder(files[0]).state_dict().keys()
     tuned = encoder_learner(compiled.dls, compiled)
-    assert type(plain_model(tuned.model[0].encoder)).__name__ == 'CIFARResNet' and not any('_orig' in k for k in tuned.model.state_dict())
+    assert (type(plain_model(tuned.model[0].encoder)).__name__ == 'CIFARResNet' and
+            not any('_orig' in k for k in tuned.model.state_dict()))
     compiled.show_views(2)
 
 class StopAfterFirst(Callback):

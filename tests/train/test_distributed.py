@@ -22,7 +22,8 @@ from distributed_worker import exact_learner, losses, n_images, steps
 
 here = Path(__file__).parent
 
-def launcher(n, *args): return [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *map(str, args)]
+def launcher(n, *args):
+    return [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *map(str, args)]
 
 def on_cpus(): return {**os.environ, 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
 
@@ -37,7 +38,8 @@ def launch(n, *args):
 
 @pytest.fixture(scope='module')
 def two(tmp_path_factory):
-    "All that two processes do, in one launch: results by name, of each rank; `two.out` is the folder, `two.log` what they print"
+    """All that two processes do, in one launch: results by name, of each rank;
+    `two.out` is the folder, `two.log` what they print"""
     out = tmp_path_factory.mktemp('two')
     def _two(name): return results(out, name, 2)
     _two.out,_two.log = out,launch(2, 'exact', 'every_second', 'learner', 'monitors', 'resume', out)
@@ -57,7 +59,8 @@ def test_monitors(two):
 
 @pytest.mark.slow
 def test_every_second_step(two):
-    "As one process on the whole batch; and the adversarial batch norms, which most steps do not use, move in attacked steps alone"
+    """As one process on the whole batch; and the adversarial batch norms, which most steps do not use,
+    move in attacked steps alone"""
     b = n_images//steps//2
     order = torch.arange(n_images).view(2, steps, b).transpose(0, 1).flatten()
     for m in losses:
@@ -69,7 +72,8 @@ def test_every_second_step(two):
             for o in (r[i] for r in ranks):
                 for k in s['params']: close(o['params'][k], s['params'][k])
     a,b = two('second')
-    assert same(a['state'], b['state']) and a['moved'] == b['moved'] == [i%2 == 0 for i in range(7)] # from the second of eight steps on
+    # from the second of eight steps on
+    assert same(a['state'], b['state']) and a['moved'] == b['moved'] == [i%2 == 0 for i in range(7)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize('n', [2,4])
@@ -80,7 +84,8 @@ def test_equals_one_process_on_the_whole_batch(request, tmp_path, n):
         out = tmp_path
         launch(n, 'exact', out)
     b = n_images//steps//n
-    order = torch.arange(n_images).view(n, steps, b).transpose(0, 1).flatten() # a step's images: one slice of each rank's part
+    # a step's images: one slice of each rank's part
+    order = torch.arange(n_images).view(n, steps, b).transpose(0, 1).flatten()
     for m in losses:
         learn = exact_learner(m, n*b, order)
         learn.fit(1)
@@ -110,7 +115,8 @@ def test_equals_one_process_on_the_whole_batch(request, tmp_path, n):
 
 @pytest.mark.slow
 def test_training_with_batch_norm(two):
-    "The usual learner: shared shuffling and weights, own images and views, one log, and a learner that is as before afterwards"
+    """The usual learner: shared shuffling and weights, own images and views, one log,
+    and a learner that is as before afterwards"""
     a,b = two('digits')
     assert same(a['first'], b['first']) and same(a['state'], b['state']) and not same(a['first'], a['state'])
     assert a['n_iter'] == b['n_iter'] == [(4,4,.5),(4,8,1.)] # 149 images, 75 a rank, in batches of 16
@@ -119,7 +125,8 @@ def test_training_with_batch_norm(two):
         assert len(p) == len(q) == 64 and not p & q
     assert [o.tolist() for o in a['seen'][:4]] != [o.tolist() for o in a['seen'][4:]]
     assert len(set(a['draws'] + b['draws'])) == 16
-    assert a['values'] == b['values'] and len(a['values']) == 2 and len(a['values'][0]) == 4 # losses are means over the ranks
+    # losses are means over the ranks
+    assert a['values'] == b['values'] and len(a['values']) == 2 and len(a['values'][0]) == 4
     assert a['kept'] == b['kept'] == [True]*3 and not a['group'] and not b['group']
     assert a['valid'][0] == b['valid'][0] and len(a['preds'][0]) == len(b['preds'][0]) == len(a['labels'])
     for name in ('again','unlabelled','other'):
@@ -187,11 +194,14 @@ def test_without_accelerate():
     env = {k: v for k,v in os.environ.items() if k not in ('WORLD_SIZE','RANK')}
     p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300, env=env)
     assert p.returncode == 0, p.stderr
-    assert p.stdout.splitlines() == ['alone True', 'Training on several processes needs accelerate: pip install accelerate']
+    assert p.stdout.splitlines() == [
+        'alone True', 'Training on several processes needs accelerate: pip install accelerate']
 
-@pytest.mark.parametrize('rank,message', [(1,'data, after [(1, False), (1, True)]'), (2,'2 GPUs, and process 2 needs one of its own')])
+@pytest.mark.parametrize('rank,message', [(1,'data, after [(1, False), (1, True)]'),
+                                          (2,'2 GPUs, and process 2 needs one of its own')])
 def test_each_process_takes_its_gpu_first(rank, message):
-    "Before fastai is imported, which takes the first one, and before there is data; one process too many hears what to do"
+    """Before fastai is imported, which takes the first one, and before there is data;
+    one process too many hears what to do"""
     code = """if 1:
         import sys, torch
         from contextlib import nullcontext
@@ -203,14 +213,17 @@ def test_each_process_takes_its_gpu_first(rank, message):
             if 'clae_fastai.runs' in sys.modules:
                 sys.modules['clae_fastai.runs'].get_dls = get_dls
                 rooms = sys.modules['clae_fastai.train.distributed']
-                rooms._process_group,rooms.default_device = nullcontext,lambda: torch.device('cpu') # nobody else is there
+                # nobody else is there
+                rooms._process_group,rooms.default_device = nullcontext,lambda: torch.device('cpu')
             return 2
         torch.cuda.device_count,torch.cuda.set_device = n_gpus,take
-        torch.cuda.is_available = lambda: 'clae_fastai.runs' in sys.modules and hasattr(sys.modules['clae_fastai.runs'], 'train')
+        torch.cuda.is_available = lambda: (
+            'clae_fastai.runs' in sys.modules and hasattr(sys.modules['clae_fastai.runs'], 'train'))
         from clae_fastai.cli import clae_train
         clae_train()
     """
-    env = os.environ | dict(WORLD_SIZE='3', RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR='localhost', MASTER_PORT='29500')
+    env = os.environ | dict(WORLD_SIZE='3', RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR='localhost',
+                            MASTER_PORT='29500')
     p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300, env=env)
     assert p.returncode == 2 and message in p.stderr, p.stderr
 
@@ -223,8 +236,10 @@ class Command:
         self.out,self.logs = out,Path(tempfile.mkdtemp(dir=out))
         for f in out.glob('code-*'): f.unlink()
         before = self.newest()
-        cmd = launcher(2, '--log-dir', self.logs, '--redirects', 3, here/'distributed_worker.py', 'clae_train', *options, out)
-        self.process = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=(self.logs/'launcher').open('w'), env=on_cpus())
+        cmd = launcher(2, '--log-dir', self.logs, '--redirects', 3, here/'distributed_worker.py',
+                       'clae_train', *options, out)
+        self.process = subprocess.Popen(cmd, stdout=subprocess.DEVNULL, stderr=(self.logs/'launcher').open('w'),
+                                        env=on_cpus())
         self.started.append(self)
         while self.newest() == before:
             time.sleep(.02)
@@ -269,7 +284,8 @@ def assert_same_runs(a, b):
     assert [k for k in x if x[k] != y[k]] == ['run_id']
 
 def plain(o):
-    "With checksums in place of tensors, and without what tells a resumed run: the history's times, and `Resume` among the callbacks"
+    """With checksums in place of tensors, and without what tells a resumed run: the history's times,
+    and `Resume` among the callbacks"""
     if isinstance(o, torch.Tensor): return (str(o.dtype), *o.shape, hashlib.sha256(o.numpy().tobytes()).hexdigest())
     if isinstance(o, np.ndarray): return o.tolist()
     if isinstance(o, dict): return {k: plain(v) for k,v in o.items() if k not in ('rows','seconds')}
@@ -277,11 +293,13 @@ def plain(o):
 
 @pytest.mark.slow
 def test_stopped_and_killed(tmp_path, pytestconfig):
-    """SIGTERM and Ctrl-C at random moments, to the launcher, to one process, or to both and again: all stop at the same batch, with one
-    checkpoint and the code that was promised. A process that is killed ends all, and the other says how to go on. One run suffers all of
-    it, and ends where the one that nobody interrupted ends, on each process"""
+    """SIGTERM and Ctrl-C at random moments, to the launcher, to one process, or to both and again: all stop at the
+    same batch, with one checkpoint and the code that was promised. A process that is killed ends all, and the other
+    says how to go on. One run suffers all of it, and ends where the one that nobody interrupted ends,
+    on each process"""
     n,rng = pytestconfig.getoption('moments'),random.Random()
-    stops = [(to,rng.choice([signal.SIGTERM,signal.SIGINT])) for to in ['launcher','one','both']*n] + [('one',signal.SIGKILL)]
+    stops = ([(to,rng.choice([signal.SIGTERM,signal.SIGINT])) for to in ['launcher','one','both']*n] +
+             [('one',signal.SIGKILL)])
     rng.shuffle(stops)
     options = ['--limit', 640, '--bs', 32, '--epochs', 3*len(stops)+2, '--attack', 'rfgsm', '--name', 'run']
     for name in ('whole','stopped'): (tmp_path/name).mkdir()

@@ -45,7 +45,8 @@ def test_a_pickle_is_not_executed(tmp_path):
     assert out.exists() # where it is executed
 
 def test_a_changed_byte_is_seen_and_old_files_are_read(digits_dir, tmp_path):
-    f = clae_learner(get_dls('digits', bs=32, limit=64), resnet8, views='digits').export_encoder(tmp_path/'encoder.safetensors')
+    f = clae_learner(get_dls('digits', bs=32, limit=64), resnet8, views='digits').export_encoder(
+        tmp_path/'encoder.safetensors')
     state,info = read_encoder(f)
     whole = bytearray(f.read_bytes())
     for at in (len(whole)//2, len(whole) - 1, whole.index(b'simclr')): # in a tensor, and in the header

@@ -49,7 +49,8 @@ def test_the_body_is_the_encoder(pretrained, dls, tmp_path):
 def test_the_callers_dls_is_not_changed(pretrained, dls):
     tfms = [list(dl.after_batch.fs) for dl in dls.loaders]
     learn = encoder_learner(dls, pretrained)
-    assert [list(dl.after_batch.fs) for dl in dls.loaders] == tfms and not any(isinstance(o, Normalize) for o in tfms[0])
+    assert ([list(dl.after_batch.fs) for dl in dls.loaders] == tfms and
+            not any(isinstance(o, Normalize) for o in tfms[0]))
     assert [sum(isinstance(o, Normalize) for o in dl.after_batch.fs) for dl in learn.dls.loaders] == [1,1]
 
 def test_normalised_once(pretrained, digits_dir, capsys):

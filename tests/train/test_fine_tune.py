@@ -1,4 +1,5 @@
-"`fine_tune`, two fits in one call, is resumed in whichever of them it was interrupted; a finished run says how it is trained longer."
+"""`fine_tune`, two fits in one call, is resumed in whichever of them it was interrupted;
+a finished run says how it is trained longer."""
 import random
 import signal
 import subprocess
@@ -9,7 +10,8 @@ import pytest
 import torch
 from fastai.vision.all import Callback, set_seed
 
-from clae_fastai.all import Checkpoint, Resume, checkpoints, clae_learner, encoder_learner, get_dls, last_checkpoint, load_state, resnet8
+from clae_fastai.all import (
+    Checkpoint, Resume, checkpoints, clae_learner, encoder_learner, get_dls, last_checkpoint, load_state, resnet8)
 
 class Stop(Callback):
     order,run_valid,n = 2000,False,0
@@ -52,15 +54,18 @@ def test_same_weights(at, kwargs, quiet, tmp_path, capsys):
 def test_stopped_twice(quiet, tmp_path):
     whole = tune(quiet)
     for at in (7,4): # the batches that are loaded again are not counted
-        with pytest.raises(InterruptedError): tune(quiet, Checkpoint(tmp_path, every_batches=1), *resume(tmp_path), Stop(at))
+        with pytest.raises(InterruptedError):
+            tune(quiet, Checkpoint(tmp_path, every_batches=1), *resume(tmp_path), Stop(at))
     assert_same(whole, tune(quiet, Resume(tmp_path)))
 
 def resume(folder): return [Resume(folder)] if checkpoints(folder) else []
 
 def test_only_what_was_done_is_passed_over(quiet, tmp_path):
     with pytest.raises(InterruptedError): tune(quiet, Checkpoint(tmp_path), Stop(9))
-    with pytest.raises(ValueError, match='is of another run'): tune(quiet, Resume(tmp_path), freeze_epochs=3) # another first fit
-    with pytest.raises(ValueError, match='is of another run'): tune(quiet, Resume(tmp_path), epochs=3) # another second one
+    with pytest.raises(ValueError, match='is of another run'):
+        tune(quiet, Resume(tmp_path), freeze_epochs=3) # another first fit
+    with pytest.raises(ValueError, match='is of another run'):
+        tune(quiet, Resume(tmp_path), epochs=3) # another second one
 
 def test_a_second_fit_by_itself(quiet, tmp_path):
     "As a notebook does, whose first fit is not run again"
@@ -83,7 +88,8 @@ def test_a_finished_run(quiet, tmp_path):
         learn.fit(n, 1e-3, cbs=cbs)
         return learn
     done = fit(1, Checkpoint(tmp_path))
-    with pytest.raises(ValueError, match='epochs: 1, now 2.*To train a finished run longer.*--extend') as e: fit(2, Resume(tmp_path))
+    with pytest.raises(ValueError, match='epochs: 1, now 2.*To train a finished run longer.*--extend') as e:
+        fit(2, Resume(tmp_path))
     file = checkpoints(tmp_path)[-1]
     assert f"load_checkpoint('{file}')" in str(e.value) # two lines of Python
     learn = quiet(clae_learner(get_dls('digits', bs=32, limit=96), resnet8, views='digits'))
@@ -109,16 +115,19 @@ learn = encoder_learner(dls, clae_learner(dls, resnet8, views='digits'))
 learn.remove_cb(ProgressCallback)
 learn.logger = noop
 set_seed(1)
-learn.fine_tune(2, freeze_epochs=2, cbs=[Checkpoint(folder, every_batches=1), Slow(), *([Resume(folder)] if checkpoints(folder) else [])])
+learn.fine_tune(2, freeze_epochs=2, cbs=[
+    Checkpoint(folder, every_batches=1), Slow(), *([Resume(folder)] if checkpoints(folder) else [])])
 safetensors.torch.save_file(learn.model.state_dict(), out)
 '''
 
 @pytest.mark.slow
 def test_killed(tmp_path):
-    "SIGKILL at random moments, twice in each of the two fits; the end is that of a process that nobody killed, byte by byte"
+    """SIGKILL at random moments, twice in each of the two fits;
+    the end is that of a process that nobody killed, byte by byte"""
     (file := tmp_path/'tune.py').write_text(script)
     def start(name, pause):
-        return subprocess.Popen([sys.executable, '-W', 'ignore', file, tmp_path/name, tmp_path/f'{name}.safetensors', str(pause)])
+        return subprocess.Popen(
+            [sys.executable, '-W', 'ignore', file, tmp_path/name, tmp_path/f'{name}.safetensors', str(pause)])
     assert start('whole', 0).wait(300) == 0
     rng,folder = random.Random(0),tmp_path/'killed'
     for i in range(4): # 16 batches in the first fit, 16 in the second
@@ -126,7 +135,9 @@ def test_killed(tmp_path):
         def in_fit(): return len([*folder.glob('earlier-*')]) if folder.exists() else 0
         def newest(): return checkpoints(folder)[-1].name if folder.exists() and checkpoints(folder) else ''
         before,end = newest(),time.monotonic() + 120
-        while (newest() == before or in_fit() < i//2) and p.poll() is None: assert time.monotonic() < end; time.sleep(.005)
+        while (newest() == before or in_fit() < i//2) and p.poll() is None:
+            assert time.monotonic() < end
+            time.sleep(.005)
         time.sleep(rng.uniform(0, .2))
         p.kill()
         assert p.wait() == -signal.SIGKILL, 'it was faster'

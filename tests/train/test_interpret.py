@@ -29,7 +29,8 @@ def test_agrees_with_scikit_learn(classifier, capsys):
         capsys.readouterr()
         interp.print_classification_report()
         names = [str(o) for o in range(10)]
-        assert capsys.readouterr().out.strip() == classification_report(targs, found, labels=range(10), target_names=names).strip()
+        assert (capsys.readouterr().out.strip() ==
+                classification_report(targs, found, labels=range(10), target_names=names).strip())
 
 def test_top_losses(classifier):
     with classifier.no_bar():

@@ -10,11 +10,12 @@ import torchvision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from clae_fastai.all import (FGSM, Callback, CategoryBlock, CLAECallback, CLAELoss, ContrastiveModel, DataBlock, DataLoaders, FusedAdam,
-                             GradientAccumulation, GradientClip, ImageBlock, IntToFloatTensor, Learner, MemoryDL, MemoryImages,
-                             Normalize, NTXentLoss, PILImage, PILImageBW, RandomSplitter, TwoViews, accuracy, clae_learner,
-                             convert_dual_bn, create_encoder, dual_bns, extract_features, get_dls, get_image_files, imagenet_stats,
-                             load_learner, num_features, parent_label, projection_head, resnet18, resnet8, set_seed,
+from clae_fastai.all import (FGSM, Callback, CategoryBlock, CLAECallback, CLAELoss, ContrastiveModel, DataBlock,
+                             DataLoaders, FusedAdam, GradientAccumulation, GradientClip, ImageBlock, IntToFloatTensor,
+                             Learner, MemoryDL, MemoryImages, Normalize, NTXentLoss, PILImage, PILImageBW,
+                             RandomSplitter, TwoViews, accuracy, clae_learner, convert_dual_bn, create_encoder,
+                             dual_bns, extract_features, get_dls, get_image_files, imagenet_stats, load_learner,
+                             num_features, parent_label, projection_head, resnet18, resnet8, set_seed,
                              split_normalize, strip_dual_bn, vision_learner)
 
 def make_dls(digits_dir, labelled, n_in):
@@ -60,7 +61,8 @@ def test_life_of_a_learner(digits_dir, tmp_path, quiet, labelled, n_in):
     # the caller's dls is as it was, and goes on
     assert [list(dl.after_batch.fs) for dl in dls.loaders] == pipes
     if labelled:
-        vision = quiet(vision_learner(dls, resnet18, pretrained=False, n_in=n_in, metrics=accuracy, path=tmp_path, normalize=False))
+        vision = quiet(vision_learner(dls, resnet18, pretrained=False, n_in=n_in, metrics=accuracy, path=tmp_path,
+                                      normalize=False))
         vision.fit(1)
         assert np.isfinite(vision.recorder.final_record[0])
 
@@ -90,7 +92,8 @@ def test_attack_leaves_no_trace(digits_dir, quiet, accumulated):
         return copy.deepcopy([*model.buffers(), *(p.grad for p in ps), *(p.requires_grad for p in ps),
                               *(m.training for m in model.modules()), *(m.use_adv for m in dual_bns(model))])
     def same(a, b):
-        return len(a) == len(b) and all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x is y for x,y in zip(a, b))
+        return len(a) == len(b) and all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x is y
+                                        for x,y in zip(a, b))
     before,x_q = state(),learn.clae.views(learn.dls.one_batch()[0])[0]
     x_adv = learn.clae.adversarial_views(x_q)
     assert same(before, state()) and not torch.equal(x_adv, x_q)
@@ -130,7 +133,8 @@ def test_same_views_at_every_eps(digits_dir, quiet):
         learn.fit(1, 0.)
         return torch.cat([torch.cat(o) for o in seen if len(o[0]) == 32])
     ref = views_seen(eps=0.)
-    for kw in (dict(eps=.03), dict(eps=.1), dict(attack='pgd'), dict(attack='random')): assert torch.equal(ref, views_seen(**kw)), kw
+    for kw in (dict(eps=.03), dict(eps=.1), dict(attack='pgd'), dict(attack='random')):
+        assert torch.equal(ref, views_seen(**kw)), kw
 
 def test_accumulation_and_clipping(digits_dir, quiet):
     "A step is made of the gradients of two batches, which the attacks between them leave alone, and clipped"
@@ -147,7 +151,8 @@ def test_accumulation_and_clipping(digits_dir, quiet):
     class Steps(Callback):
         order = GradientClip.order + 1
         def before_fit(self): self.norms = []
-        def before_step(self): self.norms.append(float(torch.cat([p.grad.flatten() for p in self.model.parameters()]).norm()))
+        def before_step(self):
+            self.norms.append(float(torch.cat([p.grad.flatten() for p in self.model.parameters()]).norm()))
     cbs = [GradientAccumulation(64), GradientClip(.1), Gradients(), Steps()]
     learn = quiet(clae_learner(make_dls(digits_dir, True, 1), resnet8, views='digits', every=1, cbs=cbs))
     learn.fit(1, 1e-3)
@@ -182,7 +187,8 @@ def test_encoder_without_batch_norm(digits_dir, quiet, capsys):
 def test_non_finite_loss_names_epoch_and_batch(digits_dir, quiet):
     learn = quiet(clae_learner(make_dls(digits_dir, False, 1), resnet8, views='digits', every=1))
     base = learn.loss_func.base
-    learn.loss_func = CLAELoss(lambda a,b: base(a, b)*(float('nan') if (learn.epoch,learn.iter,learn.training) == (1,2,True) else 1))
+    learn.loss_func = CLAELoss(
+        lambda a,b: base(a, b)*(float('nan') if (learn.epoch,learn.iter,learn.training) == (1,2,True) else 1))
     with pytest.raises(FloatingPointError, match='epoch 1, batch 2'): learn.fit(2)
 
 def test_attack_instance_keeps_its_settings(digits_dir, quiet):
@@ -216,7 +222,8 @@ def test_weights_of_a_parallel_model():
     state = {f'module.{k}': v for k,v in resnet8(n_in=1).state_dict().items() if not k.startswith('fc.')}
     learn = clae_learner(get_dls('digits', bs=32, limit=128), resnet8, weights=state)
     own = strip_dual_bn(learn.model.encoder).state_dict()
-    assert own.keys() == {k.removeprefix('module.') for k in state} and all(torch.equal(v, state[f'module.{k}']) for k,v in own.items())
+    assert (own.keys() == {k.removeprefix('module.') for k in state} and
+            all(torch.equal(v, state[f'module.{k}']) for k,v in own.items()))
 
 def test_weights_bring_their_normalisation(tmp_path):
     "As in vision_learner; the DataLoaders' own goes before"
@@ -224,8 +231,10 @@ def test_weights_bring_their_normalisation(tmp_path):
     dls = DataLoaders(MemoryDL(images, bs=4, after_batch=[IntToFloatTensor()]))
     def mean(**kw): return [round(float(o), 3) for o in clae_learner(dls, resnet18, **kw).clae.views.stats[0]]
     assert mean() == [.5]*3
-    with patch('torchvision.models.resnet.ResNet18_Weights.get_state_dict', lambda self, **_: torchvision.models.resnet18().state_dict()):
-        assert mean(pretrained=True, stem='imagenet') == imagenet_stats[0] == mean(weights='IMAGENET1K_V1', stem='imagenet')
+    with patch('torchvision.models.resnet.ResNet18_Weights.get_state_dict',
+               lambda self, **_: torchvision.models.resnet18().state_dict()):
+        assert (mean(pretrained=True, stem='imagenet') == imagenet_stats[0] ==
+                mean(weights='IMAGENET1K_V1', stem='imagenet'))
     assert mean(weights=torchvision.models.resnet18().state_dict(), stem='imagenet') == [.5]*3 # nobody knows
     own = clae_learner(dls, 'resnet8', views=TwoViews.from_preset('simclr', 32, stats=([.1]*3,[.2]*3)))
     again = clae_learner(dls, 'resnet8', weights=own.export_encoder(tmp_path/'e.safetensors'))
@@ -261,7 +270,8 @@ def test_to_bf16_later_is_bf16_on_every_device(quiet):
 
 @pytest.mark.parametrize('attack', ['fgsm','rfgsm','ffgsm','pgd','random'])
 def test_every_attack_in_low_precision_leaves_all_gradients(quiet, attack):
-    learn = quiet(clae_learner(get_dls('digits', bs=32, limit=32), resnet8, views='digits', every=1, attack=attack, precision='bf16'))
+    learn = quiet(clae_learner(get_dls('digits', bs=32, limit=32), resnet8, views='digits', every=1,
+                               attack=attack, precision='bf16'))
     class Seen(Callback):
         order = 1000
         def after_backward(self): self.missing = [n for n,p in self.model.named_parameters() if p.grad is None]
@@ -270,7 +280,8 @@ def test_every_attack_in_low_precision_leaves_all_gradients(quiet, attack):
 
 def test_another_device_after_loading(tmp_path, quiet):
     "The generator of an attack is saved as its state, which a machine without the device leaves out"
-    learn = quiet(clae_learner(get_dls('digits', bs=32, limit=64), resnet8, views='digits', every=1, attack='rfgsm', path=tmp_path))
+    learn = quiet(clae_learner(get_dls('digits', bs=32, limit=64), resnet8, views='digits', every=1,
+                               attack='rfgsm', path=tmp_path))
     learn.fit(1, 1e-3)
     learn.export('l.pkl')
     again = load_learner(tmp_path/'l.pkl')
@@ -280,15 +291,19 @@ class Flags(Callback):
     "What PyTorch may do while it trains; with `fails`, the fit does not end well"
     def __init__(self, fails=None): self.fails,self.seen = fails,set()
     def after_batch(self):
-        self.seen.add((torch.get_deterministic_debug_mode(), torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark))
+        self.seen.add((torch.get_deterministic_debug_mode(), torch.backends.cudnn.deterministic,
+                       torch.backends.cudnn.benchmark))
         if self.fails: self.fails()
 
 def test_deterministic(tmp_path, quiet, monkeypatch):
-    "On a CPU: nothing that adds up in a changing order is allowed in a fit, and all is as before after it, also after one that fails"
-    def now(): return torch.get_deterministic_debug_mode(),torch.backends.cudnn.deterministic,torch.backends.cudnn.benchmark
+    """On a CPU: nothing that adds up in a changing order is allowed in a fit, and all is as before after it,
+    also after one that fails"""
+    def now():
+        return torch.get_deterministic_debug_mode(),torch.backends.cudnn.deterministic,torch.backends.cudnn.benchmark
     def fit(fails=None, **kwargs):
         set_seed(0)
-        learn = quiet(clae_learner(get_dls('digits', bs=32, limit=64), resnet8, views='digits', every=1, cbs=Flags(fails), **kwargs))
+        learn = quiet(clae_learner(get_dls('digits', bs=32, limit=64), resnet8, views='digits', every=1,
+                                   cbs=Flags(fails), **kwargs))
         learn.fit_one_cycle(1, 1e-3)
         return learn
     def boom(): raise InterruptedError('stopped')

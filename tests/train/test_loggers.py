@@ -13,14 +13,16 @@ def learner(quiet, path, labels=True, n_valid=8, **kwargs):
 def logged(folder):
     events = pytest.importorskip('tensorboard.backend.event_processing.event_accumulator')
     acc = events.EventAccumulator(str(folder)).Reload()
-    return {tag: [o.step for o in acc.Scalars(tag)] for tag in acc.Tags()['scalars']},{t: len(acc.Images(t)) for t in acc.Tags()['images']}
+    return ({tag: [o.step for o in acc.Scalars(tag)] for tag in acc.Tags()['scalars']},
+            {t: len(acc.Images(t)) for t in acc.Tags()['images']})
 
 @pytest.mark.parametrize('labels', [True,False])
 @pytest.mark.parametrize('n_valid', [0,8])
 def test_tensorboard(labels, n_valid, quiet, tmp_path):
     tensorboard = pytest.importorskip('fastai.callback.tensorboard')
     cb = tensorboard.TensorBoardCallback(log_dir=tmp_path/'log')
-    learner(quiet, tmp_path, labels, n_valid).fit(2, 1e-3, cbs=[cb, *([KNNCallback()] if labels and n_valid else []), CollapseMonitor()])
+    learner(quiet, tmp_path, labels, n_valid).fit(2, 1e-3,
+        cbs=[cb, *([KNNCallback()] if labels and n_valid else []), CollapseMonitor()])
     scalars,images = logged(tmp_path/'log')
     columns = {'loss_aug','loss_adv',*CollapseMonitor.names} | {'valid_loss'}
     if not n_valid: columns -= {'valid_loss','rankme'}

@@ -11,7 +11,8 @@ from clae_fastai.all import MemoryImages, clae_learner, export_onnx, extract_fea
 ort = pytest.importorskip('onnxruntime')
 pytest.importorskip('onnxscript')
 
-def images(size): return MemoryImages(torch.randint(256, (5,3,*size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+def images(size):
+    return MemoryImages(torch.randint(256, (5,3,*size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
 
 @pytest.fixture(scope='module', params=['resnet8','resnet18','mobilenet_v3_small','vit_tiny_patch16_224'])
 def trained(request, tmp_path_factory):
@@ -33,10 +34,12 @@ def test_from_bytes(trained):
         data = images(size)
         x = data.images.permute(0,2,3,1).numpy()
         right = extract_features(learn, memory_dls(data, data.take([]), bs=2).train)[0]
-        for n in (1,5): np.testing.assert_allclose(session.run(None, dict(images=x[:n]))[0], right[:n], rtol=0, atol=1e-4)
+        for n in (1,5):
+            np.testing.assert_allclose(session.run(None, dict(images=x[:n]))[0], right[:n], rtol=0, atol=1e-4)
 
 def test_on_the_command_line(cli, digits_dir):
-    r = cli('clae_train', '--path', digits_dir/'rgb', '--arch', 'resnet8', '--bs', 8, '--limit', 16, '--epochs', 1, '--name', 'x')
+    r = cli('clae_train', '--path', digits_dir/'rgb', '--arch', 'resnet8', '--bs', 8, '--limit', 16, '--epochs', 1,
+            '--name', 'x')
     assert r.returncode == 0, r.stderr
     r = cli('clae_export', 'x', '--format', 'onnx', '--with-preprocessing', '--out', 'x.onnx')
     assert r.returncode == 0, r.stderr

@@ -8,8 +8,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastai.vision.all import (Adam, Callback, DataLoader, DataLoaders, L, Learner, MSELossFlat, Recorder, load_learner, partial,
-                               set_seed)
+from fastai.vision.all import (Adam, Callback, DataLoader, DataLoaders, L, Learner, MSELossFlat, Recorder, load_learner,
+                               partial, set_seed)
 
 from clae_fastai.data.catalogue import get_dls
 from clae_fastai.method.models import resnet8
@@ -29,7 +29,9 @@ class Net(nn.Module):
         self.unused,self.idle = nn.Parameter(torch.ones(3)),nn.Parameter(torch.ones(2, 2))
     def forward(self, x): return self.head(self.body(self.stem(x))) + 0*self.idle.sum()
 
-def groups(model): return L([*model.stem.parameters()], [*model.body.parameters(), model.unused], [*model.head.parameters(), model.idle])
+def groups(model):
+    return L([*model.stem.parameters()], [*model.body.parameters(), model.unused],
+             [*model.head.parameters(), model.idle])
 
 class Gradients(Callback):
     "Takes gradients away: in some steps the stem's, in others the head's; and lays one out in another way"
@@ -45,7 +47,8 @@ def learner(opt_func, channels_last=False, cbs=None, **kwargs):
     dl = DataLoader([(torch.randn(3, 6, 6).double(), torch.randn(4).double()) for _ in range(120)], bs=6)
     model = Net().double()
     if channels_last: model = model.to(memory_format=torch.channels_last)
-    learn = Learner(DataLoaders(dl, dl, device='cpu'), model, MSELossFlat(), opt_func=opt_func, splitter=groups, cbs=cbs, **kwargs)
+    learn = Learner(DataLoaders(dl, dl, device='cpu'), model, MSELossFlat(), opt_func=opt_func, splitter=groups,
+                    cbs=cbs, **kwargs)
     return learn.remove_cb(Recorder) # which smooths losses in float32 only
 
 def whole(learn): learn.fit_one_cycle(1, 3e-3)
@@ -63,11 +66,13 @@ def other_layout(learn):
     learn.model.to(memory_format=torch.channels_last)
     whole(learn)
 
-cases = [(whole, {}, {}), (layered, {}, {}), (head_first, {}, {}), (frozen, {}, {}), (frozen_then_not, {}, {}), (other_layout, {}, {}),
-    (frozen, {}, dict(train_bn=False)), (frozen_then_not, dict(wd=.2), dict(train_bn=False, wd_bn_bias=True)),
-    (layered, dict(decouple_wd=False), {}), (layered, dict(decouple_wd=False), dict(wd_bn_bias=True)), (whole, dict(wd=0.), {}),
-    (layered, dict(mom=.5, sqr_mom=.9, eps=1e-8), {}), (layered, {}, dict(channels_last=True)), (layered, {}, dict(cbs=Gradients())),
-    (layered, dict(decouple_wd=False), dict(cbs=Gradients(), channels_last=True)), (frozen_then_not, {}, dict(cbs=Gradients()))]
+cases = [(whole, {}, {}), (layered, {}, {}), (head_first, {}, {}), (frozen, {}, {}), (frozen_then_not, {}, {}),
+    (other_layout, {}, {}), (frozen, {}, dict(train_bn=False)),
+    (frozen_then_not, dict(wd=.2), dict(train_bn=False, wd_bn_bias=True)), (layered, dict(decouple_wd=False), {}),
+    (layered, dict(decouple_wd=False), dict(wd_bn_bias=True)), (whole, dict(wd=0.), {}),
+    (layered, dict(mom=.5, sqr_mom=.9, eps=1e-8), {}), (layered, {}, dict(channels_last=True)),
+    (layered, {}, dict(cbs=Gradients())), (layered, dict(decouple_wd=False), dict(cbs=Gradients(), channels_last=True)),
+    (frozen_then_not, {}, dict(cbs=Gradients()))]
 
 def assert_equal(a, b):
     "Values and their names to 1e-12, wherever there are any"
@@ -114,8 +119,8 @@ def test_any_gradients_in_any_layout(params, wd, decouple_wd, mom, sqr_mom):
     own = [[nn.Parameter(laid_out(w.clone(), layout)) for w,(_,layout,*_) in zip(weights, params)] for _ in both]
     opts = [f(ps, lr=.1, mom=mom, sqr_mom=sqr_mom, wd=wd, decouple_wd=decouple_wd) for f,ps in zip(both, own)]
     for i in range(6):
-        grads = [dict(random=_random(shape, layout), zero=laid_out(torch.zeros(shape).double(), layout), none=None)[kinds[i]]
-                 for shape,_,layout,kinds in params]
+        grads = [dict(random=_random(shape, layout), zero=laid_out(torch.zeros(shape).double(), layout),
+                      none=None)[kinds[i]] for shape,_,layout,kinds in params]
         for opt,ps in zip(opts, own):
             for p,grad in zip(ps, grads): p.grad = None if grad is None else grad.clone()
             opt.step()
@@ -156,14 +161,17 @@ def test_checkpoints_of_the_other(quiet, tmp_path, first, then):
         return learn
     with pytest.raises(Exception, match='stopped'): _fit(first, Checkpoint(tmp_path, every_batches=1), Stop())
     resumed,uninterrupted = _fit(then, Resume(tmp_path)),_fit(then)
-    for a,b in zip(weights(resumed).values(), weights(uninterrupted).values()): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-    assert [s.get('step') for s in resumed.opt.state_dict()['state']] == [s.get('step') for s in uninterrupted.opt.state_dict()['state']]
+    for a,b in zip(weights(resumed).values(), weights(uninterrupted).values()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    assert ([s.get('step') for s in resumed.opt.state_dict()['state']] ==
+            [s.get('step') for s in uninterrupted.opt.state_dict()['state']])
 
 def test_what_learners_take(quiet, tmp_path):
     "It is our default and nobody else's; one's own stays; it is exported and pickled"
     learn = quiet(images(path=tmp_path))
     learn.fit(1, 1e-3)
-    assert type(learn.opt) is FusedAdam and type(encoder_learner(get_dls('digits', bs=32, limit=96), learn).opt) is not FusedAdam
+    assert (type(learn.opt) is FusedAdam and
+            type(encoder_learner(get_dls('digits', bs=32, limit=96), learn).opt) is not FusedAdam)
     assert images(opt_func=Adam).opt_func is Adam
     before = deepcopy(learn.opt.state_dict())
     learn.export('learner.pkl') # which makes a new optimiser, and loads its state

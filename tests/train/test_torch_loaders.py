@@ -13,7 +13,8 @@ def torch_dls(labels=True, **kwargs):
     x,y = torch.rand(32, 3, 16, 16),torch.arange(32)%2
     dataset = Labelled(x, y) if labels else data.TensorDataset(x)
     kwargs = kwargs or dict(shuffle=True)
-    return DataLoaders(data.DataLoader(dataset, batch_size=8, drop_last=True, **kwargs), data.DataLoader(dataset, batch_size=12))
+    return DataLoaders(data.DataLoader(dataset, batch_size=8, drop_last=True, **kwargs),
+                       data.DataLoader(dataset, batch_size=12))
 
 def learner(quiet, path, *args, **kwargs):
     set_seed(0)
@@ -38,7 +39,8 @@ def test_life_of_a_learner(labels, quiet, tmp_path, capsys):
     learn.export('x.pkl')
     again = quiet(load_learner(tmp_path/'x.pkl'))
     torch.testing.assert_close(again.get_preds(dl=again.dls.test_dl(list(x)))[0], z)
-    tuned = quiet(encoder_learner(torch_dls(), learn)) if labels else quiet(encoder_learner(torch_dls(), learn, n_out=2))
+    tuned = (quiet(encoder_learner(torch_dls(), learn)) if labels else
+             quiet(encoder_learner(torch_dls(), learn, n_out=2)))
     tuned.fine_tune(1)
     assert np.isfinite(tuned.recorder.final_record).all()
     if labels: assert evaluate(learn, learn.dls).knn >= 0
@@ -65,7 +67,8 @@ def test_resumed(quiet, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 @pytest.mark.parametrize('own', [
-    dict(sampler=data.WeightedRandomSampler(torch.ones(32), 32)), dict(sampler=data.RandomSampler(range(32), num_samples=16)),
+    dict(sampler=data.WeightedRandomSampler(torch.ones(32), 32)),
+    dict(sampler=data.RandomSampler(range(32), num_samples=16)),
     dict(sampler=data.RandomSampler(range(32), replacement=True)), dict(shuffle=True, worker_init_fn=print)])
 def test_a_sampler_of_ones_own_is_kept(own, quiet, tmp_path, capsys):
     learn = learner(quiet, tmp_path, **own)

@@ -17,14 +17,12 @@ from collections import namedtuple
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
-Mutant = namedtuple('Mutant', 'room name what changes tests')
+Mutant = namedtuple('Mutant', 'module name what text instead tests')
 mutants = []
 
-def mutant(room, name, what, tests, *changes):
-    """`changes`: (text, text instead), alternatives of which one must be in the room's module;
-    (module, text, text instead) elsewhere"""
-    changes = [o if len(o) == 3 else (room, *o) for o in changes]
-    mutants.append(Mutant(room, name, what, changes, tests.split()))
+def mutant(module, name, what, tests, change):
+    "`change`: a text that is in the module once, and the text instead"
+    mutants.append(Mutant(module, name, what, *change, tests.split()))
 
 golden,matrix,learner = 'method/test_golden.py','method/test_method_matrix.py','train/test_learner.py'
 resume,figures,trials = 'train/test_checkpoint.py','paper/test_analysis.py','paper/test_experiments.py'
@@ -323,12 +321,11 @@ mutant('core', 'closed-pipe', 'a reader that has gone ends the run',
 def module(name): return f'clae_fastai/{name.replace(".", "/")}.py'
 
 def place(m):
-    "File, text and text instead of the mutant `m`"
-    found = [(f, a, b) for room,a,b in m.changes if (f := root/module(room)).exists() and f.read_text().count(a)]
-    times = sum(f.read_text().count(a) for f,a,_ in found)
-    if times == 1: return found[0]
-    raise LookupError(f'{m.name}: its text is there {times} times, and has to be there once:\n'
-                      + '\n'.join(o[1] for o in m.changes))
+    "The file that holds the text of the mutant `m`"
+    file = root/module(m.module)
+    times = file.read_text().count(m.text)
+    if times == 1: return file
+    raise LookupError(f'{m.name}: its text is there {times} times, and has to be there once:\n{m.text}')
 
 def copy_tree(to):
     for f in subprocess.run(['git','ls-files','-z'], cwd=root,
@@ -386,17 +383,18 @@ def main():
         code,seconds = outcome(tree, sorted({t for m in chosen for t in m.tests}), log, a.timeout)
         if code: fail(f'The tests do not pass as the code is (exit code {code}).')
         print(f'All pass as the code is ({seconds:.0f} s).\n\n'
-              f'{"mutant":14} {"room":18} {"":9} {"s":>4}  what is wrong', flush=True)
+              f'{"mutant":14} {"module":18} {"":9} {"s":>4}  what is wrong', flush=True)
         for m in chosen:
-            file,text,instead = places[m.name]
+            file = places[m.name]
             there = tree/file.relative_to(root)
             whole = there.read_text()
-            there.write_text(whole.replace(text, instead))
+            there.write_text(whole.replace(m.text, m.instead))
             code,seconds = outcome(tree, m.tests, log, a.timeout, '-x')
             there.write_text(whole)
             if code not in (0,1): fail(f'{m.name}: the tests did not run (exit code {code}).')
             if not code: survived.append(m.name)
-            print(f'{m.name:14} {m.room:18} {"killed" if code else "SURVIVED":9} {seconds:4.0f}  {m.what}', flush=True)
+            fate = 'killed' if code else 'SURVIVED'
+            print(f'{m.name:14} {m.module:18} {fate:9} {seconds:4.0f}  {m.what}', flush=True)
     if survived: raise SystemExit(f'\n{len(survived)} of {len(chosen)} survived: {", ".join(survived)}')
     print(f'\nAll {len(chosen)} are killed.')
 

@@ -24,7 +24,7 @@ def render(cell):
     code = '\n'.join(l for l in src.splitlines() if not l.startswith('#|')).strip()
     if '#| output: false' in src: return f'```python\n{code}\n```'
     # a picture's own file, and not its copy in the notebook
-    if picture := re.search(r"Image\('\.\./(.+?)', alt='(.+?)'\)", code): return f'![{picture[2]}]({picture[1]})'
+    if picture := re.search(r"Image\('\.\./(.+?)',\s+alt='(.+?)'\)", code): return f'![{picture[2]}]({picture[1]})'
     return '\n\n'.join(([] if '#| echo: false' in src else [f'```python\n{code}\n```'])
                        + list(filter(None, map(output, cell['outputs']))))
 

@@ -17,6 +17,7 @@ from ..method.views import check_pixels, split_normalize, TwoViews
 from ..method.weights import *
 from ..method.models import *
 from ..train.encoder import *
+from ..train.learner import is_plain_loader
 
 # %% ../../nbs/18_measure.features.ipynb #30ba4e43
 def evenly_spread(
@@ -64,6 +65,20 @@ class _Rows:
         self.move()
         return torch.cat(self.blocks) if self.blocks else None
 
+def _in_order(dl):
+    "All images of a loader, one after the other; one of PyTorch's with a sampler of its own stays as it is"
+    if isinstance(dl, TfmdDL): return dl.new(shuffle=False, drop_last=False)
+    if not (isinstance(dl, torch.utils.data.DataLoader) and is_plain_loader(dl)): return dl
+    return torch.utils.data.DataLoader(dl.dataset, dl.batch_size, num_workers=dl.num_workers, collate_fn=dl.collate_fn,
+        pin_memory=dl.pin_memory, timeout=dl.timeout)
+
+def _integers(y):
+    "Labels of a batch"
+    if not isinstance(y, Tensor):
+        raise ValueError(f"Labels must be numbers, and these are {type(y).__name__}s, such as {first(y)!r}: "
+            "give each class its index (fastai's CategoryBlock does).")
+    return y.long() if y.dtype == torch.bool else y
+
 def _each_batch(model, dl, which, use):
     "`use(h, z, labels)` of batch after batch, each None where it is not asked for, or not there"
     check_choice('which', which, ('h','z','both'))
@@ -73,14 +88,14 @@ def _each_batch(model, dl, which, use):
     device = getattr(first(net.parameters()), 'device', 'cpu')
     checked = normalize is noop
     with no_random(reproducible=False), torch.no_grad(), training_mode(net, False):
-        if isinstance(dl, TfmdDL): dl = dl.new(shuffle=False, drop_last=False)
+        dl = _in_order(dl)
         with getattr(getattr(dl, 'dataset', None), 'set_split_idx', nullcontext)(1): # no augmentation
             for x,*y in _with_progress(dl, model):
                 check_channels(x.shape[1], info)
                 if not checked: check_pixels(x)
                 checked = True # the first batch
                 h = net.features(normalize(send(x, device).as_subclass(Tensor)))
-                labels = send(y[0], device).as_subclass(Tensor) if y else None
+                labels = send(_integers(y[0]), device).as_subclass(Tensor) if y else None
                 use(None if which == 'z' else h, None if which == 'h' else net.project(h), labels)
 
 def extract_features(
@@ -184,7 +199,7 @@ def check_data(
                 "Look at those images, and whether the training diverged.")
         for y in labels:
             if y is None: raise ValueError(f"The {part} images have no labels.")
-            if y.is_floating_point() or y.shape != x.shape[:1]:
+            if y.is_floating_point() or y.dtype == torch.bool or y.shape != x.shape[:1]:
                 raise ValueError(f"{len(x)} {part} features need as many integer labels, "
                     f"not {y.dtype} of shape {tuple(y.shape)}.")
     if train[0].shape[1] != test[0].shape[1]:
@@ -240,10 +255,11 @@ def share_correct(
     "Accuracy of predicted labels"
     hit = predicted.to(labels.device) == labels
     if metric == 'top1': return float(hit.float().mean())
+    classes,labels = labels.unique(return_inverse=True) # any integers
     n = labels.bincount()
     # with weights it is not deterministic on a GPU
     right = torch.where(hit, labels, len(n)).bincount(minlength=len(n)+1)[:-1]
-    return float((right/n)[n > 0].mean())
+    return float((right/n).mean())
 
 def knn_accuracy(
     train:tuple, # Features (N,D) and labels (N,)
@@ -268,14 +284,16 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
     ):
         "Keep the bank"
         self.classes_,y = np.unique(np.asarray(y), return_inverse=True)
-        self.features_,self.labels_ = torch.as_tensor(X),torch.as_tensor(y)
+        self.features_,self.labels_ = self._tensor(X),torch.as_tensor(y)
         return self
 
     def predict(self,
         X # Features (M,D)
     ) -> np.ndarray: # Labels (M,)
         "Labels by weighted vote"
-        return self.classes_[knn_predict(self.features_, self.labels_, torch.as_tensor(X), self.k, self.temperature)]
+        return self.classes_[knn_predict(self.features_, self.labels_, self._tensor(X), self.k, self.temperature)]
+
+    def _tensor(self, X): return X if isinstance(X, Tensor) else torch.as_tensor(np.asarray(X)) # of tables, too
 
 # %% ../../nbs/18_measure.features.ipynb #2f185a97
 def _per_class(counts, n):

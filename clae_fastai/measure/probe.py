@@ -44,20 +44,26 @@ def _adam_probe(x, y, test_x, test_y, n_classes, metric, epochs, bs, lr, seed):
         with torch.no_grad(): curve.append(share_correct(linear(test_x).argmax(1), test_y, metric))
     return linear,curve
 
-def _blocks(parts, mean):
-    "Centred features and labels, in blocks of 16 MiB; `parts` are features, labels and rows"
+def _blocks(parts, mean, unit):
+    "Centred features in `unit`s and labels, in blocks of 16 MiB; `parts` are features, labels and rows"
     for x,y,idx in parts:
-        for rows in idx.split(max(1, 2**21//len(mean))): yield x[rows].double().sub_(mean),y[rows]
+        for rows in idx.split(max(1, 2**21//len(mean))): yield x[rows].double().sub_(mean).div_(unit),y[rows]
+
+def _mean_and_unit(x):
+    "Mean, and the power of 10,000 that is nearest to the spread: 1 for usual features, and far from it L-BFGS fails"
+    mean = sum(rows.double().sum(0) for rows in x.split(1024))/len(x)
+    spread = float(sum((rows.double() - mean).square().sum() for rows in x.split(1024))/x.numel())**.5
+    return mean,10.**(4*round(math.log10(spread)/4)) if spread else 1.
 
 def _logits(x, w): return F.linear(x, w[:,:-1], w[:,-1])
 
-def _softmax_regression(parts, mean, l2, w, tol):
-    "Weights and bias (K,F+1) that minimise summed cross-entropy + l2/2*|weights|^2, from `w` on"
+def _softmax_regression(parts, mean, unit, l2, w, tol):
+    "Weights, in 1/`unit`, and bias (K,F+1) that minimise summed cross-entropy + l2/2*|weights|^2, from `w` on"
     def _loss_and_grad(v):
         u = send(w.new_tensor(v, device='cpu'), w.device).view_as(w).requires_grad_()
         def _losses(): # one at a time, so that one block's graph is in memory
-            for x,y in _blocks(parts, mean): yield F.cross_entropy(_logits(x, u), y, reduction='sum')
-            yield l2/2*u[:,:-1].square().sum()
+            for x,y in _blocks(parts, mean, unit): yield F.cross_entropy(_logits(x, u), y, reduction='sum')
+            yield l2/unit**2/2*u[:,:-1].square().sum()
         loss,grad = 0.,torch.zeros_like(w)
         for part in _losses():
             grad += torch.autograd.grad(part, u)[0]
@@ -69,7 +75,9 @@ def _softmax_regression(parts, mean, l2, w, tol):
     return w.new_tensor(res.x).view_as(w)
 
 def _lbfgs_probe(x, y, valid, n_classes, metric, l2s, seed):
-    "Classifier, the accuracy on held-out images for each of `l2s`, and the chosen one"
+    "Classifier, the penalties, the accuracy on held-out images for each, and the chosen one"
+    mean,unit = _mean_and_unit(x)
+    if l2s is None: l2s = (np.logspace(5, -6, 45)*unit**2).tolist()
     if valid is None:
         n = y.bincount()
         stratify = y.cpu() if n.min() >= 2 and len(y) >= 5*len(n) else None # enough of each class
@@ -77,18 +85,18 @@ def _lbfgs_probe(x, y, valid, n_classes, metric, l2s, seed):
         fit,held_out = ((x,y,rows.to(x.device)) for rows in split)
     else: fit,held_out = ((*part,torch.arange(len(part[1]), device=x.device)) for part in ((x,y),valid))
     held_y = held_out[1][held_out[2]]
-    mean = sum(block.double().sum(0) for block in x.split(1024))/len(x)
     w,curve,best = mean.new_zeros(n_classes, len(mean)+1),[],None
     for l2 in l2s:
-        w = _softmax_regression([fit], mean, l2, w, 1e-6)
-        pred = torch.cat([_logits(block, w).argmax(1) for block,_ in _blocks([held_out], mean)])
+        w = _softmax_regression([fit], mean, unit, l2, w, 1e-6)
+        pred = torch.cat([_logits(block, w).argmax(1) for block,_ in _blocks([held_out], mean, unit)])
         curve.append(share_correct(pred, held_y, metric))
         if best is None or curve[-1] > max(curve[:-1]): best = l2,w # of equals the strongest penalty
     l2,w = best
-    w = _softmax_regression([fit,held_out], mean, l2, w, 1e-9)
+    w = _softmax_regression([fit,held_out], mean, unit, l2, w, 1e-9)
+    w[:,:-1] /= unit
     linear = nn.utils.skip_init(nn.Linear, x.shape[1], n_classes, device=w.device, dtype=w.dtype) # draws nothing
     linear.weight.data,linear.bias.data = w[:,:-1],w[:,-1] - w[:,:-1]@mean
-    return linear,curve,l2
+    return linear,l2s,curve,l2
 
 # %% ../../nbs/19_measure.probe.ipynb #f5f4273f
 def linear_probe(
@@ -100,7 +108,7 @@ def linear_probe(
     epochs:int=1000, # 'adam'
     bs:int=256, # 'adam': batch size
     lr:float=3e-4, # 'adam': learning rate
-    l2s:list=None, # 'lbfgs': penalties to choose from, 45 from 1e5 to 1e-6 by default
+    l2s:list=None, # 'lbfgs': penalties to choose from; 45 from 1e5 to 1e-6 by default, for features near 1
     seed:int=0, # Of the held-out images, or of Adam
     device=None # `default_device()` by default
 ) -> Probe:
@@ -111,8 +119,7 @@ def linear_probe(
     if valid and adam: raise ValueError("'adam' has nothing to choose on `valid`: add it to `train`.")
     if adam and not (epochs >= 1 and bs >= 1 and lr > 0):
         raise ValueError(f"epochs and bs must be 1 or more, and lr above 0, not {epochs}, {bs} and {lr}.")
-    if l2s is None: l2s = np.logspace(5, -6, 45).tolist()
-    if not (len(l2s) and min(l2s) >= 0):
+    if l2s is not None and not (len(l2s) and min(l2s) >= 0):
         raise ValueError(f"l2s must be one penalty or more, each 0 or above, not {l2s}.")
     check_data(train, test)
     if valid: check_data(train, valid)
@@ -128,7 +135,7 @@ def linear_probe(
         settings = dict(epochs=epochs, bs=bs, lr=lr)
         linear,curve = _adam_probe(x, y, test_x, test_y, n_classes, metric, **settings, seed=seed)
     else:
-        linear,curve,l2 = _lbfgs_probe(x, y, valid and _data(*valid), n_classes, metric, l2s, seed)
+        linear,l2s,curve,l2 = _lbfgs_probe(x, y, valid and _data(*valid), n_classes, metric, l2s, seed)
         settings = dict(l2=l2, l2s=l2s, valid='given' if valid else 'a fifth of the training images')
     with torch.no_grad():
         top = torch.cat([linear(rows.to(linear.weight)).topk(min(5, n_classes)).indices for rows in test_x.split(1024)])

@@ -75,7 +75,8 @@ class Attack:
         "`x + delta`; in pixel space `delta` is rescaled and the result clamped"
         if self.space == 'normalized': return x + delta
         mean,std = self.stats
-        return torch.clamp(x + delta/std, -mean/std, (1-mean)/std)
+        black,white = torch.minimum(x, -mean/std),torch.maximum(x, (1-mean)/std) # views with noise lie beyond
+        return torch.clamp(x + delta/std, black, white)
 
     def direction(self,
         g:Tensor # Gradient or noise (B,C,H,W)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DualBatchNorm', 'dual_bns', 'convert_dual_bn', 'strip_dual_bn', 'set_dual_bn', 'check_dual_bn', 'adversarial_bn',
-           'frozen_bn_stats']
+           'kept_gradients', 'frozen_bn_stats']
 
 # %% ../../nbs/03_method.dualbn.ipynb #9e503899
 from fastai.basics import *
@@ -54,10 +54,9 @@ def convert_dual_bn(
     "Give every batch norm of `model`, of any kind, an adversarial twin, unless it has one"
     if not 0 <= adv_momentum <= 1: raise ValueError(f"adv_momentum must lie in [0,1], and it is {adv_momentum}.")
     def _dual(m):
-        if isinstance(m, DualBatchNorm): return m
-        adv = deepcopy(m)
-        adv.momentum = adv_momentum
-        return DualBatchNorm(m, adv)
+        dual = m if isinstance(m, DualBatchNorm) else DualBatchNorm(m, deepcopy(m))
+        dual.adv.momentum = adv_momentum
+        return dual
     return _replace_modules(model, (DualBatchNorm, _BatchNorm), _dual)
 
 def strip_dual_bn(
@@ -73,7 +72,7 @@ def set_dual_bn(
 ) -> nn.Module: # `model`
     "Give `model` the batch norms that a training needs: two sets, or the clean one alone"
     if not dual: return strip_dual_bn(model) # of an earlier training, with an attack
-    if not dual_bns(model): model = convert_dual_bn(model, adv_momentum)
+    model = convert_dual_bn(model, adv_momentum)
     if not dual_bns(model): print("The encoder has no batch norm, so there is nothing to split: it trains as it is.")
     return model
 
@@ -103,6 +102,19 @@ def adversarial_bn(
     with _attribute(dual_bns(model), 'use_adv', True): yield model
 
 # %% ../../nbs/03_method.dualbn.ipynb #4949580f
+@contextmanager
+def kept_gradients(
+    model:nn.Module # Any model
+):
+    "Inside, parameters begin without gradients, and get their own back: an attack may call `backward`"
+    params = list(model.parameters())
+    grads = [p.grad for p in params]
+    try:
+        for p in params: p.grad = None
+        yield model
+    finally:
+        for p,g in zip(params, grads): p.grad = g
+
 @contextmanager
 def frozen_bn_stats(
     model:nn.Module # Any model

@@ -203,6 +203,9 @@ class TwoViews:
         elif isinstance(aug, nn.Module) and any(_name(o) == 'Normalize' for o in aug.modules()):
             raise ValueError("The transformation has a Normalize of its own: take it out and give stats=(mean, std), "
                 "as evaluation normalises, too.")
+        if not callable(aug):
+            raise ValueError(f"TwoViews takes an augmentation, and not {aug!r}: "
+                "views by a name are TwoViews.from_preset(name, size), or clae_learner(views=name).")
         self.aug,self.area,self.size,self.checked = aug,None,None,False
         self.stats = None if stats is None else tuple(torch.as_tensor(o, dtype=torch.float32) for o in stats)
 

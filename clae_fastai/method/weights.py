@@ -115,6 +115,14 @@ def _tensors(state):
     while inner := first(state.get(k) for k in ('state_dict','model') if isinstance(state.get(k), dict)): state = inner
     return {k: v for k,v in state.items() if isinstance(v, Tensor)}
 
+_of_dual_bn = re.compile(r'(.*\.)(clean|adv)\.(weight|bias|running_mean|running_var|num_batches_tracked)')
+
+def _without_adv(state):
+    "`state` of a learner with second batch norms: the clean ones, under their stock names"
+    def _kind(k): return (m := _of_dual_bn.fullmatch(k)) and f'{m[1]}adv.{m[3]}' in state and m
+    found = {k: _kind(k) for k in state}
+    return {m[1] + m[3] if m else k: state[k] for k,m in found.items() if not m or m[2] == 'clean'}
+
 def _behind(prefix, state): return {k.removeprefix(prefix): v for k,v in state.items() if k.startswith(prefix)}
 
 def _named(state, model):
@@ -130,7 +138,7 @@ def match_state(
     model:nn.Module # An encoder, without weights
 ) -> tuple: # The tensors under the encoder's names, and a sentence about what was stripped and left out, or ''
     "Find an encoder's tensors in another tool's file; where they are not all there, the state is given back as it is"
-    state = _tensors(state)
+    state = _without_adv(_tensors(state))
     needed = {k for k in model.state_dict() if not k.endswith('num_batches_tracked')}
     prefixes = {''}
     for parts in (k.split('.') for k in state):

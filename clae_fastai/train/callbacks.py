@@ -55,7 +55,13 @@ class CheckTrackers(Callback):
             there = columns.filter(
                 lambda o: o in measured or o not in L('valid_loss') + self.recorder.metrics.attrgot('name'))
         for cb in self.learn.cbs:
-            if not isinstance(cb, TrackerCallback) or cb.monitor in there: continue
+            if not isinstance(cb, TrackerCallback): continue
+            if cb.monitor == 'loss_adv' and operator.length_hint(self.dls.train, self.clae.every) < self.clae.every:
+                raise ValueError(
+                    f"{cb.name} watches 'loss_adv', and some epochs have none: the adversary comes in each "
+                    f"{self.clae.every}th step, and an epoch has fewer. "
+                    "Give clae_learner(every=1), or watch 'loss_aug'.")
+            if cb.monitor in there: continue
             why = ("there are no validation images to measure it on" if cb.monitor in columns else
                 "the training table has no such column")
             raise ValueError(f"{cb.name} watches {cb.monitor!r}, and {why}: "

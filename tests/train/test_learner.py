@@ -195,7 +195,8 @@ def test_attack_instance_keeps_its_settings(digits_dir, quiet):
     attack = FGSM(.2, norm='l2', space='pixel')
     learn = quiet(clae_learner(make_dls(digits_dir, False, 3), resnet8, attack=attack, every=1))
     learn.fit(1)
-    assert learn.clae.attack is attack and [o.item() for o in attack.stats[0]] == pytest.approx(imagenet_stats[0])
+    assert repr(learn.clae.attack) == repr(attack) and attack.stats is None # others may have it, too
+    assert [o.item() for o in learn.clae.attack.stats[0]] == pytest.approx(imagenet_stats[0])
 
 def test_own_modules_are_trained_without_a_trace_of_before(quiet):
     "A module is used as it is; what an attack did to it is undone where there is none"

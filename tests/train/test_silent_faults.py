@@ -1,0 +1,148 @@
+"What used to go wrong without a word, in the hands of people who know fastai and PyTorch."
+from functools import partial
+
+import kornia.augmentation as K
+import pytest
+import torch
+from fastai.callback.data import PartialDL, WeightedDL
+from fastai.vision.all import (DataLoaders, ImageDataLoaders, Normalize, PILImage, SaveModelCallback, TensorCategory,
+    TensorImage, TfmdDL, get_image_files, imagenet_stats, no_random, set_seed)
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader as TorchLoader, TensorDataset
+from torchvision.transforms import v2
+
+from clae_fastai.all import (FGSM, PGD, CLAELoss, NTXentLoss, TwoViews, clae_learner, dual_bns, encoder_learner,
+    evaluate, extract_features, linear_probe, resnet8, strip_dual_bn)
+
+class Images:
+    "A data set of noise, with labels"
+    n_inp,c = 1,3
+    def __init__(self, n=48, label=int):
+        g = torch.Generator().manual_seed(0)
+        self.x,self.y,self.label = torch.rand(n, 3, 16, 16, generator=g),torch.arange(n) % 3,label
+    def __len__(self): return len(self.x)
+    def __getitem__(self, i): return TensorImage(self.x[i]),self.label(self.y[i])
+
+def make_dls(n=48, bs=16, train=TfmdDL, **kwargs):
+    return DataLoaders(train(Images(n), bs=bs, shuffle=True, drop_last=True, **kwargs), TfmdDL(Images(), bs=bs))
+
+def largest_change(learn):
+    "In pixels"
+    with no_random(0, reproducible=False):
+        x = learn.clae.views(Images().x[:16])[0]
+        return float(((learn.clae.adversarial_views(x) - x)*learn.clae.stats[1].view(-1,1,1)).abs().max())
+
+def test_a_loader_that_normalises_is_not_normalised_again(tmp_path, quiet):
+    "`dls.test_dl(files)` of the DataLoaders that were given, which stay as they were"
+    for i,x in enumerate(Images(24).x):
+        (tmp_path/str(i % 2)).mkdir(exist_ok=True)
+        PILImage.create((255*x.permute(1,2,0)).byte().numpy()).save(tmp_path/str(i % 2)/f'{i:02}.png')
+    dls = ImageDataLoaders.from_folder(tmp_path, valid_pct=.25, seed=0, bs=6, num_workers=0,
+        batch_tfms=Normalize.from_stats(*imagenet_stats))
+    learn,files = quiet(clae_learner(dls, resnet8)),get_image_files(tmp_path)
+    theirs,ours = (learn.get_preds(dl=o.test_dl(files))[0] for o in (dls, learn.dls))
+    torch.testing.assert_close(theirs, ours)
+    with pytest.raises(ValueError, match='twice: take a loader of learn.dls'): learn.validate(dl=dls.valid)
+
+@pytest.mark.parametrize('make,n_batches', [
+    (partial(WeightedDL, wgts=[1.]*5 + [0.]*43), 3), (partial(PartialDL, partial_n=16), 1)])
+def test_loaders_that_choose_images_go_on_choosing(make, n_batches):
+    dls = make_dls(train=make)
+    learn = clae_learner(dls, resnet8)
+    for dl in (learn.dls.train, encoder_learner(dls, learn).dls.train):
+        assert len(dl) == n_batches
+        if hasattr(dl, 'wgts'): assert max(dl.get_idxs()) < 5
+
+@pytest.mark.parametrize('n', [48, 10])
+def test_features_of_all_images_in_order(n):
+    "Of a loader of PyTorch's that shuffles, and drops the last batch"
+    learn,data = clae_learner(make_dls(), resnet8),TensorDataset(Images(n).x, torch.arange(n))
+    labels = extract_features(learn, TorchLoader(data, batch_size=32, shuffle=True, drop_last=True))[1]
+    assert labels.tolist() == list(range(n))
+
+def test_all_batch_norms_are_dual_with_the_given_momentum():
+    "Of a new head, too, where the encoder has been trained before"
+    before = clae_learner(make_dls(), resnet8)
+    head = nn.Sequential(nn.Linear(64,32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32,16))
+    learn = clae_learner(make_dls(), before.model.encoder, head=head, adv_momentum=.5)
+    assert not any(isinstance(m, nn.BatchNorm1d) for m in learn.model.head.children())
+    assert {o.adv.momentum for o in dual_bns(learn.model)} == {.5}
+
+def test_one_attack_for_two_learners():
+    attack = FGSM(.03, space='pixel')
+    learn = clae_learner(make_dls(), resnet8, attack=attack, views='plain')
+    clae_learner(make_dls(), resnet8, attack=attack, views='simclr')
+    assert largest_change(learn) == pytest.approx(.03, rel=1e-4)
+    with pytest.raises(ValueError, match='needs to know how the images were normalised'):
+        clae_learner(make_dls(), resnet8, attack=attack, views=TwoViews(K.RandomHorizontalFlip()))
+
+def test_eps_is_a_bound_beyond_black_and_white():
+    noisy = TwoViews(nn.Sequential(K.RandomHorizontalFlip(), K.RandomGaussianNoise(0., .1, p=1.)), ([.5]*3,[.5]*3))
+    learn = clae_learner(make_dls(), resnet8, attack=FGSM(.01, space='pixel'), views=noisy)
+    assert .0099 < largest_change(learn) < .0101
+
+def test_an_attack_may_call_backward(quiet):
+    "And the training's gradients are those of the losses alone"
+    def by_backward(embed, x, loss):
+        x = x.detach().requires_grad_()
+        z = embed(x)
+        loss(z.detach(), z).backward()
+        return (x + .03*x.grad.sign()).detach()
+    def trained(attack):
+        set_seed(0)
+        learn = quiet(clae_learner(make_dls(), resnet8, attack=attack, every=1))
+        set_seed(0)
+        learn.fit(1)
+        return learn.model.state_dict()
+    a,b = trained(by_backward),trained(FGSM(.03))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+def test_a_fit_too_short_for_an_adversary(capsys, quiet):
+    learn = quiet(clae_learner(make_dls(), resnet8))
+    learn.fit(1)
+    assert 'This fit has 3 steps, and the adversary comes in each 4th' in capsys.readouterr().out
+    learn.fit(2)
+    assert 'This fit' not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="watches 'loss_adv', and some epochs have none"):
+        learn.fit(2, cbs=SaveModelCallback(monitor='loss_adv'))
+
+def test_weights_that_a_learner_has_saved(tmp_path):
+    "With second batch norms, which the encoder that begins with them has not"
+    learn = clae_learner(make_dls(), resnet8, path=tmp_path)
+    file = learn.save('first', with_opt=False)
+    again = clae_learner(make_dls(), resnet8, eps=0, weights=file)
+    clean = strip_dual_bn(learn.model.encoder).state_dict()
+    assert all(torch.equal(v, clean[k]) for k,v in again.model.encoder.state_dict().items())
+
+@pytest.mark.parametrize('options,said', [
+    (dict(method=NTXentLoss), 'method is the class NTXentLoss'),
+    (dict(method=CLAELoss(NTXentLoss())), 'makes the CLAELoss itself'),
+    (dict(attack=PGD), 'attack is the class PGD'),
+    (dict(views=TwoViews), 'views is the class TwoViews'),
+    (dict(views=lambda x: x.no_such_thing), 'fails on a batch'),
+    (dict(views=v2.Compose([v2.ToImage(), v2.RandomCrop(16), v2.ToDtype(torch.float32), v2.Normalize([.5]*3,[.25]*3)])),
+     'needs scale=True')])
+def test_arguments_that_cannot_work_are_refused_at_once(options, said):
+    with pytest.raises(ValueError, match=said): clae_learner(make_dls(), resnet8, **options)
+
+def test_views_by_name_are_no_augmentation():
+    with pytest.raises(ValueError, match='from_preset'): TwoViews('simclr')
+
+@pytest.mark.parametrize('label', [
+    lambda y: TensorCategory(2*y - 1), lambda y: TensorCategory(y > 0), lambda y: TensorCategory(y*10**11)])
+def test_labels_of_any_integers(label):
+    dls = DataLoaders(TfmdDL(Images(label=label), bs=16), TfmdDL(Images(label=label), bs=16))
+    res = evaluate(clae_learner(dls, resnet8), dls)
+    assert 0 <= res.probe.final <= 1 and res.n_train == 48
+
+def test_labels_that_are_names():
+    dls = DataLoaders(*(TorchLoader(list(zip(Images().x, 'abc'*16)), batch_size=16) for _ in range(2)))
+    with pytest.raises(ValueError, match='Labels must be numbers'):
+        extract_features(clae_learner(make_dls(), resnet8), dls.train)
+
+@pytest.mark.parametrize('unit', [1e-12, 1e-4, 1e4])
+def test_the_probe_does_not_depend_on_the_features_unit(unit):
+    x,y = (torch.tensor(o) for o in load_digits(return_X_y=True))
+    def accuracy(unit): return linear_probe((unit*x[:300]/16, y[:300]), (unit*x[300:]/16, y[300:]), device='cpu').final
+    assert accuracy(unit) == pytest.approx(accuracy(1.), abs=.002)

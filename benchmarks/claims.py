@@ -145,7 +145,7 @@ def beyond_it():
         ('a linear head above one of two layers', 'linear head', 'temperature .1'),
         ('CLAE in each fourth step with a linear head: above SimCLR', linear_adversary, 'linear head'),
         ('random signs in each fourth step with a linear head: above SimCLR', linear_signs, 'linear head')):
-        yield ours(text, larger, 'confirm', high, low, column='setting', scale='small')
+        yield ours(f'with a larger encoder, {text}', larger, 'confirm', high, low, column='setting', scale='small')
 
 def claims(): yield from [*of_the_paper(), *beyond_it()]
 

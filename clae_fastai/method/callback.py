@@ -26,7 +26,9 @@ def check_clae(
         raise ValueError(f"CLAECallback trains with a CLAELoss, and not with {learn.loss_func}: "
             "wrap the Learner's loss_func, as in CLAELoss(NTXentLoss()).")
     stats = image_stats(clae.views, learn.dls)
-    if isinstance(clae.attack, Attack): clae.attack.set_stats(stats)
+    if isinstance(clae.attack, Attack):
+        if not fitting: clae.attack = copy(clae.attack) # other learners, which may have it too, normalise otherwise
+        clae.attack.set_stats(stats)
     if fitting and not hasattr(learn, 'loss_terms'):
         raise ValueError("CLAECallback must be there when the Learner is made, so that its batch norms are trained: "
             "Learner(..., cbs=CLAECallback(...)).")
@@ -118,7 +120,6 @@ class CLAECallback(Callback):
     ):
         check_choice('attack_bn', attack_bn, ('adv','clean'))
         store_attr()
-        if isinstance(attack, Attack): self.attack = copy(attack) # two learners may normalise differently
 
     @property
     def attacking(self):

@@ -35,7 +35,7 @@ def check_clae(
     if fitting and clae.attacking:
         check_dual_bn(get_model(learn.model))
         steps = learn.n_epoch*operator.length_hint(learn.dls.train, clae.every)
-        if steps < clae.every:
+        if 0 < steps < clae.every:
             print(f"This fit has {steps} steps, and the adversary comes in each {clae.every}th: there is none in it. "
                 "every=1 has one in each step.")
     if not (isinstance(clae.every, int) and clae.every >= 1):

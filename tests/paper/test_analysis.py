@@ -330,7 +330,9 @@ def test_a_learner_of_ones_own(quiet):
     learn.fit(1, 1e-3)
     all_figures(learn)
     images = adversarial_images(learn, 4) # in pixels, whoever normalised them
-    for k in ('original','x_adv'): assert 0 <= np.stack(images[k]).min() and np.stack(images[k]).max() <= 1 + 1e-6
+    x,x_q,x_adv = (np.stack(images[k]) for k in ('original','x_q','x_adv'))
+    assert 0 <= x.min() and x.max() <= 1 + 1e-6
+    assert np.abs(x_adv - x_q).max() == pytest.approx(.02, abs=1e-6) # of views, which dropout takes beyond white
 
 def test_a_validation_set_smaller_than_a_batch(quiet):
     learn = make(quiet)

@@ -34,6 +34,10 @@ def command(
         try: return func(*args, **kwargs)
         except (ValueError, OSError, FloatingPointError) as e: why,code = _message(e),2
         except KeyboardInterrupt: why,code = 'interrupted',130
+        except (MemoryError, RuntimeError) as e: # a GPU's is a RuntimeError
+            if isinstance(e, RuntimeError) and not re.search("out of memory|can't allocate memory", str(e)): raise
+            why,code = ("there is not enough memory: take a smaller --bs or --size, or --precision bf16; "
+                "clae_train --dry-run says what a step takes"),2
         rank = os.environ.get('RANK') if _local_rank() is not None else '0'
         process = f' (process {rank})' if rank != '0' else ''
         print(f"{func.__name__}{process}: {why}", file=sys.stderr)

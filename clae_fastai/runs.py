@@ -516,7 +516,7 @@ class _Run:
             raise OSError(f"The encoder is trained, and could not be written to {file} ({e}).{elsewhere} "
                 f"Make room, then clae_train --resume {self.folder.name} does what is left.") from e
 
-_of_extension = 'epochs lr seed name workers every_batches log'.split()
+_of_extension = 'epochs lr name workers every_batches log'.split()
 
 def _extended(run, given):
     "Options of a run that begins where a finished one has ended"

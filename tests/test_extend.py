@@ -32,6 +32,7 @@ def test_longer(cli):
 def test_what_cannot_be_extended(cli):
     assert cli('clae_train', '--limit', 64, '--bs', 32, '--epochs', 1, '--name', 'a').returncode == 0
     for args,says in ((['--extend', 'a', '--arch', 'resnet18'], 'leave out --arch'),
+                      (['--extend', 'a', '--seed', 7], 'leave out --seed'), # it says which images were held out
                       (['--extend', 'none'], 'There is no run none'),
                       (['--extend', 'a', '--resume', 'a'], 'leave out --extend')):
         r = cli('clae_train', *args)

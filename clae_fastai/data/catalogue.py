@@ -249,6 +249,8 @@ def get_dls(
     if (path is None and isinstance(name, (str,Path))
             and name not in catalogue and os.path.exists(Path(name).expanduser())):
         name,path = 'folder',name
+    elif path is None and isinstance(name, str) and os.path.isdir(name):
+        print(f"{name} is the data set of that name, and not the folder ./{name}, which is get_dls('./{name}').")
     entry = look_up(name, catalogue, 'data set', 'or pass a folder of images that exists')
     if path is not None: path = check_folder(path, must_exist=name == 'folder')
     check_batches(bs)

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader as TorchLoader, TensorDataset
 from torchvision.transforms import v2
 
 from clae_fastai.all import (FGSM, PGD, CLAELoss, NTXentLoss, TwoViews, clae_learner, dual_bns, encoder_learner,
-    evaluate, extract_features, linear_probe, resnet8, strip_dual_bn)
+    evaluate, extract_features, get_dls, linear_probe, resnet8, strip_dual_bn)
+from clae_fastai.cli import command
 
 class Images:
     "A data set of noise, with labels"
@@ -146,3 +147,23 @@ def test_the_probe_does_not_depend_on_the_features_unit(unit):
     x,y = (torch.tensor(o) for o in load_digits(return_X_y=True))
     def accuracy(unit): return linear_probe((unit*x[:300]/16, y[:300]), (unit*x[300:]/16, y[300:]), device='cpu').final
     assert accuracy(unit) == pytest.approx(accuracy(1.), abs=.002)
+
+def test_a_folder_with_the_name_of_a_data_set(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'digits').mkdir()
+    assert len(get_dls('digits', limit=64).train_ds) == 64
+    assert "not the folder ./digits, which is get_dls('./digits')" in capsys.readouterr().out
+
+@pytest.mark.parametrize('error', [
+    torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB'), MemoryError(),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+def test_too_little_memory_is_said_in_a_sentence(error, capsys):
+    @command
+    def clae_something(): raise error
+    with pytest.raises(SystemExit) as e: clae_something()
+    assert e.value.code == 2 and 'take a smaller --bs' in capsys.readouterr().err
+
+def test_other_errors_of_pytorch_are_not_hidden():
+    @command
+    def clae_something(): raise RuntimeError('mat1 and mat2 shapes cannot be multiplied')
+    with pytest.raises(RuntimeError, match='mat1'): clae_something()

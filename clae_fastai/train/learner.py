@@ -11,7 +11,6 @@ from fastai.vision.all import *
 from fastai.vision.learner import create_head as fastai_head, default_split
 from torch.utils.data import RandomSampler, SequentialSampler
 import warnings
-from contextlib import suppress
 from ..core import *
 from ..method.losses import *
 from ..method.dualbn import *

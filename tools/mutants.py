@@ -40,7 +40,7 @@ mutant('method.attacks', 'anchors', 'anchors move with the images that are attac
        ('anchor = z.detach()', 'anchor = z'))
 mutant('method.attacks', 'clamp', 'pixel space leaves valid pixels',
        'method/test_attacks.py::test_size_validity_and_no_nan',
-       ('return torch.clamp(x + delta/std, -mean/std, (1-mean)/std)', 'return x + delta/std'))
+       ('return torch.clamp(x + delta/std, black, white)', 'return x + delta/std'))
 mutant('method.attacks', 'generator', "random attacks draw from the views' generator",
        f'{learner}::test_same_views_at_every_eps',
        ('return f(shape, generator=self.generator, device=x.device, dtype=x.dtype)',

@@ -63,7 +63,7 @@ def model_inputs(
     predicting:bool # Are embeddings asked for, in `get_preds`, `predict` or `summary`, and not a loss?
 ) -> tuple: # `(x_q, x_p)`, or to predict `(x,)`, normalised
     "Normalises once, whatever `DataLoader` the batch is of. Raises `ValueError` where views would be normalised twice"
-    done = split_normalize(getattr(clae.dl, 'after_batch', None))[1] is not None
+    done = any(isinstance(o, Normalize) for o in L(getattr(getattr(clae.dl, 'after_batch', None), 'fs', None)))
     if done and not predicting and getattr(clae.views, 'stats', None) is not None:
         raise ValueError("DataLoader and views would normalise the images twice: take a loader of learn.dls, "
             "which has no Normalize, or learn.dls.test_dl(files).")

@@ -130,7 +130,7 @@ _data = tuple(
 _methods = 'plain','uel','simclr'
 _views = *_methods,'imagenet','weak','gentle','digits'
 _questions = tuple(
-    'random start compute strong temperature every weak others rate best headline headline_weak confirm'.split())
+    'random start compute strong temperature every weak others rate best headline headline_weak gentle confirm'.split())
 _recipes = *(f'{m}-{d}' for d in ('cifar10','cifar100','tinyimagenet') for m in _methods),'simclr-imagenet100'
 
 @command

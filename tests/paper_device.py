@@ -27,7 +27,6 @@ def missing():
     "Why there is no such device here; '' where there is one"
     try: from torch.utils.backend_registration import _setup_privateuseone_for_python_backend # noqa: F401
     except ImportError: return f"PyTorch {torch.__version__} has no devices made in Python (2.11 and newer have)"
-    if torch.cuda.is_available(): return "there is a GPU, whose place the paper device would take in this process"
     return ''
 
 # What is counted

@@ -11,7 +11,6 @@ root = Path(__file__).parent.parent
 parts = ['environment','golden','waits','step','throughput','evaluation','processes']
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason='tries it without a GPU')
 def test_all_parts_make_their_tables(tmp_path):
     before = {f: f.stat().st_mtime_ns for f in (root/'results').iterdir()}
     command = [sys.executable, root/'benchmarks'/'gpu.py', '--tiny', '--out', tmp_path]

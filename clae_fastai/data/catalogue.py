@@ -214,11 +214,17 @@ def _read(entry, path, **kwargs):
         raise ValueError(f"{entry.name} in {path} cannot be read ({type(e).__name__}: {e}). "
             f"Extract it again; it is offered at {entry.page}.") from None
 
+def _data_folder():
+    "fastai's folder for data sets; where its settings are not there yet, and cannot be read or written, the default"
+    with contextlib.suppress(OSError):
+        if path := fastai_path('data'): return path # none where another process was writing them just now
+    return Path(os.getenv('FASTAI_HOME', '~/.fastai')).expanduser()/'data'
+
 def _read_or_download(entry, path, download, **kwargs):
     if entry.source == 'path' and path is None:
         raise ValueError(f"{entry.name} is not downloaded automatically: "
             f"get it from {entry.page} and pass `path`, the folder that it is in.")
-    path,failed = fastai_path('data') if path is None else path,''
+    path,failed = path or _data_folder(),''
     fetching = download and entry.fetch
     if fetching: path.mkdir(parents=True, exist_ok=True)
     with one_at_a_time(path, entry.name):

@@ -129,6 +129,7 @@ def grids(
             'UEL': dict(method='uel')}) | fourth),
         headline=equal('An adversary over the best setting', {'third view': each_fourth}, **_tuned, **linear),
         headline_weak=equal('An adversary over weak views', third_views((.1,1)), **_tuned, **linear, views='weak'),
+        gentle=equal('An adversary over gentle views', third_views((.1,1)), **_tuned, **linear, views='gentle'),
         confirm=equal('The best settings on a larger encoder', dict(setting={
             "the paper's": dict(temperature=.5),
             'temperature .1': _tuned | off,

@@ -1,6 +1,7 @@
 "Every entry of the catalogue, from a tiny copy of its real layout; what is wrong with a data set is said."
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms as T
+from fastai.data.external import fastai_cfg
 from PIL import Image
 
 from clae_fastai.all import MemoryDL, catalogue, datasets, get_dls
@@ -206,3 +208,19 @@ def test_memory_of_cifar10(tmp_path, cached):
 def test_what_cannot_be_asked_for():
     with pytest.raises(ValueError, match='no data set'): get_dls(get_dls('digits'))
     with pytest.raises(ValueError, match='channels is for folders'): get_dls('digits', channels=3)
+
+@pytest.mark.parametrize('state', ['half written','a file'])
+def test_a_home_without_settings(tmp_path, monkeypatch, state):
+    "Another process may be writing fastai's `config.ini` just now, or nobody can: digits need none, others say where"
+    home = tmp_path/'home'
+    if state == 'a file': home.touch() # it cannot be written to, whoever asks
+    else:
+        home.mkdir()
+        (home/'config.ini').touch()
+    monkeypatch.setenv('FASTAI_HOME', str(home))
+    fastai_cfg.cache_clear()
+    try:
+        assert get_dls('digits', bs=32).train.n == 1347
+        with pytest.raises((FileNotFoundError, ValueError), match=re.escape(str(home/'data'))):
+            get_dls('cifar10', download=False)
+    finally: fastai_cfg.cache_clear()

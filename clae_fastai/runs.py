@@ -545,8 +545,8 @@ def train(
     if unknown := kwargs.keys() - _not_given: raise TypeError(f"There is no option {', '.join(unknown)}.")
     given = {k: v for k,v in kwargs.items() if v != _not_given[k]}
     # also from another folder it is this one
-    if 'path' in given: given['path'] = os.path.abspath(Path(given['path']).expanduser())
-    if is_weight_file(given.get('weights')): given['weights'] = str(Path(given['weights']).expanduser().resolve())
+    if 'path' in given: given['path'] = os.path.abspath(os.path.expanduser(given['path']))
+    if is_weight_file(given.get('weights')): given['weights'] = os.path.realpath(os.path.expanduser(given['weights']))
     with redirect_stdout(io.StringIO() if launched()[0] else sys.stdout): # of several processes the first one prints
         if resume is None:
             run = _Run(_not_given | given if extend is None else _extended(extend, given))
@@ -566,6 +566,12 @@ def _encoder_file(run):
     load_encoder(file) # or say what is wrong with it
     return file
 
+def _is_own(file, path):
+    "Was the run of an encoder file trained on the images in this folder?"
+    if not (file.parent/'settings.json').is_file(): return False
+    own = read_options(file.parent)['path']
+    return own and os.path.realpath(own) == os.path.realpath(os.path.expanduser(path))
+
 def _own_data(file):
     "Name of the data that the run of an encoder file was trained on, and further arguments of `get_dls`"
     if not (file.parent/'settings.json').is_file():
@@ -576,11 +582,11 @@ def _own_data(file):
     seed = ['seed'] if settings['data'] == 'folder' else [] # that held images out
     return settings['data'],{k: settings[k] for k in ['path','size',*seed]} | _of_folder(settings)
 
-def _check_own_data(dls, folder, purpose='to evaluate it on'):
-    "Are these the images of the run in `folder`, and are those that are held out the same?"
+def _check_own_data(dls, folder, purpose='to evaluate it on', same=True):
+    "Are these the images of the run in `folder`, if they must be the `same`, and are those that are held out?"
     content = json.loads((folder/'settings.json').read_bytes())
     version,images = content['versions']['clae_fastai'],content.get('images')
-    if (images and content['options'].get('limit') is None
+    if (same and images and content['options'].get('limit') is None
             and (differ := other_images(images, _images(dls), moved=True))):
         raise ValueError(f"The images in {dls.path} are not those that {folder} was trained on ({differ}): "
             f"bring those back, or say what {purpose}, with --path FOLDER.")
@@ -606,22 +612,34 @@ def evaluate_run(
     "Evaluate an encoder, print the table, and write it to eval-DATA-PROTOCOL.json beside the encoder"
     _check_limits(dict(workers=workers, max_pixels=max_pixels))
     file = _encoder_file(run)
-    if data is None and path is None: data,own = _own_data(file)
+    if path is None and data is None: data,own = _own_data(file)
+    elif path is not None and data in (None,'folder') and _is_own(file, path):
+        data,own = _own_data(file)
+        if own.pop('unlabelled', None):
+            say("The encoder was trained on these images, without their labels: "
+                "those that are held out here are not new to it, and it may do worse on others.")
+            own = {k: v for k,v in own.items() if k not in ('seed','valid_pct')} # of the few without labels
     else: data,own = ifnone(data, 'folder'),dict(path=path)
     given = dict(channels=channels, value_range=value_range, background=background, max_pixels=max_pixels,
         skip_bad=skip_bad or None)
     own,dataset = _given(bs=bs, num_workers=workers, **own) | _given(**given),data
     if 'seed' in own: # `evaluate` has one of its own
         dataset,own = get_dls(data, drop_last=False, **own),{}
-        _check_own_data(dataset, file.parent)
+        _check_own_data(dataset, file.parent, same=path is None) # of some more or fewer the same are held out
     res = replace(evaluate(file, dataset, **kwargs, **own), dataset=data)
+    print(res, flush=True) # whatever becomes of the file
     new = _write_new(file.parent/f'eval-{data}-{res.protocol}.json', _to_json({**res.to_dict(), 'versions': _versions}))
-    print(f"{res}\n\nAll of it is in {new}.")
+    print(f"\nAll of it is in {new}.")
+
+def _check_writable(folder):
+    "Before there is work that would be lost"
+    if not os.access(folder, os.W_OK): raise PermissionError(f"There is no right to write to {folder}.")
 
 def _check_new(out):
     "A file to write. Raises `FileNotFoundError` or `FileExistsError` where it cannot be"
     if not out.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {out.parent} to write {out.name} to.")
+    _check_writable(out.parent)
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists, and nothing is overwritten: give another name with --out.")
     return out
@@ -693,7 +711,8 @@ def _unless_damaged(file, read):
 
 def _read_evaluation(file):
     content = json.loads(file.read_bytes())
-    for k in ('dataset','protocol','knn','result'): content[k]
+    for k in ('dataset','protocol'): content[k]
+    for k in ('knn','result'): 100*ifnone(content[k], 0)
     return content
 
 def _read_picture(file):
@@ -723,6 +742,7 @@ def report_run(
     "Write a run as one page to report.html in its folder"
     _check_limits(dict(workers=workers))
     folder = _find('settings.json', run, 'run').parent
+    _check_writable(folder)
     summary,file = _read_summary(folder),_encoder_file(folder)
     loaders,where = _loaders_of(folder, file, path, workers, skip_bad)
     print("Looking at the images; their map takes up to half a minute after that.", flush=True)

@@ -269,6 +269,13 @@ def test_classes_without_training_images(cli):
     assert r.returncode == 0 and 'classes without training images' in r.stdout, r.stderr
     assert 'knn' not in summary(cli.cwd/'runs'/'digits-simclr-1')['metrics']
 
+def test_eval_on_images_that_were_trained_on_without_labels(cli, digits_dir):
+    args = '--path', digits_dir/'grey', '--workers', 0
+    r = cli('clae_train', *args, '--unlabelled', '--name', 'mine', '--arch', 'resnet8', '--epochs', 1, '--bs', 32)
+    assert r.returncode == 0, r.stderr
+    r = cli('clae_eval', 'mine', *args)
+    assert r.returncode == 0 and 'without their labels' in r.stdout and 'Held out 20 %' in r.stdout, r.stderr
+
 def test_eval_is_on_the_data_of_the_run(cli, digits_dir, monkeypatch):
     "And on the images that it held out"
     r = cli('clae_train', '--path', digits_dir/'grey', '--name', 'mine', '--views', 'digits', '--arch', 'resnet8',
@@ -281,6 +288,10 @@ def test_eval_is_on_the_data_of_the_run(cli, digits_dir, monkeypatch):
         lambda *args, **kwargs: seeds.append(kwargs['seed']) or get_dls(*args, **kwargs))
     r = cli('clae_eval', 'mine', '--workers', 0)
     assert r.returncode == 0 and seeds == [5], r.stderr
+    link = cli.cwd/'link' # whatever it is called, it is the run's own folder
+    link.symlink_to(digits_dir/'grey')
+    again = cli('clae_eval', 'mine', '--path', link, '--workers', 0)
+    assert again.returncode == 0 and seeds == [5,5] and again.stdout.splitlines()[:-1] == r.stdout.splitlines()[:-1]
     e = json.loads((run/'eval-folder-honest.json').read_text())
     n = sum(1 for _ in (digits_dir/'grey').rglob('*.png'))
     assert e['n_train'] + e['n_test'] == n and e['settings']['k'] == min(200, e['n_train'])

@@ -131,7 +131,7 @@ mutant('data.folders', 'lonely', 'a class of one image is tested on, and not tra
         'if share: n = min(max(least, round(share*len(own))), len(own))'))
 mutant('data.folders', 'case', 'split folders are known by lower case alone',
        f'{people}::test_split_folders',
-       ('if o and o.lower() == name]', 'if o and o == name]'))
+       ('{2}$\', \'\', folder.lower())', '{2}$\', \'\', folder)'))
 mutant('data.folders', 'stray', 'a stray image takes all labels away, unsaid',
        f'{people}::test_stray_images',
        ('if classes and stray:', 'if stray: classes = ()\n    if False:'))
@@ -296,7 +296,7 @@ mutant('runs', 'resolved', 'defaults are left open',
        ('dict(options=self.settings, images=images', "dict(options={**self.settings, 'lr': None}, images=images"))
 mutant('runs', 'relative-path', 'a relative path is another folder elsewhere',
        f'{bad}::test_what_is_the_same_goes_on',
-       ("given['path'] = os.path.abspath(Path(given['path']).expanduser())", 'pass'))
+       ("given['path'] = os.path.abspath(os.path.expanduser(given['path']))", 'pass'))
 mutant('paper.experiments', 'two-folders', 'results of other images of the same name are printed',
        f'{bad}::test_tables_of_two_folders_of_one_name',
        ('if images: _check_images(', 'if False: _check_images('))

@@ -218,7 +218,7 @@ def _data_folder():
     "fastai's folder for data sets; where its settings are not there yet, and cannot be read or written, the default"
     with contextlib.suppress(OSError):
         if path := fastai_path('data'): return path # none where another process was writing them just now
-    return Path(os.getenv('FASTAI_HOME', '~/.fastai')).expanduser()/'data'
+    return Path(os.path.expanduser(os.getenv('FASTAI_HOME', '~/.fastai')))/'data'
 
 def _read_or_download(entry, path, download, **kwargs):
     if entry.source == 'path' and path is None:
@@ -253,7 +253,7 @@ def get_dls(
 ) -> DataLoaders: # `train`: the images to train on; `valid`: the test images
     "`DataLoaders` of a data set, by name. Raises `FileNotFoundError` or `ValueError` before any training"
     if (path is None and isinstance(name, (str,Path))
-            and name not in catalogue and os.path.exists(Path(name).expanduser())):
+            and name not in catalogue and os.path.exists(os.path.expanduser(name))):
         name,path = 'folder',name
     elif path is None and isinstance(name, str) and os.path.isdir(name):
         print(f"{name} is the data set of that name, and not the folder ./{name}, which is get_dls('./{name}').")

@@ -15,14 +15,20 @@ from .reading import *
 from .images import *
 
 # %% ../../nbs/10_data.folders.ipynb #9dd68d34
-_train_names = 'train','training'
-_test_names = 'test','testing','valid','validation','val','dev','eval' # the first that is there is for testing
+_train_names = 'train','training','trainset'
+_test_names = 'test','testing','testset','valid','validation','val','dev','eval' # the first that is there is for testing
+_besides = set('set data dataset images imgs img seg'.split()) # words that such names have besides, and a year
 
 def _folders(files, root):
     "`{folder in root: files in it}`; those beside the folders are under None. Folders without images are none"
     return groupby(files, lambda f: first(f.relative_to(root).parts[:-1]))
 
-def _named(folders, names): return [o for name in names for o in folders if o and o.lower() == name]
+def _part(folder):
+    "Lower-case name without what says no more: `train` of train, training_set is training, val2017 is val"
+    words = re.findall(r'[^\W_]+', re.sub('(19|20)[0-9]{2}$', '', folder.lower()))
+    return ' '.join(o for o in words if o not in _besides)
+
+def _named(folders, names): return [o for name in names for o in folders if o and _part(o) == name]
 
 def _enter(root, files, classes=()):
     "`root`, or the folder in it that holds all files, if that is none of the `classes`"
@@ -179,7 +185,7 @@ def _default_size(folder):
     if all((o.height,o.width) == (h,w) for o in folder.infos) and (min(h,w) < 224 or h == w == 224): return h,w
     if min(h,w) < 224:
         raise ValueError(f"{file} is {w}x{h} pixels, smaller than the 224 that images of several sizes are cropped to: "
-            f"choose one, such as size={max(4, min(h,w))}.")
+            f"choose one, such as size={max(8, min(h,w))} (--size).")
     return 224,224
 
 def _decide(folder, size, channels, value_range, **options):

@@ -85,7 +85,7 @@ def _open(file):
 
 def _open_file(file, max_pixels):
     "A file's first image"
-    if Path(file).suffix.lower() in _heic_suffixes and 'HEIF' not in Image.OPEN:
+    if 'HEIF' not in Image.OPEN:
         with suppress(ImportError):
             import pillow_heif
             pillow_heif.register_heif_opener()
@@ -125,13 +125,19 @@ def name_files(
     names = ', '.join(' '.join(str(o).encode(errors='replace').decode().split()) for o in files[:n])
     return f'such as {names}' if len(files) > n else names
 
+def _is_heic(file):
+    "By its content: on their way from a phone such photographs also get the names of others"
+    if not isinstance(file, (str,Path)): return False
+    with suppress(OSError), open(file, 'rb') as f: head = f.read(12)
+    return head[4:8] == b'ftyp' and head[8:] in (b'heic',b'heix',b'heim',b'heis',b'hevc',b'mif1',b'msf1')
+
 def _reason(file, error):
     "Why a file cannot be read"
     if isinstance(error, UnidentifiedImageError):
+        if 'HEIF' not in Image.OPEN and _is_heic(file):
+            return ("HEIC needs a package: pip install pillow-heif; the commands and get_dls then register it "
+                "by themselves, as pillow_heif.register_heif_opener() does")
         error = 'Pillow does not know its format; a function of yours may, read='
-    if isinstance(file, (str,Path)) and Path(file).suffix.lower() in _heic_suffixes and 'HEIF' not in Image.OPEN:
-        return ("HEIC needs a package: pip install pillow-heif; "
-            "the commands and get_dls then register it by themselves, as pillow_heif.register_heif_opener() does")
     if isinstance(error, Image.DecompressionBombError):
         return f"{error} Where it can be trusted, raise the limit with max_pixels=N (--max-pixels N)"
     return ' '.join(str(error).rstrip('.').split()) or type(error).__name__
@@ -275,6 +281,7 @@ def _walk(root, again):
         else:
             seen.add(key)
             with os.scandir(parent) as entries: entries = [o for o in entries if not is_clutter(o.name)]
+            if {'settings.json','encoder.safetensors'} <= {o.name for o in entries}: continue # a run and its pictures
             for entry in entries:
                 found = linked or entry.is_symlink(),parent/entry.name
                 if os.path.isdir(found[1]): heapq.heappush(todo, found)
@@ -288,7 +295,7 @@ def check_folder(
 ) -> Path: # Of it, with the home folder for `~`
     "Raises `FileNotFoundError` where there is no folder, and `ValueError` where there is something else"
     if not str(path).strip(): raise ValueError("The path is empty, and a folder of images is expected.")
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path)) # `~nobody` is a name like any other
     if path.is_dir(): return path
     if any(o.lower() in _archives for o in path.suffixes) and path.exists():
         raise ValueError(f"{path} is an archive: unpack it, and give the folder that its images are in then.")

@@ -89,7 +89,7 @@ def read_weights(
     file:str|Path # A safetensors file, or one of `torch.save`
 ) -> dict: # What is in it
     "Read a file of weights. Raises `FileNotFoundError` or `ValueError`"
-    file = Path(file).expanduser()
+    file = Path(os.path.expanduser(file))
     if not file.is_file(): raise FileNotFoundError(f"There is no file {file} to take weights from.")
     try:
         if file.suffix.lower() == '.safetensors':

@@ -234,7 +234,7 @@ class Checkpoint(Callback):
         folder:str|Path='checkpoints', # Made if it is not there
         every_batches:int=None, # Batches from one save to the next inside an epoch; None: at its end only
         keep:int=2, # Number of the latest files that are kept, 1 or more; the best is kept besides
-        monitor:str='valid_loss', # Column of the best: least 'loss' or 'error', most of others; 'train_loss' if unknown
+        monitor:str='valid_loss', # Column of the best: least 'loss' or 'error', most of others; without 'valid_loss' 'train_loss'
         settings:dict=None # What else makes it this run, such as its seed; `Resume` compares
     ):
         for name,n in dict(keep=keep, every_batches=ifnone(every_batches, 1)).items():
@@ -249,6 +249,10 @@ class Checkpoint(Callback):
         resumed = first(cb for cb in self.learn.cbs if isinstance(cb, Resume) and cb.resuming)
         self.is_first_save = resumed is None
         if self.guarding and self.agreement is None and world_size() > 1: self.agreement = Agreement()
+        columns = L(self.recorder.metric_names[1:]).filter(lambda o: o != 'time')
+        if self.monitor not in columns:
+            raise ValueError(f"monitor={self.monitor!r} is no column of the training table: "
+                f"give one of {', '.join(columns)}.")
         if this_rank() or not self.run: return
         make_folder(self.folder)
         clear_half_files(self.folder)

@@ -153,7 +153,7 @@ def _attack(attack, eps):
 def _read_weights(weights):
     "`weights`, read where they are a file, and the header of an encoder file"
     if not is_weight_file(weights): return weights,None
-    file = Path(weights).expanduser()
+    file = Path(os.path.expanduser(weights))
     if file.suffix.lower() != '.safetensors': return read_weights(file),None
     try: return read_encoder(file)
     except OtherFormat: return read_weights(file),None

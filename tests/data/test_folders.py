@@ -52,3 +52,35 @@ def test_test_images_without_classes(digits_dir, tmp_path):
         for f in part: shutil.copy(f, tmp_path/folder)
     dls = get_dls(tmp_path, bs=8, num_workers=0)
     assert (len(dls.train_ds), len(dls.valid_ds), len(dls.valid.one_batch())) == (40, 10, 1)
+
+@pytest.mark.parametrize('train,test', [
+    ('training_set','test_set'), ('Train Images','Test Images'), ('seg_train','seg_test'), ('train2017','val2017'),
+    ('TrainSet','TestSet'), ('data-train','data-valid')])
+def test_names_of_parts(tmp_path, train, test, capsys):
+    for part in (train,test):
+        for label in 'ab':
+            for i in range(2): image(tmp_path/part/label/f'{i}.png', i, (32,32))
+    dls = get_dls(tmp_path, bs=2)
+    assert (dls.train.n,dls.valid.n,list(dls.vocab)) == (4,4,['a','b']) and 'Held out' not in capsys.readouterr().out
+
+@pytest.mark.parametrize('names', [
+    ('train station','bus station'), ('train','bus'), ('test_tube','train_track'), ('set 1','set 2'), ('2017','2018')])
+def test_classes_that_are_no_parts(tmp_path, names):
+    for name in names:
+        for i in range(3): image(tmp_path/name/f'{i}.png', i, (32,32))
+    assert list(get_dls(tmp_path, bs=2).vocab) == sorted(names)
+
+def test_pictures_of_runs_are_no_data(tmp_path):
+    "As with `--path .`, in a folder where one has trained"
+    for i in range(6): image(tmp_path/f'{i}.png', i, (32,32))
+    run = tmp_path/'runs'/'mine'
+    image(run/'views.png', 7, (32,32))
+    for o in ('settings.json','encoder.safetensors'): (run/o).touch()
+    dls = get_dls(tmp_path, bs=2)
+    assert dls.train.n + dls.valid.n == 6
+
+def test_a_home_that_nobody_has(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match='no folder ~nobody-here'): get_dls('folder', '~nobody-here')
+    for i in range(6): image(tmp_path/'~nobody-here'/f'{i}.png', i, (32,32))
+    assert get_dls('~nobody-here', bs=2).train.n == 4

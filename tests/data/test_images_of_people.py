@@ -593,7 +593,12 @@ def test_heic_without_its_package(heic, monkeypatch):
     save(heic/'5.png', noise(5))
     assert '--skip-bad' in message(heic)
 
-def test_heic_with_its_package(heic):
+    for o in heic.glob('*.heic'): o.rename(o.with_suffix('.JPG')) # on its way from a phone
+    assert 'pip install pillow-heif' in message(heic)
+
+@pytest.mark.parametrize('suffix', ['.heic','.JPG'])
+def test_heic_with_its_package(heic, suffix):
+    for o in heic.glob('*.heic'): o.rename(o.with_suffix(suffix))
     assert len(get_dls(heic, bs=2).train_ds) == 2
 
 def test_large_images(tmp_path, monkeypatch):

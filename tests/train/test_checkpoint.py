@@ -207,6 +207,12 @@ def test_optimisers(tmp_path, quiet, opt):
     with pytest.raises(Exception, match='stopped'): fit(Checkpoint(tmp_path, every_batches=1), Stop(5))
     assert same_weights(a, fit(Resume(tmp_path)))
 
+def test_a_column_that_is_not_there(tmp_path, quiet):
+    "Best of what? It is asked before the first step"
+    learn = quiet(learner(get_dls('digits', bs=32, limit=64), cbs=Checkpoint(tmp_path/'c', monitor='valid_los')))
+    with pytest.raises(ValueError, match="'valid_los' is no column .* train_loss, valid_loss"): learn.fit(1)
+    assert not (tmp_path/'c').exists()
+
 def linear_encoder(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 16))
 
 def test_float16_scaler(tmp_path, quiet):

@@ -16,7 +16,8 @@ from .images import *
 
 # %% ../../nbs/10_data.folders.ipynb #9dd68d34
 _train_names = 'train','training','trainset'
-_test_names = 'test','testing','testset','valid','validation','val','dev','eval' # the first that is there is for testing
+# the first that is there is for testing
+_test_names = 'test','testing','testset','valid','validation','val','dev','eval'
 _besides = set('set data dataset images imgs img seg'.split()) # words that such names have besides, and a year
 
 def _folders(files, root):

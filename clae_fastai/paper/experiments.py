@@ -419,8 +419,7 @@ def _finding(pairs):
     clear,below = (several.low > 0).sum(),(several.high < 0).sum()
     parts = [f"above the baseline at {(pairs['mean'] > 0).sum()} of {len(pairs)}"]
     if len(several): parts.append(f"clearly at {clear or 'none'}")
-    if below: parts.append(f"clearly below at {below}")
-    return ', '.join(parts)
+    return ', '.join(parts) + (f"\nclearly below at {below}" if below else '')
 
 def _draw_cells(ax, cells, colour, colour_of, line):
     "Mean and standard deviation where there are several seeds, and each of them; a hollow marker where there is one"

@@ -234,7 +234,7 @@ class Checkpoint(Callback):
         folder:str|Path='checkpoints', # Made if it is not there
         every_batches:int=None, # Batches from one save to the next inside an epoch; None: at its end only
         keep:int=2, # Number of the latest files that are kept, 1 or more; the best is kept besides
-        monitor:str='valid_loss', # Column of the best: least 'loss' or 'error', most of others; without 'valid_loss' 'train_loss'
+        monitor:str='valid_loss', # Column of the best: least 'loss' or 'error', most of others
         settings:dict=None # What else makes it this run, such as its seed; `Resume` compares
     ):
         for name,n in dict(keep=keep, every_batches=ifnone(every_batches, 1)).items():

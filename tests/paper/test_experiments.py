@@ -259,7 +259,7 @@ def test_a_single_seed_is_hollow_and_no_line_leads_there():
 def test_a_figures_title_is_what_was_found():
     base = {(64,0): [.30,.32,.31], (128,0): [.30,.33,.31], (256,0): [.33,.32,.34]}
     ax,names = draw('fig5a', base | {(64,.03): [.34,.36,.35], (128,.03): [.35,.29,.33], (256,.03): [.29,.28,.30]})
-    assert ax.get_title(loc='left') == 'above the baseline at 2 of 3, clearly at 1, clearly below at 1\nCIFAR-10'
+    assert ax.get_title(loc='left') == 'above the baseline at 2 of 3, clearly at 1\nclearly below at 1\nCIFAR-10'
     assert names == ['baseline','CLAE, eps 0.03']
     title = draw('fig5a', base | {(64,.03): [.34], (128,.03): [.35]})[0].get_title(loc='left')
     assert title == 'above the baseline at 2 of 2\nCIFAR-10; 2 of one seed'

@@ -114,7 +114,7 @@ def _take_gpu():
     if rank < torch.cuda.device_count(): torch.cuda.set_device(rank) # if not, `runs.train` says so
 
 def _do(work, options):
-    "The work of a command, in the room `runs`: only here are PyTorch and fastai imported"
+    "The work of a command, in the module `runs`: only here are PyTorch and fastai imported"
     _take_gpu()
     from clae_fastai import core,runs
     streams = [core.SafeStream(o) for o in (sys.stdout, sys.stderr)]

@@ -232,7 +232,7 @@ def _can_evaluate(dls):
           "a verdict without labels, and neighbours.png, say what was learnt.")
     return False
 
-class _Rows(nn.Module):
+class _TableRows(nn.Module):
     "What the final table compares, side by side: pixels of at most 32x32, features before training, and after it"
     def __init__(self, views, untrained, trained):
         super().__init__()
@@ -250,7 +250,7 @@ def _table_features(learn, untrained):
     "Features of the table's rows: training images and labels, test images and labels; one pass over the images"
     device = next(learn.model.parameters()).device
     sample = itertools.islice(learn.dls.train.new(shuffle=False), max(1, 2048//learn.dls.train.bs))
-    rows = _Rows(learn.clae.views, untrained.to(device), plain_model(learn.model))
+    rows = _TableRows(learn.clae.views, untrained.to(device), plain_model(learn.model))
     with no_random(reproducible=False):
         # the statistics of batch norm
         update_bn((rows.views.normalize(to_device(b[0], device)) for b in sample), untrained)

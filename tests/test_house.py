@@ -14,7 +14,7 @@ by_hand = {'all','_modidx'} # the modules that no notebook makes
 
 def notebooks(house):
     """`[(name, the module that it exports or None)]` of the numbered notebooks, in their order,
-    which is the order of the rooms"""
+    which is the order of the modules"""
     def exports(file):
         code = [''.join(c['source']) for c in json.loads(file.read_text())['cells'] if c['cell_type'] == 'code']
         return next(iter(re.findall(r'^#\| *default_exp +(\S+)', '\n'.join(code), re.M)), None)
@@ -52,19 +52,19 @@ def all_imports(house):
 # What can be wrong with a house: each returns its complaints
 
 def homeless(house):
-    "Modules and notebooks without each other, and floors that are entered twice"
-    rooms,mods,bad = notebooks(house),modules(house),[]
-    for name,exported in rooms:
+    "Modules and notebooks without each other, and packages that are entered twice"
+    sources,mods,bad = notebooks(house),modules(house),[]
+    for name,exported in sources:
         if exported != name: bad.append(f'the notebook {name} exports {exported}')
         elif name not in mods: bad.append(f'the notebook {name} has no module: nbdev_export')
-    names = [n for n,_ in rooms]
+    names = [n for n,_ in sources]
     bad += [f'the module {m} has no notebook: delete it' for m in mods if m not in {*names, *by_hand}]
-    floors = [n.partition('.')[0] for n in names]
-    again = {f for i,f in enumerate(floors) if f in floors[:i] and f != floors[i-1]}
+    packages = [n.partition('.')[0] for n in names]
+    again = {f for i,f in enumerate(packages) if f in packages[:i] and f != packages[i-1]}
     return bad + [f'the notebooks of {f} do not stand together' for f in sorted(again)]
 
 def upward(house):
-    "Imports of a room that comes later, or of itself, or of `all`"
+    "Imports of a module that comes later, or of itself, or of `all`"
     order = {n: i for i,(n,_) in enumerate(notebooks(house))} | dict(all=10**6)
     return [f'{mod}:{line} imports {to}, which is not above it'
             for mod,found in all_imports(house).items() if mod in order
@@ -111,7 +111,7 @@ def test_the_house_stands(check):
 
 @pytest.fixture
 def house(tmp_path):
-    "A small house: core, and two floors of two rooms"
+    "A small house: core, and two packages of two modules"
     def notebook(name, exports):
         return json.dumps(dict(cells=[dict(cell_type='code', source=[f'#| default_exp {exports}'])]))
     code = {'core': 'def f(): pass', 'a.one': 'from ..core import *',
@@ -181,7 +181,7 @@ def test_what_is_newest_is_there(pytestconfig):
     assert [o for o,f in files.items() if '::' in o and f'def {o.partition("::")[2]}(' not in f.read_text()] == []
 
 def test_the_table_of_modules():
-    "Every room has its line, in the order of the rooms, and links to its notebook"
+    "Every module has its line, in their order, and links to its notebook"
     table = re.findall(r'^\| \[([\w.]+)\]\(([\w.]+)\) \|',
         (root/'nbs'/'modules.ipynb').read_text().replace('    "', ''), re.M)
     files = [f.name for f in sorted((root/'nbs').glob('[0-9]*_*.ipynb'))]

@@ -68,7 +68,7 @@ def _labels(files, root, classes=None):
     found,stray = {*labels} - {None},[f for f,label in zip(files, labels) if label is None]
     if classes is None: # or those of the only folder, where images lie beside that
         inner = {f.relative_to(root).parts[1:-1] for f,label in zip(files, labels) if label}
-        classes = found if len(found) > 1 or stray and len(inner) > 1 else ()
+        classes = found if len(found) > 1 or (stray and len(inner) > 1) else ()
     if classes and stray:
         raise ValueError(f"{len(stray)} of the {len(files)} images in {root} lie in none of its class folders: "
             f"{name_files(stray)}. "

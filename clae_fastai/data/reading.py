@@ -12,6 +12,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import astuple, dataclass, fields
 from PIL import ExifTags, ImageColor, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT, SAMPLESPERPIXEL
 import filelock, hashlib, heapq, tempfile
 from ..core import *
 
@@ -50,7 +51,8 @@ def _lost_by_pillow(im):
     deep,n_bands = im.mode[0] in 'IF',len(im.getbands())
     cut = "values of more than 8 bits, of which Pillow keeps the upper 8"
     if im.format == 'TIFF':
-        bits,n,kinds,meaning = (im.tag_v2.get(*o) for o in ((258,(1,)), (277,1), (339,(1,)), (262,None)))
+        bits,n,kinds,meaning = (im.tag_v2.get(*o) for o in (
+            (BITSPERSAMPLE,(1,)), (SAMPLESPERPIXEL,1), (SAMPLEFORMAT,(1,)), (PHOTOMETRIC_INTERPRETATION,None)))
         if n > n_bands: return f"{n} channels, of which Pillow keeps {n_bands}"
         if deep and meaning == 0: return "values that count from white to black"
         if not deep and 2 in kinds: return "negative values"
@@ -69,7 +71,8 @@ def _upright(im):
     "An opened image as a PIL image of 8 bits, or as an array; turned as its EXIF orientation says"
     if lost := _lost_by_pillow(im):
         raise ValueError(f"it has {lost}: read it by a function of yours, read=, or convert it")
-    unsigned = im.format == 'TIFF' and im.mode == 'I' and (im.tag_v2.get(258),im.tag_v2.get(339,(1,))) == ((32,),(1,))
+    unsigned = (im.format == 'TIFF' and im.mode == 'I' and im.tag_v2.get(BITSPERSAMPLE) == (32,)
+        and im.tag_v2.get(SAMPLEFORMAT, (1,)) == (1,))
     im.load()
     if im.getexif().get(ExifTags.Base.Orientation, 1) != 1: im = ImageOps.exif_transpose(im)
     if im.mode[0] not in 'IF': return im

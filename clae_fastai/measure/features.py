@@ -31,7 +31,7 @@ def _prepare(model, dl):
     "`ContrastiveModel`, header of its encoder, and the normalisation that `dl` lacks"
     normalize,info = noop,getattr(model, 'encoder_info', {})
     if isinstance(model, (str,Path)):
-        model = load_encoder(model).to(ifnone(getattr(dl, 'device', None), default_device()))
+        model = load_encoder(model).to(device_of(dl))
         info = model.info
         if 'mean' in info: normalize = TwoViews(noop, (info['mean'],info['std'])).normalize
     elif isinstance(model, Learner):

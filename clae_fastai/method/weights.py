@@ -83,7 +83,7 @@ def is_weight_file(
 ) -> bool:
     "Is it the name of a file, and not of one of a library's weight sets?"
     suffixes = '.safetensors','.pth','.pt','.ckpt','.bin','.tar'
-    return isinstance(weights, Path) or isinstance(weights, str) and Path(weights).suffix.lower() in suffixes
+    return isinstance(weights, Path) or (isinstance(weights, str) and Path(weights).suffix.lower() in suffixes)
 
 def read_weights(
     file:str|Path # A safetensors file, or one of `torch.save`

@@ -99,4 +99,5 @@ class LossesAsNumbers(Callback):
     "What the `Recorder` keeps of each batch for good is a number, and no tensor"
     order,run_valid = Recorder.order+1,False
     def after_batch(self):
-        self.recorder.losses[-1:] = map(float, self.recorder.losses[-1:]) # which are on the CPU already
+        losses = self.recorder.losses
+        if losses: losses[-1] = float(losses[-1]) # it is on the CPU already

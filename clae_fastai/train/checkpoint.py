@@ -203,6 +203,8 @@ def _own_groups(dls):
     finally:
         for dl in loaders: dl.wif, = dl.wif.args
 
+_stop_signals = [getattr(signal, o) for o in ('SIGTERM','SIGINT','SIGHUP') if hasattr(signal, o)] # Windows has two
+
 @contextmanager
 def _last_word(checkpoint, seconds=20):
     """Says how to go on where a signal has found this process waiting for another one,
@@ -211,7 +213,7 @@ def _last_word(checkpoint, seconds=20):
     os.set_blocking(signals, False)
     ended,before = threading.Event(),signal.set_wakeup_fd(signals, warn_on_full_buffer=False)
     def _listen():
-        while (got := os.read(ours, 1)[0]) not in (0, signal.SIGTERM, signal.SIGINT): pass
+        while (got := os.read(ours, 1)[0]) not in (0, *_stop_signals): pass
         if got and not ended.wait(seconds) and not checkpoint.stopping:
             alert(f"\n{signal.Signals(got).name}: process {this_rank()} waits for another process, "
                 "which does not answer. "
@@ -348,7 +350,7 @@ class Checkpoint(Callback):
 
     def _ask_to_stop(self, signum, frame):
         "What a signal does"
-        if time.monotonic() < self.asked + _repeats or self.stopping and launched()[1] > 1: return
+        if time.monotonic() < self.asked + _repeats or (self.stopping and launched()[1] > 1): return
         if self.signal: raise SystemExit(128 + signum)
         self.signal,self.asked = signum,time.monotonic()
         if launched()[1] > 1: return # `_hear` will say it
@@ -359,12 +361,13 @@ class Checkpoint(Callback):
     def guard(self,
         learn:Learner # Which has this callback while it lasts
     ):
-        """SIGTERM and Ctrl-C save after the batch at hand and exit (143 or 130),
-        of several processes all after the same batch;
+        """SIGTERM, Ctrl-C and a terminal that closes (unless `nohup` keeps that out) save after the batch at hand
+        and exit (143, 130 or 129), of several processes all after the same batch;
         an error between two batches, such as a file that cannot be read, saves before it is raised"""
         main = threading.current_thread() is threading.main_thread() # no other can listen to signals
         self.guarding,self.signal,self.stopping,self.asked = True,0,0,-math.inf
-        before = {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGTERM, signal.SIGINT)} if main else {}
+        kept_out = {s for s in _stop_signals[2:] if signal.getsignal(s) == signal.SIG_IGN}
+        before = {s: signal.signal(s, self._ask_to_stop) for s in _stop_signals if main and s not in kept_out}
         several = launched()[1] > 1
         try:
             with learn.added_cbs(self), _own_groups(learn.dls), _last_word(self) if main and several else nullcontext():

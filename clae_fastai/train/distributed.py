@@ -159,7 +159,7 @@ def distributed(self:Learner,
     if launched()[1] < 2 or hasattr(self, 'distributed_trainer'): # the latter inside another such context
         yield self
         return
-    device_type = torch.device(ifnone(getattr(self.dls, 'device', None), default_device())).type
+    device_type = device_of(self.dls).type
     gpu = device_type == 'cuda'
     if gpu:
         set_rank_device()

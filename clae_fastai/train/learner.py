@@ -105,13 +105,13 @@ def is_plain_loader(
     sampler,batches = dl.sampler,dl.batch_sampler
     if type(batches) is not torch.utils.data.BatchSampler or dl.worker_init_fn: return False
     whole = getattr(sampler, 'num_samples', None) == len(dl.dataset) and not getattr(sampler, 'replacement', False)
-    return type(sampler) is SequentialSampler or type(sampler) is RandomSampler and whole
+    return type(sampler) is SequentialSampler or (type(sampler) is RandomSampler and whole)
 
 def _fastai_dls(dls):
     "`dls`, or a shallow copy whose loaders are fastai's where they were PyTorch's"
     def _is_torch(dl): return isinstance(dl, torch.utils.data.DataLoader)
     if not any(map(_is_torch, dls.loaders)): return dls
-    device = ifnone(getattr(dls, 'device', None), default_device())
+    device = device_of(dls)
     def _fastai_dl(dl):
         if not _is_torch(dl): return dl
         return TfmdDL(_TorchSet(dl.dataset), bs=dl.batch_size, shuffle=type(dl.sampler) is RandomSampler,
@@ -269,7 +269,7 @@ def clae_learner(
     head = ifnone(head, settings['head'])
     if isinstance(head, str):
         head = projection_head(num_features(encoder, n_in, size), head, ifnone(n_out, settings['n_out']))
-    device = ifnone(getattr(dls, 'device', None), default_device())
+    device = device_of(dls)
     model = ContrastiveModel(encoder, head, normalize=isinstance(loss, TwoViewLoss)).to(device)
 
     views = ifnone(views, settings['views'])

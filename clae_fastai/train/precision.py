@@ -18,7 +18,7 @@ class DevicePrecision(Callback):
     def before_fit(self):
         mixed = first(self.learn.cbs, risinstance(MixedPrecision)) # `learn.mixed_precision` may be DDP's attribute
         if mixed is None: return
-        device = torch.device(ifnone(getattr(self.dls, 'device', None), default_device())).type
+        device = device_of(self.dls).type
         dtype = torch.bfloat16 if mixed.amp_mode == AMPMode.BF16 else torch.float16
         mixed.autocast,self.learn.scaler = autocast(device, dtype=dtype),GradScaler(device, **mixed.kwargs)
 

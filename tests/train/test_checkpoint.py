@@ -1,5 +1,6 @@
 """Runs that die, as real processes: killed, terminated, out of disk, with dead workers;
 and what resumes equals what was never interrupted."""
+import contextlib
 import json
 import os
 import random
@@ -122,10 +123,10 @@ def test_killed_while_reading_photographs(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('precision', ['fp32','bf16'])
 def test_terminated_and_interrupted(whole, tmp_path, precision):
-    "SIGTERM and Ctrl-C save in the middle of an epoch, at any batch"
+    "SIGTERM, Ctrl-C and a closed terminal save in the middle of an epoch, at any batch"
     opts = [] if precision == 'fp32' else ['--precision', precision]
     args = [*small[:-2], *opts, '--name', 'stopped']
-    for sig,code in ((signal.SIGTERM,143), (signal.SIGINT,130)):
+    for sig,code in ((signal.SIGTERM,143), (signal.SIGINT,130), (signal.SIGHUP,129)):
         p = start(tmp_path, *args)
         folder = tmp_path/'runs'/'stopped'/'checkpoints'
         before = newest(folder)
@@ -267,6 +268,21 @@ def large_images(digits_dir, tmp_path):
         g.parent.mkdir(parents=True, exist_ok=True)
         PILImage.create(f).resize((70,70)).save(g)
     return out
+
+def test_a_terminal_that_closes(quiet, tmp_path):
+    "It stops a training, but for one that `nohup` started"
+    class HangUp(Callback):
+        def after_batch(self):
+            if self.train_iter == 1: os.kill(os.getpid(), signal.SIGHUP)
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for handler,code in ((signal.SIG_IGN,None), (signal.SIG_DFL,129)):
+            signal.signal(signal.SIGHUP, handler)
+            learn,cb = quiet(learner(get_dls('digits', bs=32, limit=96), cbs=HangUp())),Checkpoint(tmp_path/str(code))
+            with pytest.raises(SystemExit) if code else contextlib.nullcontext() as e, cb.guard(learn): learn.fit(1)
+            assert (code is None or e.value.code == code) and signal.getsignal(signal.SIGHUP) == handler
+            assert ('batch' in newest(tmp_path/str(code))[0]) == bool(code)
+    finally: signal.signal(signal.SIGHUP, before)
 
 @pytest.mark.slow
 def test_a_signal_to_the_whole_group(large_images, tmp_path):

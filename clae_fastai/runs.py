@@ -566,20 +566,16 @@ def _encoder_file(run):
     load_encoder(file) # or say what is wrong with it
     return file
 
-def _is_own(file, path):
-    "Was the run of an encoder file trained on the images in this folder?"
-    if not (file.parent/'settings.json').is_file(): return False
-    own = read_options(file.parent)['path']
-    return own and os.path.realpath(own) == os.path.realpath(os.path.expanduser(path))
-
-def _own_data(file):
-    "Name of the data that the run of an encoder file was trained on, and further arguments of `get_dls`"
+def _own_data(file, path=None):
+    """Name of the data that the run of an encoder file was trained on, and further arguments of `get_dls`,
+    among them `path`, if the images are there now"""
     if not (file.parent/'settings.json').is_file():
         raise ValueError(f"{file} is in no run's folder: "
             "say what to evaluate it on, with --data NAME or --path FOLDER.")
     settings,_ = _fill_in(read_options(file.parent))
-    _check_place(settings, file.parent, "--path FOLDER")
-    seed = ['seed'] if settings['data'] == 'folder' else [] # that held images out
+    if path: settings['path'] = path
+    else: _check_place(settings, file.parent, "--path FOLDER")
+    seed = ['seed'] if settings['data'] in ('folder','caltech101') else [] # that held images out
     return settings['data'],{k: settings[k] for k in ['path','size',*seed]} | _of_folder(settings)
 
 def _check_own_data(dls, folder, purpose='to evaluate it on', same=True):
@@ -595,6 +591,21 @@ def _check_own_data(dls, folder, purpose='to evaluate it on', same=True):
             f"{folder} is a run of clae_fastai {version}, which chose the images to hold out in another way, "
             "so that this version would test on images that the run was trained on: "
             f"say what {purpose}, with --path FOLDER.")
+
+def _changes(file, path):
+    """What is new of the images that the run of an encoder file was trained on, '' if they are the same, here or
+    elsewhere; None where the images in `path` are others"""
+    try: content,options = json.loads((file.parent/'settings.json').read_bytes()),read_options(file.parent)
+    except (OSError, ValueError): return None
+    if options['data'] != 'folder': return None
+    same_place = os.path.realpath(options['path']) == os.path.realpath(os.path.expanduser(path))
+    if options['limit']: return '' if same_place else None # what was left out is not known
+    try:
+        name,own = _own_data(file, path)
+        with redirect_stdout(io.StringIO()): now = _images(get_dls(name, **own))
+        differ = other_images(content.get('images') or {}, now, moved=True)
+    except (OSError, ValueError) as e: differ = str(e)
+    return differ if same_place or not differ else None
 
 def evaluate_run(
     run:str, # Name or folder of a run, or an encoder file
@@ -612,14 +623,17 @@ def evaluate_run(
     "Evaluate an encoder, print the table, and write it to eval-DATA-PROTOCOL.json beside the encoder"
     _check_limits(dict(workers=workers, max_pixels=max_pixels))
     file = _encoder_file(run)
-    if path is None and data is None: data,own = _own_data(file)
-    elif path is not None and data in (None,'folder') and _is_own(file, path):
-        data,own = _own_data(file)
-        if own.pop('unlabelled', None):
+    changes = _changes(file, path) if path is not None and data in (None,'folder') else None
+    if changes is None and (path,data) != (None,None): data,own = ifnone(data, 'folder'),dict(path=path)
+    else:
+        data,own = _own_data(file, path)
+        images = json.loads((file.parent/'settings.json').read_bytes()).get('images') or {}
+        if path is not None and 'classes' not in images:
             say("The encoder was trained on these images, without their labels: "
                 "those that are held out here are not new to it, and it may do worse on others.")
-            own = {k: v for k,v in own.items() if k not in ('seed','valid_pct')} # of the few without labels
-    else: data,own = ifnone(data, 'folder'),dict(path=path)
+            own = dict(path=path) # the few that were held out are no test
+        elif changes: say(f"The images in {path} are not quite those that the encoder was trained on ({changes}): "
+            "of those that are held out here it may have seen some.")
     given = dict(channels=channels, value_range=value_range, background=background, max_pixels=max_pixels,
         skip_bad=skip_bad or None)
     own,dataset = _given(bs=bs, num_workers=workers, **own) | _given(**given),data

@@ -276,6 +276,24 @@ def test_eval_on_images_that_were_trained_on_without_labels(cli, digits_dir):
     r = cli('clae_eval', 'mine', *args)
     assert r.returncode == 0 and 'without their labels' in r.stdout and 'Held out 20 %' in r.stdout, r.stderr
 
+def test_eval_on_images_that_have_changed(cli, digits_dir):
+    "Sorted into classes since, or with one more; `settings.json` beside an encoder need not be a run's"
+    photos = shutil.copytree(digits_dir/'flat', cli.cwd/'photos')
+    args = '--path', photos, '--workers', 0
+    assert cli('clae_train', *args, '--name', 'flat', '--arch', 'resnet8', '--epochs', 1, '--bs', 32).returncode == 0
+    shutil.rmtree(photos)
+    shutil.copytree(digits_dir/'rgb', photos)
+    r = cli('clae_eval', 'flat', *args)
+    assert r.returncode == 0 and 'without their labels' in r.stdout and 'Held out 20 %' in r.stdout, r.stderr
+    assert cli('clae_train', *args, '--name', 'sorted', '--arch', 'resnet8', '--epochs', 1, '--bs', 32).returncode == 0
+    shutil.copy(next((photos/'0').glob('*.png')), photos/'0'/'one more.png')
+    r = cli('clae_eval', 'sorted', *args)
+    assert r.returncode == 0 and 'not quite those' in r.stdout and 'their number' in r.stdout, r.stderr
+    (cli.cwd/'mine').mkdir()
+    shutil.copy(cli.cwd/'runs'/'sorted'/'encoder.safetensors', cli.cwd/'mine')
+    (cli.cwd/'mine'/'settings.json').write_text('{"editor": 1}')
+    assert cli('clae_eval', 'mine/encoder.safetensors', *args).returncode == 0
+
 def test_eval_is_on_the_data_of_the_run(cli, digits_dir, monkeypatch):
     "And on the images that it held out"
     r = cli('clae_train', '--path', digits_dir/'grey', '--name', 'mine', '--views', 'digits', '--arch', 'resnet8',
@@ -291,7 +309,13 @@ def test_eval_is_on_the_data_of_the_run(cli, digits_dir, monkeypatch):
     link = cli.cwd/'link' # whatever it is called, it is the run's own folder
     link.symlink_to(digits_dir/'grey')
     again = cli('clae_eval', 'mine', '--path', link, '--workers', 0)
-    assert again.returncode == 0 and seeds == [5,5] and again.stdout.splitlines()[:-1] == r.stdout.splitlines()[:-1]
+    def table(r): return r.stdout.splitlines()[-6:-1]
+    assert again.returncode == 0 and set(seeds) == {5} and table(again) == table(r) and 'not quite' not in again.stdout
+    moved = shutil.copytree(digits_dir/'grey', cli.cwd/'moved')
+    assert table(cli('clae_eval', 'mine', '--path', moved, '--workers', 0)) == table(r)
+    shutil.copytree(moved, here := cli.cwd/'here')
+    next((here/'0').glob('*.png')).unlink() # these are other images, of which nothing is known
+    assert table(cli('clae_eval', 'mine', '--path', here, '--workers', 0)) != table(r) and set(seeds) == {5}
     e = json.loads((run/'eval-folder-honest.json').read_text())
     n = sum(1 for _ in (digits_dir/'grey').rglob('*.png'))
     assert e['n_train'] + e['n_test'] == n and e['settings']['k'] == min(200, e['n_train'])

@@ -7,7 +7,7 @@ __all__ = ['catalogue', 'DataSet', 'datasets', 'get_dls']
 
 # %% ../../nbs/11_data.catalogue.ipynb #69acc60d
 from fastai.vision.all import *
-import contextlib, inspect, numbers, scipy.io, torchvision
+import configparser, contextlib, inspect, numbers, scipy.io, torchvision
 from dataclasses import dataclass
 from importlib import resources
 from sklearn.datasets import load_digits
@@ -216,7 +216,7 @@ def _read(entry, path, **kwargs):
 
 def _data_folder():
     "fastai's folder for data sets; where its settings are not there yet, and cannot be read or written, the default"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError, configparser.Error):
         if path := fastai_path('data'): return path # none where another process was writing them just now
     return Path(os.path.expanduser(os.getenv('FASTAI_HOME', '~/.fastai')))/'data'
 

@@ -29,7 +29,10 @@ def _part(folder):
     words = re.findall(r'[^\W_]+', re.sub('(19|20)[0-9]{2}$', '', folder.lower()))
     return ' '.join(o for o in words if o not in _besides)
 
-def _named(folders, names): return [o for name in names for o in folders if o and _part(o) == name]
+def _named(folders, names):
+    "Folders of these names, in their order; only where there are none, those that say more besides"
+    def _find(name_of): return [o for name in names for o in folders if o and name_of(o) == name]
+    return _find(str.lower) or _find(_part)
 
 def _enter(root, files, classes=()):
     "`root`, or the folder in it that holds all files, if that is none of the `classes`"

@@ -130,8 +130,9 @@ def name_files(
 
 def _is_heic(file):
     "By its content: on their way from a phone such photographs also get the names of others"
-    if not isinstance(file, (str,Path)): return False
-    with suppress(OSError), open(file, 'rb') as f: head = f.read(12)
+    head = b''
+    if isinstance(file, (str,Path)):
+        with suppress(OSError), open(file, 'rb') as f: head = f.read(12)
     return head[4:8] == b'ftyp' and head[8:] in (b'heic',b'heix',b'heim',b'heis',b'hevc',b'mif1',b'msf1')
 
 def _reason(file, error):

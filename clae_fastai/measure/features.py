@@ -13,7 +13,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 import csv, zipfile
 from ..core import *
 from ..data.reading import *
-from ..method.views import check_pixels, split_normalize, TwoViews
+from ..method.views import check_pixels, split_normalize, TwoViews, undo_normalize
 from ..method.weights import *
 from ..method.models import *
 from ..train.encoder import *
@@ -28,18 +28,21 @@ def evenly_spread(
     return np.linspace(0, n-1, min(n, most)).round().astype(int).tolist()
 
 def _prepare(model, dl):
-    "`ContrastiveModel`, header of its encoder, and the normalisation that `dl` lacks"
-    normalize,info = noop,getattr(model, 'encoder_info', {})
+    "`ContrastiveModel`, header of its encoder, pixels of a batch, and their normalisation, unless `dl` alone does it"
+    views,normalize,info = None,noop,getattr(model, 'encoder_info', {})
     if isinstance(model, (str,Path)):
         model = load_encoder(model).to(device_of(dl))
         info = model.info
-        if 'mean' in info: normalize = TwoViews(noop, (info['mean'],info['std'])).normalize
+        if 'mean' in info:
+            views = TwoViews(noop, (info['mean'],info['std']))
+            normalize = views.normalize
     elif isinstance(model, Learner):
-        if hasattr(model, 'clae'): normalize = model.clae.normalize
+        if hasattr(model, 'clae'): normalize,views = model.clae.normalize,model.clae.views
         model = model.model
     model = plain_model(model)
-    if split_normalize(getattr(dl, 'after_batch', None))[1] is not None: normalize = noop
-    return model if isinstance(model, ContrastiveModel) else ContrastiveModel(model, None),info,normalize
+    pixels,own_stats = partial(undo_normalize, dl=dl, views=views),getattr(views, 'stats', None)
+    if own_stats is None and split_normalize(getattr(dl, 'after_batch', None))[1] is not None: normalize = noop
+    return model if isinstance(model, ContrastiveModel) else ContrastiveModel(model, None),info,pixels,normalize
 
 def _with_progress(dl, model):
     "`dl` behind a bar on terminals and in notebooks, but under `no_bar`; while training, below fastai's own"
@@ -82,7 +85,7 @@ def _integers(y):
 def _each_batch(model, dl, which, use):
     "`use(h, z, labels)` of batch after batch, each None where it is not asked for, or not there"
     check_choice('which', which, ('h','z','both'))
-    net,info,normalize = _prepare(model, dl)
+    net,info,pixels,normalize = _prepare(model, dl)
     if which != 'h' and net.head is None:
         raise ValueError("An encoder has no head to make embeddings z: use which='h', or the `Learner`.")
     device = getattr(first(net.parameters()), 'device', 'cpu')
@@ -92,15 +95,16 @@ def _each_batch(model, dl, which, use):
         with getattr(getattr(dl, 'dataset', None), 'set_split_idx', nullcontext)(1): # no augmentation
             for x,*y in _with_progress(dl, model):
                 check_channels(x.shape[1], info)
+                x = pixels(send(x, device).as_subclass(Tensor))
                 if not checked: check_pixels(x)
                 checked = True # the first batch
-                h = net.features(normalize(send(x, device).as_subclass(Tensor)))
+                h = net.features(normalize(x))
                 labels = send(_integers(y[0]), device).as_subclass(Tensor) if y else None
                 use(None if which == 'z' else h, None if which == 'h' else net.project(h), labels)
 
 def extract_features(
     model:Learner|nn.Module|str|Path, # Also a `ContrastiveModel`, encoder, or encoder file
-    dl, # Images, with or without labels; learner and file normalise them, unless `dl` does
+    dl, # Images, with or without labels; learner and file normalise them as in training, whatever `dl` does
     which:str='h', # The features 'h', the embeddings 'z', or 'both'
     dtype:torch.dtype=None, # Of the result, the model's by default
     device='cpu' # Of the result; None: the model's

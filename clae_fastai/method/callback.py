@@ -62,13 +62,9 @@ def model_inputs(
     x:Tensor, # Its images (B,C,H,W)
     predicting:bool # Are embeddings asked for, in `get_preds`, `predict` or `summary`, and not a loss?
 ) -> tuple: # `(x_q, x_p)`, or to predict `(x,)`, normalised
-    "Normalises once, whatever `DataLoader` the batch is of. Raises `ValueError` where views would be normalised twice"
-    done = any(isinstance(o, Normalize) for o in L(getattr(getattr(clae.dl, 'after_batch', None), 'fs', None)))
-    if done and not predicting and getattr(clae.views, 'stats', None) is not None:
-        raise ValueError("DataLoader and views would normalise the images twice: take a loader of learn.dls, "
-            "which has no Normalize, or learn.dls.test_dl(files).")
-    with autocast(x.device.type, enabled=False):
-        return (x if done else clae.normalize(x),) if predicting else tuple(clae.views(x))
+    "Normalises once, and as the views do, whatever `DataLoader` the batch is of"
+    x = undo_normalize(x, clae.dl, clae.views)
+    with autocast(x.device.type, enabled=False): return (clae.normalize(x),) if predicting else tuple(clae.views(x))
 
 def check_loader(
     dl # Training `DataLoader`

@@ -201,7 +201,7 @@ def classifier_vs_eps(
         perturbed,supervised = _adversary_and_noise(clae, eps, seed),_sweep(clae, FGSM, eps)
         for x,y,*_ in full_batches(dls.valid, device, n_batches, shuffle=True):
             x,y = x.as_subclass(Tensor),torch.searchsorted(classes, y.as_subclass(Tensor))
-            if split_normalize(getattr(dls.valid, 'after_batch', None))[1] is None: x = clae.normalize(x)
+            x = clae.normalize(undo_normalize(x, dls.valid, clae.views))
             model.train()
             xs = perturbed(x)
             model.eval()

@@ -8,7 +8,7 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'random_state', 'set_random_sta
 
 # %% ../../nbs/15_train.checkpoint.ipynb #d4e39211
 from fastai.vision.all import *
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext, redirect_stderr, redirect_stdout, suppress
 import json, signal, uuid, zlib
 from ..core import *
 from ..method.weights import *
@@ -252,7 +252,7 @@ class Checkpoint(Callback):
         self.is_first_save = resumed is None
         if self.guarding and self.agreement is None and world_size() > 1: self.agreement = Agreement()
         columns = L(self.recorder.metric_names[1:]).filter(lambda o: o != 'time')
-        if self.monitor not in columns:
+        if self.run and self.monitor not in columns + L('valid_loss'): # in whose place the training loss may stand
             raise ValueError(f"monitor={self.monitor!r} is no column of the training table: "
                 f"give one of {', '.join(columns)}.")
         if this_rank() or not self.run: return
@@ -363,17 +363,20 @@ class Checkpoint(Callback):
     ):
         """SIGTERM, Ctrl-C and a terminal that closes (unless `nohup` keeps that out) save after the batch at hand
         and exit (143, 130 or 129), of several processes all after the same batch;
-        an error between two batches, such as a file that cannot be read, saves before it is raised"""
+        an error between two training batches, such as a file that cannot be read, saves before it is raised"""
         main = threading.current_thread() is threading.main_thread() # no other can listen to signals
         self.guarding,self.signal,self.stopping,self.asked = True,0,0,-math.inf
         kept_out = {s for s in _stop_signals[2:] if signal.getsignal(s) == signal.SIG_IGN}
         before = {s: signal.signal(s, self._ask_to_stop) for s in _stop_signals if main and s not in kept_out}
         several = launched()[1] > 1
         try:
-            with learn.added_cbs(self), _own_groups(learn.dls), _last_word(self) if main and several else nullcontext():
+            listening = _last_word(self) if main and several else nullcontext()
+            # a terminal that has closed takes no progress bar
+            with (learn.added_cbs(self), _own_groups(learn.dls), listening,
+                    redirect_stdout(SafeStream(sys.stdout)), redirect_stderr(SafeStream(sys.stderr))):
                 try: yield self
                 except Exception:
-                    if self.between_batches and world_size() < 2:
+                    if self.between_batches and learn.training and world_size() < 2:
                         gone = [cb for cb in self.fit_cbs if cb not in learn.cbs] # those of this fit alone
                         with learn.added_cbs(gone): self.save(self.iter)
                     raise

@@ -102,10 +102,11 @@ def is_plain_loader(
     dl:torch.utils.data.DataLoader # One of PyTorch's
 ) -> bool:
     "Is it nothing but a data set, a batch size and a shuffling?"
-    sampler,batches = dl.sampler,dl.batch_sampler
-    if type(batches) is not torch.utils.data.BatchSampler or dl.worker_init_fn: return False
-    whole = getattr(sampler, 'num_samples', None) == len(dl.dataset) and not getattr(sampler, 'replacement', False)
-    return type(sampler) is SequentialSampler or (type(sampler) is RandomSampler and whole)
+    sampler,plain = dl.sampler,torch.utils.data.DataLoader
+    own = type(dl).__iter__ is not plain.__iter__ or type(dl.batch_sampler) is not torch.utils.data.BatchSampler
+    if own or dl.worker_init_fn: return False
+    if type(sampler) is not RandomSampler: return type(sampler) is SequentialSampler
+    return sampler.num_samples == len(dl.dataset) and not sampler.replacement
 
 def _fastai_dls(dls):
     "`dls`, or a shallow copy whose loaders are fastai's where they were PyTorch's"
@@ -119,7 +120,7 @@ def _fastai_dls(dls):
             persistent_workers=dl.persistent_workers, create_batch=partial(_collate, dl.collate_fn), device=device)
     if all(is_plain_loader(dl) for dl in dls.loaders if _is_torch(dl)):
         return DataLoaders(*map(_fastai_dl, dls.loaders), path=dls.path, device=device)
-    print("PyTorch's loader has a sampler or worker_init_fn of its own, and is used as it is: "
+    print("PyTorch's loader has an __iter__, a sampler or a worker_init_fn of its own, and is used as it is: "
           "training and features work; for get_preds, summary, show_batch, export and encoder_learner "
           "give fastai's DataLoader(dataset, bs=64, shuffle=True).")
     return dls
@@ -200,6 +201,9 @@ def _try_views(views, images):
             raise ValueError(f"views= fails on a batch of these images ({type(e).__name__}: {e}). It gets batches "
                 "(B,C,H,W); transforms of single images go into a list, views=[...].") from e
     if isinstance(views, TwoViews):
+        if not isinstance(xs, Tensor):
+            raise ValueError(f"views= returns {type(xs).__name__} of a batch of images, and one augmented batch "
+                "(B,C,H,W) was expected.")
         if xs.abs().max() > 8: # noise reaches beyond [0,1], but not so far
             raise ValueError(f"views= returns values up to {float(xs.abs().max()):.4g}, and pixels lie in [0,1]: "
                 "torchvision's v2.ToDtype needs scale=True.")
@@ -396,7 +400,8 @@ def show_views(self:Learner,
 ) -> plt.Figure:
     "Draw training images, their views and, with an attack, adversaries and their changes"
     with seeded_clae(self, seed) as (clae,model,device):
-        x = first(full_batches(ifnone(dl, self.dls.train), device, 1))[0]
+        dl = ifnone(dl, self.dls.train)
+        x = undo_normalize(first(full_batches(dl, device, 1))[0], dl, clae.views)
         x_q,x_p = clae.views(x)
         adversary = dict(x_adv=clae.adversarial_views(x_q)) if clae.attacking else {}
         images = views_table(clae, n, x, x_q=x_q, x_p=x_p, **adversary)

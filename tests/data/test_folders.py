@@ -70,6 +70,15 @@ def test_classes_that_are_no_parts(tmp_path, names):
         for i in range(3): image(tmp_path/name/f'{i}.png', i, (32,32))
     assert list(get_dls(tmp_path, bs=2).vocab) == sorted(names)
 
+def test_exact_names_of_parts_come_first(tmp_path, capsys):
+    "Masks and copies in other sizes stand beside them"
+    for part in ('train','train_seg','test','seg_test'):
+        for label in 'ab':
+            for i in range(2): image(tmp_path/part/label/f'{i}.png', i, (32,32))
+    dls = get_dls(tmp_path, bs=2)
+    said = capsys.readouterr().out
+    assert (dls.train.n,dls.valid.n) == (4,4) and 'train_seg' in said and 'as train and test of' in said
+
 def test_pictures_of_runs_are_no_data(tmp_path):
     "As with `--path .`, in a folder where one has trained"
     for i in range(6): image(tmp_path/f'{i}.png', i, (32,32))

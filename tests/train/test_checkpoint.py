@@ -214,6 +214,34 @@ def test_a_column_that_is_not_there(tmp_path, quiet):
     with pytest.raises(ValueError, match="'valid_los' is no column .* train_loss, valid_loss"): learn.fit(1)
     assert not (tmp_path/'c').exists()
 
+def test_a_column_of_a_later_callback(tmp_path, quiet):
+    "`lr_find` saves nothing, and the training loss may stand for the validation loss that nobody records"
+    learn = quiet(learner(get_dls('digits', bs=32, limit=64), cbs=Checkpoint(tmp_path, monitor='knn')))
+    learn.lr_find(num_it=10, show_plot=False)
+    learn = quiet(learner(get_dls('digits', bs=32, limit=64), cbs=Checkpoint(tmp_path)))
+    learn.recorder.valid_metrics = False
+    learn.fit(1)
+    assert newest(tmp_path)
+
+def test_an_error_in_validation(tmp_path, quiet):
+    "Nothing is saved inside of it: training goes on from the last whole epoch, and ends as if nothing had been"
+    class Breaks(Callback):
+        def before_batch(self):
+            if not self.training and self.epoch == 1 and self.iter == 1: raise OSError('a lost drive')
+    def fit(*cbs):
+        set_seed(0)
+        learn = quiet(learner(get_dls('digits', bs=32, limit=96)))
+        checkpoint = Checkpoint(tmp_path)
+        with checkpoint.guard(learn): learn.fit(2, 1e-3, cbs=cbs)
+        return learn
+    with pytest.raises(Exception, match='a lost drive'): fit(Breaks())
+    assert newest(tmp_path) == ['epoch0000.safetensors']
+    resumed = fit(Resume(tmp_path))
+    set_seed(0)
+    whole = quiet(learner(get_dls('digits', bs=32, limit=96)))
+    whole.fit(2, 1e-3)
+    assert same_weights(whole, resumed)
+
 def linear_encoder(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 16))
 
 def test_float16_scaler(tmp_path, quiet):

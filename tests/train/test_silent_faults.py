@@ -44,7 +44,34 @@ def test_a_loader_that_normalises_is_not_normalised_again(tmp_path, quiet):
     learn,files = quiet(clae_learner(dls, resnet8)),get_image_files(tmp_path)
     theirs,ours = (learn.get_preds(dl=o.test_dl(files))[0] for o in (dls, learn.dls))
     torch.testing.assert_close(theirs, ours)
-    with pytest.raises(ValueError, match='twice: take a loader of learn.dls'): learn.validate(dl=dls.valid)
+    assert learn.validate(dl=dls.valid)[0] < 10
+
+@pytest.mark.parametrize('size', [None, 8])
+def test_a_loader_that_normalises_otherwise(quiet, size):
+    "With other numbers than the learner does, or without its size: features, embeddings and pictures are the learner's"
+    normalize = Normalize.from_stats([.2]*3, [.05]*3, cuda=False)
+    learn,bare = quiet(clae_learner(make_dls(), resnet8, size=size)),TfmdDL(Images(), bs=16)
+    normalised = TfmdDL(Images(), bs=16, after_batch=[normalize])
+    for of in (lambda dl: extract_features(learn, dl)[0], lambda dl: learn.get_preds(dl=dl)[0]):
+        torch.testing.assert_close(of(normalised), of(bare), rtol=1e-3, atol=1e-4)
+    low,high = (f([im.min() if f is min else im.max() for ax in learn.show_views(2, dl=normalised).axes
+                   for im in (o.get_array() for o in ax.images)]) for f in (min, max))
+    assert -.05 < low < high < 1.05 # adversaries reach beyond black and white
+
+class Halved(TorchLoader):
+    "Users' loaders do more than to load"
+    def __iter__(self):
+        for x,y in super().__iter__(): yield x/2,y
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self): return zip(Images().x, torch.arange(48))
+
+def test_loaders_with_an_iter_of_their_own():
+    learn,data = clae_learner(make_dls(), resnet8),TensorDataset(Images().x, torch.arange(48))
+    h = extract_features(learn, TorchLoader(data, batch_size=16))[0]
+    halved = extract_features(learn, TorchLoader(TensorDataset(Images().x/2, torch.arange(48)), batch_size=16))[0]
+    assert torch.equal(extract_features(learn, Halved(data, batch_size=16))[0], halved)
+    torch.testing.assert_close(extract_features(learn, TorchLoader(Stream(), batch_size=16))[0], h)
 
 @pytest.mark.parametrize('make,n_batches', [
     (partial(WeightedDL, wgts=[1.]*5 + [0.]*43), 3), (partial(PartialDL, partial_n=16), 1)])

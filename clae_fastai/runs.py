@@ -628,7 +628,7 @@ def evaluate_run(
     else:
         data,own = _own_data(file, path)
         images = json.loads((file.parent/'settings.json').read_bytes()).get('images') or {}
-        if path is not None and 'classes' not in images:
+        if path is not None and images and 'classes' not in images:
             say("The encoder was trained on these images, without their labels: "
                 "those that are held out here are not new to it, and it may do worse on others.")
             own = dict(path=path) # the few that were held out are no test

@@ -66,7 +66,8 @@ def test_no_verdict_is_lost(page):
         claim,*_,verdict = (c.strip() for c in o.strip('|').split(' | '))
         assert f'| {claim}' in text or re.search(re.escape(claim) + r'( \(|;|\.)', text.split('Not tested: ')[1])
         if verdict != 'not tested':
-            line, = [l for l in text.splitlines() if re.match(re.escape(f'| {claim}') + r'( \(.*?\))?(, on digits)? \| ', l)]
+            start = re.escape(f'| {claim}') + r'( \(.*?\))?(, on digits)? \| '
+            line, = [l for l in text.splitlines() if re.match(start, l)]
             said = line.split(' | ')[1].replace('**', '')
             assert all(v in said for v in verdict.split('<br>'))
     counts = dict((k,int(n)) for n,k in

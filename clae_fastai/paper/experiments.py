@@ -82,7 +82,7 @@ def grids(
     linear,plain,fourth = dict(head='linear'),dict(views='plain'),third_views((.03,4))
     each_fourth = fourth['third view']
     if scale == 'fast': # seconds of bench_every.py
-        each_fourth = each_fourth | {'none, for as many seconds as adversarial': dict(off, epochs=35)}
+        each_fourth = each_fourth | {'none, for as many seconds as adversarial': dict(off, epochs=39)}
     return dict(
         table1=Grid(
             'Table 1: three methods, with and without adversarial examples',

@@ -341,18 +341,14 @@ class _Run:
             **_of_folder(s))
 
     def learner(self):
-        "The learner as it is before training"
+        "The learner, of random weights or of those that were given"
         s,_some = self.settings,self._some
         set_seed(s['seed'])
         dls = self.dls()
         own = (self.recipe.learner_kwargs() if self.recipe else
             _some('arch method eps alpha attack every temperature head n_out views'))
-        learn = clae_learner(dls, **own,
+        return clae_learner(dls, **own,
             **_some('pretrained weights precision channels_last deterministic attack_bn on_nonfinite'))
-        begun = self.folder and checkpoints(self.folder/'checkpoints') # then `Resume` brings the weights
-        if s['extends'] and not begun:
-            load_state(learn.model, last_checkpoint(Path(s['extends'])/'checkpoints')[1]['model'])
-        return learn
 
     @property
     def data(self):
@@ -444,14 +440,15 @@ class _Run:
     def fit(self, learn):
         "Train, in as many processes as were launched; the first one keeps what the final table compares with"
         print(f"{self.folder}: {self.describe(learn)}")
+        learn.path,checkpoints_of = self.folder,self.folder/'checkpoints'
+        begun,parent = checkpoints(checkpoints_of),self.settings['extends']
         if not this_rank(): self.untrained = deepcopy(plain_model(learn.model)) if _can_evaluate(learn.dls) else None
+        if parent and not begun: load_state(learn.model, last_checkpoint(Path(parent)/'checkpoints')[1]['model'])
         terminal = sys.stdout.isatty()
         quiet = [] if terminal else [learn.no_bar(), learn.no_logging()]
-        learn.path,checkpoints_of = self.folder,self.folder/'checkpoints'
         settings = {k: v for k,v in self.settings.items() if k not in ('name','path','workers','every_batches','log')}
         self.log,self.monitor = RunLog(self.folder/'history.csv', not terminal, self.side),CollapseMonitor()
-        cbs = [self.log, self.monitor] + (
-            [Resume(checkpoints_of, settings, self.moved)] if checkpoints(checkpoints_of) else [])
+        cbs = [self.log, self.monitor] + ([Resume(checkpoints_of, settings, self.moved)] if begun else [])
         guard = Checkpoint(checkpoints_of, self.settings['every_batches'], settings=settings).guard(learn)
         try:
             with (learn.distributed(), ContextManagers(quiet), guard,
@@ -813,7 +810,8 @@ def trial_images(
 ) -> dict:
     "The `fingerprint` of the images that it is trained on"
     s,_ = _fill_in(_trial_options(options, Path())[0])
-    return _images(get_dls(s['data'], num_workers=0, **_given(**{k: s[k] for k in 'path bs size limit seed'.split()})))
+    own = _given(**{k: s[k] for k in 'path bs size limit seed'.split()})
+    with redirect_stdout(io.StringIO()): return _images(get_dls(s['data'], num_workers=0, **own)) # asked of each trial
 
 def trained(
     folder:Path # Of a finished run

@@ -40,3 +40,15 @@ def test_what_cannot_be_extended(cli):
     assert '--extend a --epochs' in cli('clae_train', '--resume', 'a').stdout
     (cli.cwd/'runs'/'a'/'summary.json').unlink()
     assert '--resume a' in cli('clae_train', '--extend', 'a').stderr
+
+def test_what_is_untrained(cli):
+    "In a run's last table it is an encoder of random weights, the parent's own, also after an interrupted evaluation"
+    def untrained(name):
+        return json.loads((cli.cwd/'runs'/name/'summary.json').read_text())['metrics']['knn']['untrained']
+    options = '--limit',256,'--bs',32
+    assert cli('clae_train', *options, '--epochs', 3, '--name', 'a').returncode == 0
+    assert cli('clae_train', '--extend', 'a', '--epochs', 1, '--name', 'b').returncode == 0
+    assert untrained('b') == untrained('a')
+    (cli.cwd/'runs'/'b'/'summary.json').unlink()
+    assert cli('clae_train', '--resume', 'b').returncode == 0
+    assert untrained('b') == untrained('a')

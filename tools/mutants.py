@@ -99,7 +99,7 @@ mutant('data.reading', 'sixteen-bits', 'images of 12 bits are scaled as if they 
        ('2**max(8, int(max(o.high for _,o in deep)).bit_length()) - 1', '2**16 - 1'))
 mutant('data.reading', 'sideways', 'the orientation in the EXIF data is not honoured',
        f'{people}::test_orientation',
-       ('im = ImageOps.exif_transpose(im)', 'pass'))
+       ('im = im.transpose(_turns[turn])', 'pass'))
 mutant('data.reading', 'transparent', 'what is transparent shows the colour beneath',
        f'{people}::test_transparent_images',
        ("return Image.alpha_composite(Image.new('RGBA', im.size, background), im)", 'return im'))

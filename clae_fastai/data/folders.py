@@ -118,10 +118,11 @@ def _find_files(path, reader, skip_bad):
         files,infos,skipped = check_images(files, path, reader, skip_bad)
         info_of = dict(zip(files, infos))
         if skipped: notes.append(skipped)
-    if not files:
-        raise FileNotFoundError(f"There is no image in {path}: "
-            f"expected files such as {path}/<class>/1.png, or {path}/1.png for images without classes.")
     names = ', '.join(f'{suffix} {n}' for suffix,n in sorted(others.items(), key=lambda o: (-o[1],o[0])))
+    if not files:
+        found = f" There are files {names}: formats that Pillow has not need a function of yours, read=." if others else ''
+        raise FileNotFoundError(f"There is no image in {path}: "
+            f"expected files such as {path}/<class>/1.png, or {path}/1.png for images without classes.{found}")
     if others:
         notes.append(f"Left out, as no images by their names: {names} in {path}.")
     if again:

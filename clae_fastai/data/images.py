@@ -12,7 +12,6 @@ __all__ = ['ImageItem', 'read_images', 'label_indices', 'split_items', 'ImageSet
 from fastai.vision.all import *
 from collections import defaultdict
 from contextlib import ExitStack, suppress
-from PIL import ExifTags
 import ctypes, hashlib, torchvision.transforms.functional as TF
 from ..core import *
 from .reading import *
@@ -124,7 +123,11 @@ class MemoryImages(ImageSet):
         reader:ImageReader=None, # How further images are read, by default as 8 bits
         files:list=None # Where they were read from
     ):
-        super().__init__(images, labels, vocab, ifnone(reader, ImageReader(images.shape[1])))
+        shape = tuple(images.shape)
+        if images.dtype != torch.uint8 or images.ndim != 4 or shape[1] > 4 >= shape[3]:
+            raise ValueError(f"Images in memory are uint8 (N,C,H,W), 0 to 255, and these are {images.dtype} {shape}: "
+                "those in [0,1] want (255*images).round().byte(), and channels that come last images.permute(0,3,1,2).")
+        super().__init__(images, labels, vocab, ifnone(reader, ImageReader(shape[1])))
         if files is not None and len(files) != len(images):
             raise ValueError(f"There are {len(images)} images, {len(files)} files.")
         self.files = None if files is None else L(files)
@@ -179,6 +182,7 @@ class MemoryImages(ImageSet):
 # %% ../../nbs/09_data.images.ipynb #7ca2be20
 class ImageDL(TfmdDL):
     "`DataLoader` of an `ImageSet`"
+    seed = None # where somebody else says which images, as `get_preds` does
     def get_idxs(self):
         self.seed = self.rng.getrandbits(64) # of the epoch's crops, drawn before the processes are started
         return super().get_idxs()
@@ -319,7 +323,7 @@ def cut_crops(
                 check_regular(image)
                 im = stack.enter_context(Image.open(image, formats=['JPEG']))
                 if im.format in ('JPEG','MPO') and im.mode in ('L','RGB') and im.width*im.height <= reader.limit:
-                    sides = im.size[::-1] if im.getexif().get(ExifTags.Base.Orientation) in (5,6,7,8) else im.size
+                    sides = im.size[::-1] if exif_orientation(im) in (5,6,7,8) else im.size
                     boxes = draw(*sides[::-1])
                     share = max(max(size[0]/h, size[1]/w) for _,_,w,h,_ in boxes) # of the file's size that is needed
                     im.draft('L' if reader.channels == 1 else im.mode, [math.ceil(o*share) for o in im.size])

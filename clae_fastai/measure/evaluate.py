@@ -67,7 +67,8 @@ class Evaluation:
             *(f"{what:{width}}  {metric:14}  {100*value:5.1f}" for what,metric,value in rows)])
 
 def _dataset_dls(dataset, info, kwargs):
-    if isinstance(dataset, Path) or isinstance(dataset, str) and dataset not in catalogue and os.path.exists(dataset):
+    if isinstance(dataset, Path) or (
+            isinstance(dataset, str) and dataset not in catalogue and os.path.exists(os.path.expanduser(dataset))):
         dataset,kwargs = 'folder',dict(kwargs, path=dataset)
     if not isinstance(dataset, str):
         if kwargs: raise ValueError(f"{', '.join(kwargs)} would go to get_dls, but the data are DataLoaders.")
@@ -77,6 +78,8 @@ def _dataset_dls(dataset, info, kwargs):
         own |= {k: info[k] for k in ('value_range','background') if k in info}
     with no_random(reproducible=False): dls = get_dls(dataset, **own | kwargs)
     return dataset,catalogue[dataset].metric,dls
+
+def _files(dl): return {os.path.abspath(f) for f in L(nested_attr(dl, 'dataset.files'))}
 
 def evaluate(
     model:Learner|nn.Module|str|Path, # A `clae_learner`, an encoder file, or a model that gets the images as they come
@@ -95,7 +98,7 @@ def evaluate(
     **kwargs # Of `get_dls`, such as `path`, `bs`
 ) -> Evaluation:
     "kNN and linear probe of an encoder. Changes nothing about it or its training"
-    info = load_encoder(model).info if isinstance(model, (str,Path)) else getattr(model, 'encoder_info', {})
+    info = encoder_header(load_encoder(model) if isinstance(model, (str,Path)) else model)
     settings = _settings(protocol, info.get('method'), dataset, select=select, knn_on=knn_on, probe_on=probe_on, k=k,
         temperature=temperature, solver=solver, probe_bs=probe_bs, epochs=epochs)
     knn_on,probe_on = settings['knn_on'],settings['probe_on']
@@ -113,6 +116,9 @@ def evaluate(
             raise ValueError(f"There are no labels to evaluate with, or no {part} images: "
                 "give images in class folders, such as train/<class> and test/<class>.")
     check_value_range(dls, info)
+    check_classes(dls.train, dls.valid, *L(valid))
+    if n_seen := len(_files(dls.valid) & _files(nested_attr(model, 'dls.train'))):
+        print(f"The encoder was trained on {n_seen} of these test images, without their labels.")
     train,test = _features(dls.train),_features(dls.valid)
     x,y = train[knn_on]
     settings['k'] = ifnone(k, min(settings['k'], len(x)))

@@ -42,6 +42,7 @@ class KNNCallback(_Columns):
         self.loaders = [local_dl(dl) for dl in dls] # each process looks at all images
         if not all(map(has_labels, self.loaders)):
             raise ValueError("KNNCallback needs labelled images: give it `train_dl` and `valid_dl`.")
+        check_classes(*self.loaders)
         n,most = len(self.loaders[0].dataset),ifnone(self.k, 200)
         if self.k is not None and not 1 <= self.k <= n:
             raise ValueError(f"k must be 1 to {n}, the number of training images, not {self.k}.")

@@ -264,6 +264,7 @@ def look_at(
         seen.append((x, torch.cat(small.small), [(data,i) for i in range(len(idxs))], names, [part]*len(idxs), y, data))
     if not seen: raise ValueError("There are no images to look at.")
     x,small,places,names,parts,ys,sets = zip(*seen)
+    check_classes(*sets)
     labels = None if any(y is None for y in ys) else torch.cat(ys)
     return SeenImages(torch.cat(x), torch.cat(small), _SomeOf(sum(places, [])), _below_one_folder(names),
         sum(parts, []), labels, sets[0].vocab, sum(sizes))

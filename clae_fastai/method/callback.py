@@ -128,7 +128,7 @@ class CLAECallback(Callback):
         self.learn.add_cb(terms := LossTerms(self.attacking))
         self.learn.metrics = terms.metrics + self.learn.metrics
 
-    def before_fit(self): self.stats = check_clae(self, fitting=True)
+    def before_fit(self): self.stats,self.checked = check_clae(self, fitting=True),self.attacking
     def before_train(self): check_loader(self.dls.train)
     def after_step(self): rest_adversarial_bn(self)
 
@@ -147,4 +147,5 @@ class CLAECallback(Callback):
         if not predicting: self.learn.yb = (torch.arange(len(x), device=x.device),)
         if self.training: check_batches(len(x))
         now = self.training and self.attacking and (self.train_iter+1) % self.every == 0
+        if now and not self.checked: self.before_fit() # the attack was off, and somebody has raised eps or alpha
         self.learn.xb = (*xs, self.adversarial_views(xs[0])) if now else xs

@@ -60,6 +60,7 @@ def _drop_classifier(model):
     for aux in ('AuxLogits','aux1','aux2'):
         if hasattr(model, aux): setattr(model, aux, None)
     if hasattr(model, 'aux_logits'): model.aux_logits = False
+    if hasattr(model, 'transform_input'): model.transform_input = False # no image is normalised twice
     layers = [(n,m) for n,m in model.named_modules() if n and isinstance(m, (nn.Linear,nn.Conv2d))]
     for name,last in layers[-1:]:
         parent,_,child = name.rpartition('.')
@@ -128,7 +129,6 @@ def _set_n_in(model, n_in, keep_weights):
     elif n_in == 1: conv.weight.data = w.sum(1, keepdim=True)
     elif n_in == 2: conv.weight.data = w[:,:2]*1.5
     else:           conv.weight.data = F.pad(w, (0,0, 0,0, 0,n_in-3))
-    if hasattr(model, 'transform_input'): model.transform_input = False # GoogLeNet's and Inception's, for three colours
 
 def _load_state(model, state, n_in):
     "Load the `state` of an encoder, and fit it to `n_in` channels"

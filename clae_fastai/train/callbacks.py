@@ -11,6 +11,7 @@ from fastai.callback.mixup import MixHandler
 from fastai.callback.rnn import ModelResetter, RNNCallback, RNNRegularizer
 from numbers import Number
 from ..core import *
+from .checkpoint import Resume
 
 # %% ../../nbs/16b_train.callbacks.ipynb #cf647ae5
 _impossible = {
@@ -44,6 +45,11 @@ class CheckTrackers(Callback):
     order = Recorder.order+2 # the table's columns are known, and no tracker has looked for one
     def before_fit(self):
         if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return
+        resumes = any(isinstance(cb, Resume) and not cb.used for cb in self.learn.cbs)
+        for cb in self.learn.cbs.filter(risinstance(CSVLogger)):
+            if resumes and not cb.append and (file := self.learn.path/cb.fname).exists():
+                raise ValueError(f"CSVLogger would empty {file}, which has the epochs before the interruption: "
+                    "give it append=True.")
         columns = L(self.recorder.metric_names[1:]).filter(lambda o: o != 'time')
         there = columns
         if operator.length_hint(self.dls.valid, 1) == 0:

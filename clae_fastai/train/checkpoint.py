@@ -98,7 +98,9 @@ def set_random_state(
 # %% ../../nbs/15_train.checkpoint.ipynb #7dc15855
 def _remembers(cb):
     "Names of what a callback's memory is"
-    fastai = {Recorder: ('lrs','iters','losses','values'), ParamScheduler: ('hps',), GradientAccumulation: ('count',)}
+    fastai = {
+        Recorder: ('lrs','iters','losses','values'), ParamScheduler: ('hps',), GradientAccumulation: ('count',),
+        TrackerCallback: ('best','wait'), ShowGraphCallback: ('nb_batches',)}
     known = first(names for cls,names in fastai.items() if isinstance(cb, cls))
     return getattr(type(cb), 'checkpoint_attrs', known or ())
 
@@ -146,8 +148,10 @@ def run_state(
 ) -> dict:
     "All of a run but its random generators"
     smooth = learn.recorder.smooth_loss
+    gathering = any(isinstance(cb, GradientAccumulation) and cb.count for cb in learn.cbs)
     return dict(
         model=plain_state(learn.model), opt=learn.opt.state_dict(),
+        gradients=[p.grad for p in plain_model(learn.model).parameters()] if gathering else [],
         **{k: part.state_dict() for k,part in _parts(learn).items()},
         epoch=learn.epoch, n_iter=len(learn.dls.train), train_iter=learn.train_iter, pct_train=learn.pct_train,
         smooth_loss=(smooth.count, smooth.val), callbacks=_memories(learn.cbs))
@@ -159,6 +163,8 @@ def set_run_state(
     "Put a run into the state that was saved"
     device = next(learn.model.parameters()).device
     load_state(learn.model, state['model'])
+    for p,g in zip(plain_model(learn.model).parameters(), state.get('gradients', [])):
+        p.grad = None if g is None else to_device(g, device).clone() # nobody has one where every > 1
     opt = state['opt'] # torch's optimisers put their state on the parameters' device themselves
     learn.opt.load_state_dict(opt if isinstance(learn.opt, OptimWrapper) else to_device(opt, device))
     for k,part in _parts(learn).items():

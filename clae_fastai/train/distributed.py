@@ -164,7 +164,8 @@ def distributed(self:Learner,
     if gpu:
         set_rank_device()
         self.dls.to(default_device())
-    options = merge({} if gpu else dict(cpu=True, sync_bn=False), kwargs)
+    # a learner has its own `precision`; accelerate's launcher has a setting for all programs
+    options = merge(dict(mixed_precision='no'), {} if gpu else dict(cpu=True, sync_bn=False), kwargs)
     own,logger = launched()[0],self.logger
     progress = self.cbs.filter(risinstance(ProgressCallback)) if own else [] # one log
     with _process_group(device_type):

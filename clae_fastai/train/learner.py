@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['methods', 'is_plain_loader', 'clae_learner', 'seeded_clae', 'full_batches', 'views_table', 'draw_views',
-           'encoder_learner']
+           'NormalizeImages', 'encoder_learner']
 
 # %% ../../nbs/17_train.learner.ipynb #500cb2fb
 from fastai.vision.all import *
 from fastai.vision.learner import create_head as fastai_head, default_split
 from torch.utils.data import RandomSampler, SequentialSampler
-import warnings
+import torchvision, warnings
 from ..core import *
 from ..method.losses import *
 from ..method.dualbn import *
@@ -159,13 +159,16 @@ def _read_weights(weights):
     try: return read_encoder(file)
     except OtherFormat: return read_weights(file),None
 
-def _weights_stats(encoder, pretrained, weights, info, n_in):
+def _weights_stats(arch, encoder, pretrained, weights, info, n_in):
     "(mean, std) that the weights were trained with, if known"
     if info: return (info['mean'],info['std']) if 'mean' in info and info['channels'] == n_in else None
     from_library = pretrained if weights is None else not isinstance(weights, dict)
     if n_in != 3 or not from_library: return None
-    cfg = getattr(encoder, 'pretrained_cfg', None) # timm's; torchvision's are all trained on ImageNet
-    return (cfg['mean'],cfg['std']) if cfg else imagenet_stats
+    if cfg := getattr(encoder, 'pretrained_cfg', None): return cfg['mean'],cfg['std'] # timm's
+    if hasattr(encoder, 'transform_input'): return [.5]*3,[.5]*3 # what it turns torchvision's into
+    if not arch_name(arch): return imagenet_stats
+    tfms = torchvision.models.get_model_weights(arch_name(arch)).verify(weights or 'DEFAULT').transforms()
+    return tfms.mean,tfms.std
 
 def _own_views(views, stats, images):
     "Views of the user's; those without statistics get the `DataLoaders`'"
@@ -219,6 +222,10 @@ def _encoder_info(arch, encoder, n_in, size, method, stats, reader):
 
 class _ContrastiveLearner(Learner):
     "Has views to show, and no classes"
+    def one_batch(self, *args):
+        try: super().one_batch(*args)
+        finally: leave_autocast(self)
+
     def show_results(self, ds_idx=0, dl=None, max_n=6, **kwargs):
         return self.show_views(max_n, dl=ifnone(dl, self.dls[ds_idx]), **kwargs)
 
@@ -278,7 +285,7 @@ def clae_learner(
 
     views = ifnone(views, settings['views'])
     if not callable(views) and item_tfms(views) is None:
-        stats = ifnone(stats, _weights_stats(encoder, pretrained, weights, info, n_in))
+        stats = ifnone(stats, _weights_stats(arch, encoder, pretrained, weights, info, n_in))
         views = TwoViews.from_preset(views, size, n_in, stats)
     else: views = _own_views(views, stats, images)
     pixels,whole = _cropping_dls(pixels, views, size)
@@ -408,18 +415,26 @@ def show_views(self:Learner,
     return draw_views(images, imsize)
 
 # %% ../../nbs/17_train.learner.ipynb #c9572c48
-def _normalized_dls(dls, info):
-    "`dls`, or a shallow copy that normalises as in the encoder's training"
-    if 'mean' not in info: return dls
-    own,stats = image_stats(noop, dls),[info['mean'],info['std']]
-    if own is None:
-        normalize,res = Normalize.from_stats(*stats, cuda=False),copy(dls)
-        res.loaders = [_new(dl, after_batch=Pipeline([*dl.after_batch.fs, normalize])) for dl in dls.loaders]
-        return res.to(dls.device)
-    own = [o.tolist() for o in own]
-    if not np.allclose(own, stats, atol=1e-3):
-        print(f"The DataLoaders' Normalize is kept, (mean, std) {own}; the encoder was trained with {stats}.")
-    return dls
+class NormalizeImages(Callback):
+    "Normalises batches as in the encoder's training, but those of loaders that have a `Normalize` of their own"
+    order = TrainEvalCallback.order+1 # what others do to images, they do to normalised ones
+    def __init__(self,
+        stats:tuple # (mean, std), a number a channel
+    ): self.views = TwoViews(noop, stats)
+
+    def before_batch(self):
+        if split_normalize(getattr(self.dl, 'after_batch', None))[1] is not None: return
+        x,*others = self.learn.xb
+        self.learn.xb = self.views.normalize(x),*others
+
+def _normalize_images(dls, info):
+    "The callback that normalises as the `dls` do, or else the encoder's training did; none where nobody knows"
+    own,stats = image_stats(noop, dls),[info['mean'],info['std']] if 'mean' in info else None
+    if own is None: return L(stats and NormalizeImages(stats))
+    if stats and not np.allclose([*own], stats, atol=1e-3):
+        print(f"The DataLoaders' Normalize is kept, (mean, std) {[o.tolist() for o in own]}; "
+              f"the encoder was trained with {stats}.")
+    return L(NormalizeImages(own))
 
 @delegates(Learner.__init__, but='model')
 def encoder_learner(
@@ -443,6 +458,7 @@ def encoder_learner(
     model = nn.Sequential(ContrastiveModel(encoder, nn.Identity(), normalize=False), head)
     loss_func = getattr(dls.train_ds, 'loss_func', None) or CrossEntropyLossFlat()
     kwargs = dict(loss_func=loss_func, splitter=default_split) | kwargs
-    learn = Learner(_normalized_dls(dls, info), model, **kwargs)
+    learn = Learner(dls, model, **kwargs)
+    learn.add_cbs(_normalize_images(dls, info))
     learn.freeze()
     return learn

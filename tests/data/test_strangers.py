@@ -13,7 +13,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from clae_fastai.all import (
     ImageReader, MemoryImages, cached_images, check_images, check_regular, cut_crops, find_images, folder_dls, get_dls,
@@ -337,3 +337,52 @@ def test_few_are_not_kept(tmp_path):
     folder_of(tmp_path, [f'{i}.png' for i in range(20)])
     folder_dls(tmp_path, bs=2)
     assert sorted(os.listdir(tmp_path))[:2] == ['.clae-checked.json', '0.png']
+
+def test_a_camera_that_writes_broken_exif(tmp_path):
+    "Viewers show such images as they are"
+    folder_of(tmp_path, [f'{i}.jpg' for i in range(6)], (300,300))
+    for name,exif in (('odd.jpg', b'Exif\0\0garbage!'), ('short.jpg', b'Exif\0\0II*\0\x08\0\0\0\xff')):
+        Image.new('RGB', (300,300), 'red').save(file := tmp_path/name, dpi=(72,72), exif=exif)
+        assert ImageReader()(file).size == (300,300) and not ImageReader().look(file).turned
+        assert cut_crops(file, ImageReader(), (4,4), lambda h,w: [(0,0,w,h,False)]).shape == (1,3,4,4)
+    assert len(folder_dls(tmp_path, bs=2, size=32).train.dataset.files) >= 6
+
+@pytest.mark.parametrize('n', range(1, 9))
+def test_orientations_are_pillows(tmp_path, n):
+    exif = Image.Exif()
+    exif[0x112] = n
+    image(tmp_path/'x.png', 1, (6,4))
+    with Image.open(tmp_path/'x.png') as im: im.save(tmp_path/'y.png', exif=exif)
+    with Image.open(tmp_path/'y.png') as im: expected = np.array(ImageOps.exif_transpose(im).convert('RGB'))
+    assert np.array_equal(np.array(ImageReader()(tmp_path/'y.png')), expected)
+
+def fits(file, x, *cards):
+    "Of 16 bits, as on the disk"
+    cards = ['SIMPLE  =                    T', 'BITPIX  =                   16', 'NAXIS   =                    2',
+        f'NAXIS1  = {x.shape[1]:20}', f'NAXIS2  = {x.shape[0]:20}', *cards, 'END']
+    file.write_bytes(''.join(o.ljust(80) for o in cards).ljust(2880).encode() + x.astype('>i2').tobytes())
+
+def test_fits_is_not_guessed_at(tmp_path):
+    for i in range(4): fits(tmp_path/f'{i}.fits', np.random.default_rng(i).integers(-20, 300, (48,48)))
+    with pytest.raises(ValueError, match='0.fits .* a sign, an offset or planes'): folder_dls(tmp_path, bs=2)
+
+def test_one_pixel_that_costs_the_others_their_grey_levels(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        x = rng.integers(200, 3800, (48,48)).astype(np.uint16)
+        if i == 7: x[0,0] = 65535
+        Image.fromarray(x).save(tmp_path/f'{i}.png')
+    folder_dls(tmp_path, bs=2)
+    assert '1 of 20 images, ' in capsys.readouterr().out.partition('lose grey levels')[2]
+    (tmp_path/'7.png').unlink()
+    folder_dls(tmp_path, bs=2)
+    assert 'lose grey levels' not in capsys.readouterr().out
+
+def test_what_is_there_where_there_is_no_image(tmp_path):
+    for i in range(3): (tmp_path/f'{i}.dcm').touch()
+    with pytest.raises(FileNotFoundError, match='files .dcm 3: .* read='): folder_dls(tmp_path)
+
+@pytest.mark.parametrize('images', [torch.rand(8,3,16,16), torch.zeros(8,16,16,3, dtype=torch.uint8),
+    torch.zeros(8,16,16, dtype=torch.uint8)])
+def test_tensors_that_are_no_images(images):
+    with pytest.raises(ValueError, match='uint8 .N,C,H,W.'): MemoryImages(images)

@@ -5,7 +5,8 @@ import torch
 import torchvision
 from torch import nn
 
-from clae_fastai.all import convert_dual_bn, create_encoder, dual_bns, num_features, strip_dual_bn
+from clae_fastai.all import (MemoryImages, clae_learner, convert_dual_bn, create_encoder, dual_bns, memory_dls,
+    num_features, strip_dual_bn)
 
 tv_names = [o for o in torchvision.models.list_models(module=torchvision.models)
             if 'regnet' not in o or o.endswith('400mf')]
@@ -44,3 +45,15 @@ def test_shared_weights_of_a_state_dict():
     w = create_encoder('resnet18', stem='cifar').state_dict()
     enc = create_encoder('resnet18', weights=w, size=224)
     assert isinstance(enc.maxpool, nn.Identity) and all(torch.equal(w[k], v) for k,v in enc.state_dict().items())
+
+@pytest.mark.parametrize('name,mean,std', [
+    ('resnet18', .485, .229), ('efficientnet_v2_l', .5, .5), ('googlenet', .5, .5)])
+def test_weights_bring_their_normalisation(monkeypatch, name, mean, std):
+    "GoogLeNet would normalise once more, in a way that its file does not say"
+    builder = getattr(torchvision.models, name)
+    state = builder(**({'init_weights': False} if name == 'googlenet' else {})).state_dict()
+    monkeypatch.setattr(torchvision.models._api.WeightsEnum, 'get_state_dict', lambda *_, **__: dict(state))
+    data = MemoryImages(torch.randint(256, (8,3,64,64), dtype=torch.uint8))
+    learn = clae_learner(memory_dls(data, data.take(range(4)), bs=4), name, pretrained=True)
+    assert [o[0].item() for o in learn.clae.stats] == pytest.approx([mean,std])
+    assert not getattr(learn.model.encoder, 'transform_input', False)

@@ -18,8 +18,9 @@ import pytest
 import safetensors
 import torch
 
-from fastai.vision.all import (Callback, ImageDataLoaders, OptimWrapper, PILImage, RandomCrop, Resize, aug_transforms,
-                               nn, partial, ranger, set_seed, working_directory)
+from fastai.vision.all import (Callback, CSVLogger, EarlyStoppingCallback, GradientAccumulation, ImageDataLoaders,
+    OptimWrapper, PILImage, RandomCrop, Recorder, Resize, SaveModelCallback, ShowGraphCallback, aug_transforms, nn,
+    partial, ranger, set_seed, working_directory)
 
 from clae_fastai.cli import clae_train
 from clae_fastai.data.catalogue import get_dls
@@ -241,6 +242,63 @@ def test_an_error_in_validation(tmp_path, quiet):
     whole = quiet(learner(get_dls('digits', bs=32, limit=96)))
     whole.fit(2, 1e-3)
     assert same_weights(whole, resumed)
+
+class Score(Callback):
+    "Other losses than were measured"
+    order,losses = Recorder.order+5,(3.,1.,2.5,2.4)
+    def after_epoch(self): self.recorder.values[-1][1] = self.losses[self.epoch]
+
+class StopAfter(Callback):
+    order = 2000
+    def after_epoch(self):
+        if self.epoch == 1: raise InterruptedError('stopped')
+
+def test_what_fastais_callbacks_remember(tmp_path, monkeypatch):
+    "The best model so far, how long there was none better, and what is drawn"
+    drawn = []
+    monkeypatch.setattr(ShowGraphCallback, 'after_epoch', lambda self: drawn.append([*self.nb_batches]))
+    def fit(*cbs):
+        set_seed(0)
+        learn = learner(get_dls('digits', bs=32, limit=96)) # with the bar, in which it draws
+        learn.path = tmp_path
+        stops = EarlyStoppingCallback(patience=3)
+        ours = Checkpoint(tmp_path/'c'),SaveModelCallback(),stops,ShowGraphCallback(),Score()
+        learn.fit(4, 1e-3, cbs=[*ours, *cbs])
+        return stops
+    with pytest.raises(Exception, match='stopped'): fit(StopAfter())
+    best = (tmp_path/'models'/'model.pth').read_bytes()
+    drawn.clear()
+    stops = fit(Resume(tmp_path/'c'))
+    assert (tmp_path/'models'/'model.pth').read_bytes() == best and (stops.best,stops.wait) == (1.,2)
+    assert drawn == [[3,6,9],[3,6,9,12]]
+
+def test_the_log_of_the_epochs_before(tmp_path, quiet):
+    def fit(*cbs, append=False):
+        learn = quiet(learner(get_dls('digits', bs=32, limit=96)))
+        learn.path = tmp_path
+        learn.fit(3, 1e-3, cbs=[Checkpoint(tmp_path/'c'), CSVLogger(append=append), *cbs])
+    with pytest.raises(Exception, match='stopped'): fit(StopAfter())
+    before = (tmp_path/'history.csv').read_text()
+    with pytest.raises(ValueError, match='append=True'): fit(Resume(tmp_path/'c'))
+    assert (tmp_path/'history.csv').read_text() == before
+    fit(Resume(tmp_path/'c'), append=True)
+    assert (tmp_path/'history.csv').read_text().startswith(before)
+
+@pytest.mark.parametrize('every_batches,at', [(None,3),(1,4)])
+def test_gathered_gradients(tmp_path, quiet, every_batches, at):
+    def fit(*cbs):
+        set_seed(0)
+        learn = quiet(learner(get_dls('digits', bs=32, limit=96))) # three batches an epoch, and a step each two
+        learn.fit(2, 1e-3, cbs=[GradientAccumulation(64), *cbs])
+        return learn
+    class Stops(Callback):
+        order = 2000
+        def after_batch(self):
+            if self.training and self.train_iter == at and every_batches: raise InterruptedError('stopped')
+        def after_epoch(self):
+            if not every_batches: raise InterruptedError('stopped')
+    with pytest.raises(Exception, match='stopped'): fit(Checkpoint(tmp_path, every_batches), Stops())
+    assert same_weights(fit(), fit(Resume(tmp_path)))
 
 def linear_encoder(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 16))
 

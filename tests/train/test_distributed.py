@@ -25,7 +25,9 @@ here = Path(__file__).parent
 def launcher(n, *args):
     return [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={n}', *map(str, args)]
 
-def on_cpus(): return {**os.environ, 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+def on_cpus():
+    return {**os.environ, 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '',
+        'ACCELERATE_MIXED_PRECISION': 'bf16'} # as `accelerate launch` sets it; a learner's own `precision` counts
 
 def torchrun(n, *args, cwd=None, timeout=600):
     return subprocess.run(launcher(n, *args), cwd=cwd, capture_output=True, text=True, timeout=timeout, env=on_cpus())

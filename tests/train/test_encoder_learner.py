@@ -3,7 +3,7 @@ import pytest
 import torch
 from fastai.vision.all import Normalize, PILImage, accuracy, get_image_files, load_learner, set_seed
 
-from clae_fastai.all import clae_learner, encoder_learner, extract_features, get_dls, resnet8, resnet18
+from clae_fastai.all import clae_learner, encoder_learner, evaluate, extract_features, get_dls, resnet8, resnet18
 
 @pytest.fixture(scope='module')
 def dls(digits_dir): return get_dls('folder', digits_dir/'rgb', bs=32, size=16, num_workers=0)
@@ -39,7 +39,7 @@ def test_the_body_is_the_encoder(pretrained, dls, tmp_path):
     before = {k: v.clone() for k,v in pretrained.model.state_dict().items()}
     for source in (pretrained, file):
         learn = encoder_learner(dls, source)
-        body,_ = extract_features(learn.model[0], learn.dls.valid)
+        body,_ = extract_features(learn, learn.dls.valid)
         torch.testing.assert_close(body, h, rtol=0, atol=1e-5)
         assert [len(list(g)) for g in learn.splitter(learn.model)] == [len(list(m.parameters())) for m in learn.model]
         with learn.no_bar(), learn.no_logging(): learn.fine_tune(1)
@@ -48,20 +48,52 @@ def test_the_body_is_the_encoder(pretrained, dls, tmp_path):
 
 def test_the_callers_dls_is_not_changed(pretrained, dls):
     tfms = [list(dl.after_batch.fs) for dl in dls.loaders]
-    learn = encoder_learner(dls, pretrained)
+    encoder_learner(dls, pretrained)
     assert ([list(dl.after_batch.fs) for dl in dls.loaders] == tfms and
             not any(isinstance(o, Normalize) for o in tfms[0]))
-    assert [sum(isinstance(o, Normalize) for o in dl.after_batch.fs) for dl in learn.dls.loaders] == [1,1]
 
-def test_normalised_once(pretrained, digits_dir, capsys):
-    def own(mean):
-        normalize = Normalize.from_stats([mean]*3, [.5]*3, cuda=False)
-        return get_dls('folder', digits_dir/'rgb', bs=32, size=16, num_workers=0, batch_tfms=normalize)
+def normalised(digits_dir, mean):
+    normalize = Normalize.from_stats([mean]*3, [.5]*3, cuda=False)
+    return get_dls('folder', digits_dir/'rgb', bs=32, size=16, num_workers=0, batch_tfms=normalize)
+
+def test_normalised_once(pretrained, dls, digits_dir, quiet, capsys):
+    "As in training, or as the DataLoaders do; whichever loader comes later"
     capsys.readouterr()
     for mean,said in ((.5, False), (.2, True)):
-        learn = encoder_learner(own(mean), pretrained)
-        assert sum(isinstance(o, Normalize) for o in learn.dls.train.after_batch.fs) == 1
+        own = normalised(digits_dir, mean)
+        learn = quiet(encoder_learner(own, pretrained))
         assert ('is kept' in capsys.readouterr().out) == said
+        x = own.valid.one_batch()[0]
+        with torch.no_grad(): expected = learn.model.eval()(x).softmax(1)
+        for loader in (own,dls):
+            p,_ = learn.get_preds(dl=loader.valid)
+            torch.testing.assert_close(p[:len(x)], torch.Tensor(expected), rtol=0, atol=1e-4)
+
+def test_any_loader_of_the_callers(pretrained, dls, digits_dir, quiet):
+    "`dls.test_dl(files)` of the `dls` that were given, and of others"
+    learn = quiet(encoder_learner(dls, pretrained, metrics=accuracy))
+    learn.fine_tune(2, 3e-3)
+    files = get_image_files(digits_dir/'rgb')[:20]
+    p,_ = learn.get_preds(dl=learn.dls.test_dl(files))
+    for other in (dls, normalised(digits_dir, .5)): # the encoder's own statistics
+        torch.testing.assert_close(learn.get_preds(dl=other.test_dl(files))[0], p, rtol=0, atol=1e-4)
+    assert learn.validate(dl=dls.valid) == learn.validate()
+    again = get_dls('folder', digits_dir/'rgb', bs=16, size=16, num_workers=0)
+    learn.dls = again # as where memory is short
+    torch.testing.assert_close(learn.get_preds(dl=again.test_dl(files))[0], p, rtol=0, atol=1e-5)
+
+def test_features_of_a_classifier_are_its_bodys(pretrained, dls, quiet):
+    learn = quiet(encoder_learner(dls, pretrained))
+    h = extract_features(pretrained, dls.valid)[0]
+    torch.testing.assert_close(extract_features(learn, dls.valid)[0], h, rtol=0, atol=1e-5)
+    assert evaluate(learn, dls).knn == evaluate(pretrained, dls).knn
+
+def test_all_predictions_of_a_shuffled_loader(quiet):
+    few = get_dls('digits', limit=100, bs=32, drop_last=False)
+    learn = quiet(encoder_learner(few, clae_learner(few, resnet8, views='digits')))
+    p,y = learn.get_preds(dl=few.train)
+    assert len(p) == len(y) == 100
+    torch.testing.assert_close(p, learn.get_preds(dl=few.train.new(shuffle=False))[0])
 
 @pytest.mark.parametrize('arch', [resnet18, 'mobilenet_v3_small', 'timm:convnext_atto'])
 def test_any_architecture(arch, dls, quiet):

@@ -5,15 +5,16 @@ import kornia.augmentation as K
 import pytest
 import torch
 from fastai.callback.data import PartialDL, WeightedDL
-from fastai.vision.all import (DataLoaders, ImageDataLoaders, Normalize, PILImage, SaveModelCallback, TensorCategory,
-    TensorImage, TfmdDL, get_image_files, imagenet_stats, no_random, set_seed)
+from fastai.vision.all import (Callback, DataLoaders, ImageDataLoaders, Normalize, PILImage, SaveModelCallback,
+    TensorCategory, TensorImage, TfmdDL, get_image_files, imagenet_stats, no_random, set_seed)
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader as TorchLoader, TensorDataset
 from torchvision.transforms import v2
 
-from clae_fastai.all import (FGSM, PGD, CLAELoss, NTXentLoss, TwoViews, clae_learner, dual_bns, encoder_learner,
-    evaluate, extract_features, get_dls, linear_probe, resnet8, strip_dual_bn)
+from clae_fastai.all import (FGSM, PGD, CLAELoss, KNNCallback, NTXentLoss, TwoViews, clae_learner, dual_bns,
+    encoder_learner, evaluate, extract_features, get_dls, linear_probe, load_encoder, resnet8, strip_dual_bn)
 from clae_fastai.cli import command
 
 class Images:
@@ -194,3 +195,71 @@ def test_other_errors_of_pytorch_are_not_hidden():
     @command
     def clae_something(): raise RuntimeError('mat1 and mat2 shapes cannot be multiplied')
     with pytest.raises(RuntimeError, match='mat1'): clae_something()
+
+@pytest.mark.parametrize('at', ['before_batch','after_pred'])
+def test_autocast_ends_with_a_batch_that_is_interrupted(at, quiet):
+    class Interrupts(Callback):
+        order = 100
+        def stop(self):
+            if self.training and self.train_iter == 1: raise KeyboardInterrupt
+    setattr(Interrupts, at, Interrupts.stop)
+    def trained():
+        set_seed(0)
+        learn = quiet(clae_learner(make_dls(), resnet8, precision='bf16', every=1))
+        learn.fit(2, 1e-2)
+        return learn
+    a = trained()
+    with pytest.raises(KeyboardInterrupt):
+        quiet(clae_learner(make_dls(), resnet8, precision='bf16', every=1)).fit(1, cbs=Interrupts())
+    assert not torch.is_autocast_enabled('cpu')
+    b = trained()
+    for x,y in zip(a.model.parameters(), b.model.parameters()): assert torch.equal(x, y)
+    assert torch.equal(extract_features(a, a.dls.valid)[0], extract_features(b, b.dls.valid)[0])
+
+def test_an_attack_that_is_switched_on_in_a_fit(quiet):
+    "It has no batch norm of its own"
+    class Warm(Callback):
+        def before_epoch(self): self.learn.clae.attack.eps = .03*self.epoch
+    with pytest.raises(ValueError, match='batch norm'):
+        quiet(clae_learner(make_dls(), resnet8, eps=0, every=1)).fit(3, cbs=Warm())
+
+def test_an_encoder_that_was_loaded_normalises_as_its_file(tmp_path):
+    dls = make_dls()
+    learn = clae_learner(dls, resnet8)
+    file = learn.export_encoder(tmp_path/'e.safetensors')
+    assert torch.equal(extract_features(load_encoder(file), dls.valid)[0], extract_features(file, dls.valid)[0])
+    a,b = (evaluate(o, dls) for o in (file, load_encoder(file)))
+    assert a.to_dict() == b.to_dict()
+
+def test_classes_of_other_numbers(tmp_path, quiet):
+    for part,classes in (('bank','abc'),('queries','bc'),('prefix','ab')):
+        for k in classes:
+            (tmp_path/part/k).mkdir(parents=True)
+            for i in range(4):
+                colour = dict(a=(255,i,0), b=(i,255,0), c=(i,0,255))[k]
+                Image.new('RGB', (16,16), colour).save(tmp_path/part/k/f'{i}.png')
+    bank,queries,prefix = (get_dls(tmp_path/o, bs=2, valid_pct=0., num_workers=0) for o in ('bank','queries','prefix'))
+    with pytest.raises(ValueError, match='a, b, c in one .* b, c in another'):
+        evaluate(nn.Flatten(), DataLoaders(bank.train, queries.train), k=1)
+    assert evaluate(nn.Flatten(), DataLoaders(bank.train, prefix.train), k=1).knn == 1
+    learn = quiet(clae_learner(bank, resnet8))
+    with pytest.raises(ValueError, match='b, c in another'):
+        learn.fit(1, cbs=KNNCallback(train_dl=bank.train, valid_dl=queries.train))
+
+def test_tested_on_what_it_was_trained_on(tmp_path, capsys):
+    for k in 'ab':
+        (tmp_path/k).mkdir()
+        for i in range(20): Image.new('RGB', (16,16), (100*'ab'.index(k), i, i)).save(tmp_path/k/f'{i}.png')
+    learn = clae_learner(get_dls(tmp_path, unlabelled=True, bs=8, num_workers=0), resnet8)
+    evaluate(learn, tmp_path, k=1, num_workers=0)
+    assert 'trained on 6 of these test images' in capsys.readouterr().out
+    own = get_dls(tmp_path, bs=8, num_workers=0)
+    evaluate(clae_learner(own, resnet8), own, k=1)
+    assert 'trained on' not in capsys.readouterr().out
+
+def test_a_folder_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    for k in 'ab':
+        (tmp_path/'pictures'/k).mkdir(parents=True)
+        for i in range(10): Image.new('RGB', (16,16), (100*'ab'.index(k), i, i)).save(tmp_path/'pictures'/k/f'{i}.png')
+    assert evaluate(nn.Flatten(), '~/pictures', k=1, num_workers=0).n_test == 4

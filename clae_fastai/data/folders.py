@@ -120,7 +120,7 @@ def _find_files(path, reader, skip_bad):
         if skipped: notes.append(skipped)
     names = ', '.join(f'{suffix} {n}' for suffix,n in sorted(others.items(), key=lambda o: (-o[1],o[0])))
     if not files:
-        found = f" There are files {names}: formats that Pillow has not need a function of yours, read=." if others else ''
+        found = f" There are files {names}: what Pillow does not read needs a function, read=." if others else ''
         raise FileNotFoundError(f"There is no image in {path}: "
             f"expected files such as {path}/<class>/1.png, or {path}/1.png for images without classes.{found}")
     if others:

@@ -467,8 +467,8 @@ def describe_images(
     highs = [o.high for o in infos if o.kind == 'int']
     white,usual = (reader.value_range or (0,255))[1],np.median(highs) if highs else 0
     if 0 < usual <= white/8:
-        tests.append((f"Brighter than {white/8:g}, for which all others lose grey levels, as half of them have no value "
-            f"above {usual:g} (clip them in a function of yours, read=)", lambda o: o.high > white/8, 3))
+        tests.append((f"Brighter than {white/8:g}, for which all others lose grey levels, as half of them have no "
+            f"value above {usual:g} (clip them in a function of yours, read=)", lambda o: o.high > white/8, 3))
     notes = []
     for text,test,n in tests:
         found = [f for f,o in zip(files, infos) if test(o)]

@@ -82,7 +82,7 @@ def _dataset_dls(dataset, info, kwargs):
 def _files(dl): return {os.path.abspath(f) for f in L(nested_attr(dl, 'dataset.files'))}
 
 def evaluate(
-    model:Learner|nn.Module|str|Path, # A `clae_learner`, an encoder file, or a model that gets the images as they come
+    model:Learner|nn.Module|str|Path, # A `clae_learner`, an encoder, its file, or a model that gets images as they come
     dataset:str|DataLoaders, # A name of `get_dls`, a folder, or `DataLoaders` with labels
     protocol:str='honest', # Or 'authors': what the arguments down to `epochs` are by default
     select:str=None, # Adam's result: 'final' or 'best_on_test'

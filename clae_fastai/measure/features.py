@@ -33,7 +33,8 @@ def _prepare(model, dl):
     if isinstance(model, (str,Path)): model = load_encoder(model).to(device_of(dl))
     views,info = None,encoder_header(model)
     if isinstance(model, Learner):
-        if normalizes := getattr(model, 'clae', None) or getattr(model, 'normalize_images', None): views = normalizes.views
+        own = getattr(model, 'clae', None) or getattr(model, 'normalize_images', None)
+        if own: views = own.views
         model = model.model
     elif 'mean' in info: views = TwoViews(noop, (info['mean'],info['std']))
     normalize = getattr(views, 'normalize', noop)
@@ -103,8 +104,8 @@ def _each_batch(model, dl, which, use):
                 use(None if which == 'z' else h, None if which == 'h' else net.project(h), labels)
 
 def extract_features(
-    model:Learner|nn.Module|str|Path, # Also a `ContrastiveModel`, encoder, or encoder file
-    dl, # Images, with or without labels; learner and file normalise them as in training, whatever `dl` does
+    model:Learner|nn.Module|str|Path, # Also a `ContrastiveModel`, encoder, or encoder file; of a classifier the body
+    dl, # Images, with or without labels; learner, file and `load_encoder` normalise as in training, whatever `dl` does
     which:str='h', # The features 'h', the embeddings 'z', or 'both'
     dtype:torch.dtype=None, # Of the result, the model's by default
     device='cpu' # Of the result; None: the model's

@@ -87,6 +87,8 @@ class LossTerms(Callback):
 
     def after_loss(self):
         if not self.training: return
+        if self.loss_func.loss_adv is not None and 'loss_adv' not in self.sums: # somebody has raised eps or alpha
+            check_dual_bn(get_model(self.model))
         for k in self.sums:
             if (term := getattr(self.loss_func, k)) is None: continue
             self.sums[k] = self.sums[k] + term
@@ -128,7 +130,7 @@ class CLAECallback(Callback):
         self.learn.add_cb(terms := LossTerms(self.attacking))
         self.learn.metrics = terms.metrics + self.learn.metrics
 
-    def before_fit(self): self.stats,self.checked = check_clae(self, fitting=True),self.attacking
+    def before_fit(self): self.stats = check_clae(self, fitting=True)
     def before_train(self): check_loader(self.dls.train)
     def after_step(self): rest_adversarial_bn(self)
 
@@ -147,5 +149,4 @@ class CLAECallback(Callback):
         if not predicting: self.learn.yb = (torch.arange(len(x), device=x.device),)
         if self.training: check_batches(len(x))
         now = self.training and self.attacking and (self.train_iter+1) % self.every == 0
-        if now and not self.checked: self.before_fit() # the attack was off, and somebody has raised eps or alpha
         self.learn.xb = (*xs, self.adversarial_views(xs[0])) if now else xs

@@ -124,7 +124,7 @@ class MemoryImages(ImageSet):
         files:list=None # Where they were read from
     ):
         shape = tuple(images.shape)
-        if images.dtype != torch.uint8 or images.ndim != 4 or shape[1] > 4 >= shape[3]:
+        if images.dtype != torch.uint8 or images.ndim != 4 or min(shape[1:3]) > 4 >= shape[3]:
             raise ValueError(f"Images in memory are uint8 (N,C,H,W), 0 to 255, and these are {images.dtype} {shape}: "
                 "those in [0,1] want (255*images).round().byte(), and channels that come last images.permute(0,3,1,2).")
         super().__init__(images, labels, vocab, ifnone(reader, ImageReader(shape[1])))

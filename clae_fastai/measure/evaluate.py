@@ -116,7 +116,7 @@ def evaluate(
             raise ValueError(f"There are no labels to evaluate with, or no {part} images: "
                 "give images in class folders, such as train/<class> and test/<class>.")
     check_value_range(dls, info)
-    check_classes(dls.train, dls.valid, *L(valid))
+    check_classes(dls.train, dls.valid, valid)
     if n_seen := len(_files(dls.valid) & _files(nested_attr(model, 'dls.train'))):
         print(f"The encoder was trained on {n_seen} of these test images, without their labels.")
     train,test = _features(dls.train),_features(dls.valid)

@@ -416,16 +416,15 @@ def show_views(self:Learner,
 
 # %% ../../nbs/17_train.learner.ipynb #c9572c48
 class NormalizeImages(Callback):
-    "Normalises batches as in the encoder's training, but those of loaders that have a `Normalize` of their own"
+    "Normalises each batch once, by the same numbers, whatever `DataLoader` it is of"
     order = TrainEvalCallback.order+1 # what others do to images, they do to normalised ones
     def __init__(self,
         stats:tuple # (mean, std), a number a channel
     ): self.views = TwoViews(noop, stats)
 
     def before_batch(self):
-        if split_normalize(getattr(self.dl, 'after_batch', None))[1] is not None: return
         x,*others = self.learn.xb
-        self.learn.xb = self.views.normalize(x),*others
+        self.learn.xb = self.views.normalize(undo_normalize(x, self.dl, self.views)),*others
 
 def _normalize_images(dls, info):
     "The callback that normalises as the `dls` do, or else the encoder's training did; none where nobody knows"

@@ -284,11 +284,13 @@ def test_the_log_of_the_epochs_before(tmp_path, quiet):
     fit(Resume(tmp_path/'c'), append=True)
     assert (tmp_path/'history.csv').read_text().startswith(before)
 
+@pytest.mark.parametrize('every', [1,4])
 @pytest.mark.parametrize('every_batches,at', [(None,3),(1,4)])
-def test_gathered_gradients(tmp_path, quiet, every_batches, at):
+def test_gathered_gradients(tmp_path, quiet, every_batches, at, every):
     def fit(*cbs):
         set_seed(0)
         learn = quiet(learner(get_dls('digits', bs=32, limit=96))) # three batches an epoch, and a step each two
+        learn.clae.every = every
         learn.fit(2, 1e-3, cbs=[GradientAccumulation(64), *cbs])
         return learn
     class Stops(Callback):

@@ -50,7 +50,7 @@ def _stack():
 def _where():
     "The innermost line outside of PyTorch and this file, and the innermost of our library"
     frames = list(_stack())
-    ours = [f for f in frames if 'clae_fastai/' in f[0]]
+    ours = [f for f in frames if 'clae_fastai/' in f[0] and f[2] != 'one_batch'] # which is around all that fastai does
     places = ['/'.join(file.split('/')[-2:]) + f':{line} {name}' for file,line,name in (frames[0], *ours[:1])]
     return ' <- '.join(dict.fromkeys(places))
 

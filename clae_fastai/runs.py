@@ -809,9 +809,10 @@ def trial_images(
     options:dict # Of a trial
 ) -> dict:
     "The `fingerprint` of the images that it is trained on"
-    s,_ = _fill_in(_trial_options(options, Path())[0])
-    own = _given(**{k: s[k] for k in 'path bs size limit seed'.split()})
-    with redirect_stdout(io.StringIO()): return _images(get_dls(s['data'], num_workers=0, **own)) # asked of each trial
+    with redirect_stdout(io.StringIO()): # it is asked of each trial
+        s,_ = _fill_in(_trial_options(options, Path())[0])
+        own = _given(**{k: s[k] for k in 'path bs size limit seed'.split()})
+        return _images(get_dls(s['data'], num_workers=0, **own))
 
 def trained(
     folder:Path # Of a finished run

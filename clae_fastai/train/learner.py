@@ -426,14 +426,19 @@ class NormalizeImages(Callback):
         x,*others = self.learn.xb
         self.learn.xb = self.views.normalize(undo_normalize(x, self.dl, self.views)),*others
 
-def _normalize_images(dls, info):
-    "The callback that normalises as the `dls` do, or else the encoder's training did; none where nobody knows"
+def _normalized_dls(dls, x, info):
+    """`dls`, or a shallow copy that normalises as in the encoder's training, so that `learn.model` takes its batches;
+    and (mean, std), None where nobody knows"""
     own,stats = image_stats(noop, dls),[info['mean'],info['std']] if 'mean' in info else None
-    if own is None: return L(stats and NormalizeImages(stats))
-    if stats and not np.allclose([*own], stats, atol=1e-3):
-        print(f"The DataLoaders' Normalize is kept, (mean, std) {[o.tolist() for o in own]}; "
-              f"the encoder was trained with {stats}.")
-    return L(NormalizeImages(own))
+    if own is not None:
+        if stats and not np.allclose([*own], stats, atol=1e-3):
+            print(f"The DataLoaders' Normalize is kept, (mean, std) {[o.tolist() for o in own]}; "
+                  f"the encoder was trained with {stats}.")
+        return dls,own
+    if stats is None or not isinstance(x, TensorImageBase): return dls,stats # `Normalize` passes over other tensors
+    normalize,res = Normalize.from_stats(*stats, cuda=False),copy(dls)
+    res.loaders = [_new(dl, after_batch=Pipeline([*dl.after_batch.fs, normalize])) for dl in dls.loaders]
+    return res.to(dls.device),stats
 
 @delegates(Learner.__init__, but='model')
 def encoder_learner(
@@ -449,7 +454,8 @@ def encoder_learner(
     dls = _fastai_dls(dls)
     n_out = ifnone(n_out, get_c(dls))
     if not n_out: raise ValueError("The DataLoaders have no classes: give labelled images, or n_out.")
-    _,n_in,*size = dls.one_batch()[0].shape
+    x = dls.one_batch()[0]
+    _,n_in,*size = x.shape
     check_channels(n_in, info)
     check_value_range(dls, info)
     head = fastai_head(num_features(encoder, n_in, size), n_out, lin_ftrs, ps, pool=False)
@@ -457,7 +463,8 @@ def encoder_learner(
     model = nn.Sequential(ContrastiveModel(encoder, nn.Identity(), normalize=False), head)
     loss_func = getattr(dls.train_ds, 'loss_func', None) or CrossEntropyLossFlat()
     kwargs = dict(loss_func=loss_func, splitter=default_split) | kwargs
+    dls,stats = _normalized_dls(dls, x, info)
     learn = Learner(dls, model, **kwargs)
-    learn.add_cbs(_normalize_images(dls, info))
+    if stats is not None: learn.add_cb(NormalizeImages(stats))
     learn.freeze()
     return learn

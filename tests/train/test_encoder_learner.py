@@ -48,9 +48,17 @@ def test_the_body_is_the_encoder(pretrained, dls, tmp_path):
 
 def test_the_callers_dls_is_not_changed(pretrained, dls):
     tfms = [list(dl.after_batch.fs) for dl in dls.loaders]
-    encoder_learner(dls, pretrained)
+    learn = encoder_learner(dls, pretrained)
     assert ([list(dl.after_batch.fs) for dl in dls.loaders] == tfms and
             not any(isinstance(o, Normalize) for o in tfms[0]))
+    assert [sum(isinstance(o, Normalize) for o in dl.after_batch.fs) for dl in learn.dls.loaders] == [1,1]
+
+def test_the_model_takes_the_learners_batches(pretrained, dls, quiet):
+    "As `vision_learner`'s does"
+    learn = quiet(encoder_learner(dls, pretrained))
+    x = learn.dls.valid.one_batch()[0]
+    with torch.no_grad(): p = learn.model.eval()(x).softmax(1)
+    torch.testing.assert_close(learn.get_preds()[0][:len(x)], torch.Tensor(p), rtol=0, atol=1e-5)
 
 def normalised(digits_dir, mean):
     normalize = Normalize.from_stats([mean]*3, [.5]*3, cuda=False)

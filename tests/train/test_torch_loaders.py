@@ -39,6 +39,9 @@ def test_life_of_a_learner(labels, quiet, tmp_path, capsys):
     learn.export('x.pkl')
     again = quiet(load_learner(tmp_path/'x.pkl'))
     torch.testing.assert_close(again.get_preds(dl=again.dls.test_dl(list(x)))[0], z)
+    fresh = quiet(encoder_learner(torch_dls(), learn, n_out=2))
+    with torch.no_grad(): p = fresh.model.eval()(learn.clae.normalize(fresh.dls.valid_ds.tensors[0])).softmax(1)
+    torch.testing.assert_close(fresh.get_preds()[0], p, rtol=0, atol=1e-5) # normalised, though they are plain tensors
     tuned = (quiet(encoder_learner(torch_dls(), learn)) if labels else
              quiet(encoder_learner(torch_dls(), learn, n_out=2)))
     tuned.fine_tune(1)

@@ -36,7 +36,8 @@ def start(cwd, *args, **kwargs):
     exe = Path(sys.executable).with_name('clae_train')
     env = {**os.environ, 'PYTHONWARNINGS': 'ignore', 'PYTHONUNBUFFERED': '1'}
     p = subprocess.Popen([exe, *map(str, args)], cwd=cwd,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kwargs)
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **kwargs,
+        preexec_fn=partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)) # also where the tests run under nohup
     while ' training images of ' not in (line := p.stdout.readline()): assert line or p.poll() is None, p.stderr.read()
     return p
 

@@ -41,7 +41,8 @@ class CheckCallbacks(Callback):
             f"perhaps one of {names}: views are made by views=, and changed there.")
 
 class CheckTrackers(Callback):
-    "Refuses callbacks that watch or draw a column that the training table will not have, before the first step"
+    """Refuses callbacks that watch or draw a column that the training table will not have,
+    or would empty the log that a resumed fit goes on with, before the first step"""
     order = Recorder.order+2 # the table's columns are known, and no tracker has looked for one
     def before_fit(self):
         if hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'): return

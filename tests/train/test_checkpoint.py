@@ -286,7 +286,7 @@ def test_the_log_of_the_epochs_before(tmp_path, quiet):
     assert (tmp_path/'history.csv').read_text().startswith(before)
 
 @pytest.mark.parametrize('every', [1,4])
-@pytest.mark.parametrize('every_batches,at', [(None,3),(1,4)])
+@pytest.mark.parametrize('every_batches,at', [(None,3),(1,5)])
 def test_gathered_gradients(tmp_path, quiet, every_batches, at, every):
     def fit(*cbs):
         set_seed(0)

@@ -369,3 +369,18 @@ def test_command_and_resuming_on_another_number_of_processes(cli):
 def test_user_errors_of_several_processes(cli):
     r = torchrun(2, clae_train, '--eps', '-1', cwd=cli.cwd)
     assert r.returncode != 0 and r.stderr.count('clae_train: ') == 1
+
+fits_once = '''
+from clae_fastai.all import *
+learn = clae_learner(get_dls('digits', bs=32, limit=128), resnet8, views='digits')
+with learn.distributed(), learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+learn.model.encoder.conv1.register_forward_hook(lambda m, x, out: print('a convolution in', out.dtype))
+learn.model(learn.dls.one_batch()[0])
+'''
+
+@pytest.mark.slow
+def test_a_learners_own_precision(tmp_path):
+    "Whatever the launcher is configured for"
+    (file := tmp_path/'fits_once.py').write_text(fits_once)
+    p = torchrun(2, file, cwd=tmp_path)
+    assert p.stdout.count('a convolution in torch.float32') == 2, p.stdout + p.stderr

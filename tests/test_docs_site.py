@@ -77,7 +77,7 @@ def test_the_sidebar_lists_every_notebook():
     assert [o for o in names if o not in there and not o.startswith('guides/')] == []
 
 def test_the_sidebar_is_what_a_visitor_looks_for():
-    "Its sections, the rooms to use and to extend, and all others inside"
+    "Its sections, the modules to use and to extend, and all others inside"
     top = {o.get('text') or o['section']: o for o in sidebar()}
     assert list(top) == ['Start','Tutorials','Guides','Results','API']
     sections = [o for o in top['API']['contents'] if 'section' in o]

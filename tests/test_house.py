@@ -166,7 +166,7 @@ def test_the_method_on_one_screen():
     assert n <= 45 and widest <= 120
 
 def test_commands_import_nothing_heavy():
-    "The parsers need Python alone: neither torch nor fastai, nor anything else that was installed, nor another room"
+    "The parsers need Python alone: neither torch nor fastai, nor anything else that was installed, nor another module"
     code = 'import sys; before = set(sys.modules); import clae_fastai.cli; print(*set(sys.modules) - before)'
     res = subprocess.run([sys.executable, '-c', code], cwd=root, capture_output=True, text=True)
     assert res.returncode == 0, res.stderr

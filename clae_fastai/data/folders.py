@@ -194,7 +194,7 @@ def _default_size(folder):
     return 224,224
 
 def _decide(folder, size, channels, value_range, **options):
-    "How the images are read, (height, width), whether they are small and of one size, and what is said of them"
+    "How the images are read, (height, width), whether they are small and only scaled, and what is said of them"
     found = find_value_range(folder.files, folder.infos, value_range)
     reader = ImageReader(_n_channels(folder.infos, channels), found, **options)
     sizes = {(o.height,o.width) for o in folder.infos}
@@ -203,7 +203,9 @@ def _decide(folder, size, channels, value_range, **options):
         notes.append("value_range is not used, as no image has more than 8 bits.")
     if size is None and len(sizes) > 1:
         notes.append(f"Of {len(sizes)} sizes, and cropped to 224 pixels (size=, --size).")
-    return reader,tuplify(size or _default_size(folder), match=(0,0)),len(sizes) == 1 and max(first(sizes)) <= 64,notes
+    h,w = size = tuplify(size or _default_size(folder), match=(0,0))
+    small = len(sizes) == 1 and max(own := first(sizes)) <= 64 and own[0]*w == own[1]*h
+    return reader,size,small,notes
 
 def _in_memory(path, files, train, test, classes, reader):
     "A `MemoryImages` of each part; where there are many files all are read, and kept beside them"

@@ -17,18 +17,19 @@ from ..core import *
 from .reading import *
 
 # %% ../../nbs/09_data.images.ipynb #e395e5a4
+def _as_tensor(x):
+    "`ImageReader.pixels` as (C,H,W), uint8"
+    return x.as_subclass(Tensor) if isinstance(x, Tensor) else TF.pil_to_tensor(x)
+
 def read_images(
     files:list, # Images, as files, PIL images, arrays or tensors
     reader:ImageReader, # How they are read
-    size:tuple=None # (height, width); by default all must have one size
+    size:tuple=None # (height, width) of the largest crop in the middle; by default all must have one size
 ) -> Tensor: # (N,channels,height,width), uint8
     "Decode images into one tensor, in threads"
+    middle = None if size is None else two_crops(size[1]/size[0], None, None)
     def _pixels(image):
-        im = reader(image)
-        if isinstance(im, Tensor):
-            return im.as_subclass(Tensor) if size is None else TF.resize(im, size, antialias=True)
-        if size is not None: im = im.resize(size[::-1], Image.BILINEAR)
-        return torch.from_numpy(np.array(im)).view(*im.shape, reader.channels).permute(2,0,1)
+        return cut_crops(image, reader, size, middle)[0] if size else _as_tensor(reader.pixels(image))
     out = torch.empty(len(files), *_pixels(files[0]).shape, dtype=torch.uint8)
     def _read(i):
         x = _pixels(files[i])
@@ -172,7 +173,7 @@ class MemoryImages(ImageSet):
     def like(self,
         items:list # Files, PIL images, arrays, tensors, or `ImageItem`s
     ):
-        "Other images, brought to this data set's size and channels; labelled if they are items with labels"
+        "Other images, the middle of each, in this data set's size and channels; labelled if they are items with labels"
         images,labels = split_items(items, self.vocab)
         pixels = read_images(images, self.reader, self.images.shape[2:]) if len(images) else self.images[[]]
         other = type(self)(pixels, labels, self.vocab, self.reader, _paths(images))
@@ -326,10 +327,10 @@ def cut_crops(
                     sides = im.size[::-1] if exif_orientation(im) in (5,6,7,8) else im.size
                     boxes = draw(*sides[::-1])
                     share = max(max(size[0]/h, size[1]/w) for _,_,w,h,_ in boxes) # of the file's size that is needed
-                    im.draft('L' if reader.channels == 1 else im.mode, [math.ceil(o*share) for o in im.size])
+                    im.draft(im.mode, [math.ceil(o*share) for o in im.size])
                     image = im
         x = reader.pixels(image)
-    if not isinstance(x, Tensor): x = torch.from_numpy(np.array(x)).view(*x.shape, reader.channels).permute(2,0,1)
+    x = _as_tensor(x)
     h,w = x.shape[1:]
     if boxes is None: boxes,sides = draw(h, w),(w,h)
     sx,sy = w/sides[0],h/sides[1] # of what was decoded to the whole
@@ -406,7 +407,7 @@ class FileImages(ImageSet):
         return other
 
 class WholeImages(FileImages):
-    "Images in files, each read whole and brought to one size: the pixels of a `MemoryImages`, a batch at a time"
+    "Images in files, read in threads: the pixels of a `MemoryImages`, a batch at a time"
     def crops(self, idxs, seed=None): return read_images([self.images[i] for i in idxs], self.reader, self.size)
 
 class FileDL(ImageDL):

@@ -409,10 +409,15 @@ def last_checkpoint(
         except ValueError as e: alert(f"{e} The one before it is used.")
     raise ValueError(f"None of the {len(files)} checkpoints in {folder} is whole: start anew.")
 
+class _ResumeAlone(L):
+    "Callbacks of a learner; while a `Resume` is one of them, it alone is called"
+    def sorted(self, *args, **kwargs):
+        return L([cb for cb in self if isinstance(cb, Resume)] or [*self]).sorted(*args, **kwargs)
+
 class Resume(Callback):
     """Go on from the newest checkpoint in `folder`, in the same call of `fit` that was interrupted, once.
     Raises `ValueError` where the run is not the one that was saved"""
-    order,used,state,other_cbs,n_passed = Checkpoint.order-1,False,None,None,0 # what it restores, Checkpoint sees
+    order,used,alone,state,n_passed = Checkpoint.order-1,False,False,None,0 # what it restores, Checkpoint sees
     def __init__(self,
         folder:str|Path='checkpoints', # Of a `Checkpoint`
         settings:dict=None, # As `Checkpoint` was given
@@ -422,13 +427,15 @@ class Resume(Callback):
         self.folder = Path(folder)
 
     def before_fit(self):
+        if self.alone: # an earlier fit was interrupted while it passed over what is done
+            self._go_on()
+            return self.learn('before_fit')
         self.resuming = not self.used and not self.learn.lock.locked() # as in `validate` and `get_preds`
         if not self.resuming: return
         file,state = last_checkpoint(self.folder)
         self.of_run = _of_run(self.learn, self.settings, state['run_id'])
         earlier = state.get('earlier_fits', [])[self.n_passed:]
         if earlier and earlier[0] == self.of_run['settings']: return self._pass()
-        self.used = True
         own,saved = ({**o['given'], **o['settings']} for o in (self.of_run, state))
         if len(state['random']) != world_size(): del saved['batches_an_epoch']
         differ = [f'{k}: {was}, now {own.get(k)}' for k,was in saved.items() if was != own.get(k)]
@@ -462,14 +469,14 @@ class Resume(Callback):
                 if f != file: return f if load_checkpoint(f)['run_id'] != state['run_id'] else None
 
     # fastai's loop cannot begin in the middle: what is done passes with this callback alone, which cancels it
-    def _go_alone(self): self.other_cbs,self.learn.cbs = self.learn.cbs,L(self)
-    def _go_on(self): self.learn.cbs,self.other_cbs = self.other_cbs,None
+    def _go_alone(self): self.alone,self.learn.cbs = True,_ResumeAlone([*self.learn.cbs])
+    def _go_on(self): self.alone,self.learn.cbs = False,L([*self.learn.cbs])
 
     def before_epoch(self):
-        if self.other_cbs: raise CancelEpochException
+        if self.alone: raise CancelEpochException
 
     def after_epoch(self):
-        if not self.other_cbs or self.epoch < self.start-1: return
+        if not self.alone or self.epoch < self.start-1: return
         self._go_on()
         if bar := nested_attr(self.learn, 'progress.mbar'): bar.update(0) # it has not seen an epoch begin
         if self.state and not self.inside: self._restore()
@@ -482,15 +489,15 @@ class Resume(Callback):
         self._go_alone()
 
     def before_batch(self):
-        if self.other_cbs: raise CancelBatchException
+        if self.alone: raise CancelBatchException
 
     def after_batch(self):
-        if not self.other_cbs or self.iter < self.n_done-1: return
+        if not self.alone or self.iter < self.n_done-1: return
         self._go_on()
         self._restore()
 
     def _restore(self):
-        state,self.state = self.state,None
+        state,self.state,self.used = self.state,None,True
         states = state['random']
         own = states[this_rank()] if len(states) == world_size() else {}
         if 'attack' in own: state['attack'] = own['attack']

@@ -9,6 +9,7 @@ __all__ = ['methods', 'is_plain_loader', 'clae_learner', 'seeded_clae', 'full_ba
 # %% ../../nbs/17_train.learner.ipynb #500cb2fb
 from fastai.vision.all import *
 from fastai.vision.learner import create_head as fastai_head, default_split
+from contextlib import nullcontext, suppress
 from torch.utils.data import RandomSampler, SequentialSampler
 import torchvision, warnings
 from ..core import *
@@ -96,7 +97,15 @@ class _TorchSet(GetAttr):
         return (TensorImage(o[0]), *(y if getattr(y, 'ndim', 0) else _class(y) for y in o[1:]))
     def new_empty(self): return type(self)([])
 
-def _collate(collate_fn, items): return tuplify(collate_fn(items)) # what `predict` gives has no labels, and is no tuple
+def _collate(collate_fn, items):
+    "A tuple, also of what `predict` gives, which has no labels"
+    unread = isinstance(item := first(tuplify(items[0])), (str,Path,Image.Image))
+    with suppress(TypeError) if unread else nullcontext():
+        b = tuplify(collate_fn(items))
+        if not unread or isinstance(b[0], Tensor): return b
+    raise ValueError(f"PyTorch's loaders take what their data set makes of an image, (C,H,W) tensors, and this is a "
+        f"{type(item).__name__}. Give tensors; or read images with folder_dl, for which extract_features(learn, dl) "
+        "gives features.")
 
 def is_plain_loader(
     dl:torch.utils.data.DataLoader # One of PyTorch's

@@ -1,10 +1,13 @@
 "All images of a folder in one loader: their order, and the pixels that `folder_dls` gives in validation."
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from fastai.vision.all import tuplify
 from PIL import Image
 
-from clae_fastai.all import folder_dl, folder_dls, get_dls
+from clae_fastai.all import MemoryImages, folder_dl, folder_dls, get_dls
 
 from layouts import image
 
@@ -52,6 +55,19 @@ def test_pixels_of_validation(tmp_path, kind, layout):
     got = pixels(dl)
     assert len(want) == 20 and got.keys() == want.keys() and all(torch.equal(got[f], want[f]) for f in want)
     assert all(b[0].device.type == 'cpu' and len(b) == 1 for b in dl)
+
+@pytest.mark.parametrize('sides,size', [((20,12),16), ((12,20),(10,24)), ((18,18),(9,12))])
+def test_other_images_change_none(tmp_path, sides, size):
+    "A small image of another shape than is asked for is cropped: alone, among others, and by a loader of other files"
+    for i in range(3): image(tmp_path/'a'/f'{i}.png', i, sides)
+    alone = pixels(folder_dl(tmp_path/'a', size=size))
+    image(tmp_path/'b'/'z.png', 9, (40,40))
+    for o in alone: shutil.copy(o, tmp_path/'b')
+    among = pixels(folder_dl(tmp_path/'b', size=size))
+    assert all(torch.equal(x, among[tmp_path/'b'/f.name]) for f,x in alone.items())
+    h,w = tuplify(size, match=(0,0))
+    small = MemoryImages(torch.zeros(4, 3, h, w, dtype=torch.uint8))
+    assert torch.equal(small.like([*alone]).images, (255*torch.stack([*alone.values()])).round().byte())
 
 def test_order_of_names(tmp_path):
     "That of the whole name as text, links and folders in folders, too"

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from clae_fastai import cli as commands, runs as rooms
+from clae_fastai import cli as commands, runs as runs_module
 from clae_fastai.data.catalogue import get_dls
 from clae_fastai.data.folders import folder_dl
 from clae_fastai.data.images import MemoryImages, memory_dls
@@ -255,7 +255,7 @@ def test_many_images(places, cli, monkeypatch):
     def few(*args):
         seen.append(look_at(*args, most=50))
         return seen[0]
-    monkeypatch.setattr(rooms, 'look_at', few)
+    monkeypatch.setattr(runs_module, 'look_at', few)
     assert cli('clae_report', 'labelled').returncode == 0
     assert len(seen[0].features) == len(seen[0].small) == len(seen[0].names) == len(seen[0].labels) == 50
     assert seen[0].parts.count('held-out') == pytest.approx(50*450/514, abs=1) # 64 were trained on
@@ -306,7 +306,7 @@ def test_every_run_has_neighbours(places, monkeypatch, cli):
     def plot(images, features, labels, vocab, among):
         titles.append((among, len(features), labels is None))
         return plot_neighbours(images, features, labels, vocab, among)
-    monkeypatch.setattr(rooms, 'plot_neighbours', plot)
+    monkeypatch.setattr(runs_module, 'plot_neighbours', plot)
     runs = shutil.copytree(places/'runs', cli.cwd/'runs')
     for name in ('labelled','flat'): # a training that is finished, and whose run is not
         for file in ('summary.json','neighbours.png'): (runs/name/file).unlink()

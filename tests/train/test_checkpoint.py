@@ -303,6 +303,28 @@ def test_gathered_gradients(tmp_path, quiet, every_batches, at, every):
     with pytest.raises(Exception, match='stopped'): fit(Checkpoint(tmp_path, every_batches), Stops())
     assert same_weights(fit(), fit(Resume(tmp_path)))
 
+@pytest.mark.parametrize('given', ['to fit','to the learner'])
+@pytest.mark.parametrize('every_batches', [None,2])
+def test_an_interrupt_while_it_passes_over(tmp_path, quiet, every_batches, given):
+    "What is done passes again in the next fit, and the learner has its callbacks"
+    def learner_of(*cbs):
+        set_seed(0)
+        return quiet(learner(get_dls('digits', bs=32, limit=128), cbs=cbs))
+    def fit(learn, *cbs):
+        learn.fit(2, 1e-3, cbs=cbs)
+        return learn
+    whole = fit(learner_of())
+    with pytest.raises(Exception, match='stopped'): fit(learner_of(), Checkpoint(tmp_path, every_batches), Stop(7))
+    resume = Resume(tmp_path)
+    learn = learner_of(*[resume]*(given == 'to the learner'))
+    mine,others = [resume]*(given == 'to fit'),learn.cbs.attrgot('name')
+    resume.after_epoch = resume.before_batch = lambda: exec('raise KeyboardInterrupt')
+    with pytest.raises(KeyboardInterrupt): fit(learn, *mine)
+    del resume.after_epoch, resume.before_batch
+    assert learn.cbs.attrgot('name') == others
+    set_seed(0)
+    assert same_weights(whole, fit(learn, *mine))
+
 def linear_encoder(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 16))
 
 def test_float16_scaler(tmp_path, quiet):

@@ -374,7 +374,7 @@ fits_once = '''
 from clae_fastai.all import *
 learn = clae_learner(get_dls('digits', bs=32, limit=128), resnet8, views='digits')
 with learn.distributed(), learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-learn.model.encoder.conv1.register_forward_hook(lambda m, x, out: print('a convolution in', out.dtype))
+learn.model.encoder.conv1.register_forward_hook(lambda m, x, out: print(f'a convolution in {out.dtype}'))
 learn.model(learn.dls.one_batch()[0])
 '''
 

@@ -1,8 +1,11 @@
 "PyTorch's own loaders: all that a learner does with fastai's, or one sentence that says what to give instead."
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import Callback, DataLoaders, load_learner, set_seed
+from fastai.vision.all import Callback, DataLoaders, first, load_learner, set_seed
+from PIL import Image
 from torch.utils import data
 
 from clae_fastai.all import Checkpoint, Resume, clae_learner, encoder_learner, evaluate, extract_features, resnet8
@@ -48,6 +51,16 @@ def test_life_of_a_learner(labels, quiet, tmp_path, capsys):
     assert np.isfinite(tuned.recorder.final_record).all()
     if labels: assert evaluate(learn, learn.dls).knn >= 0
     assert not capsys.readouterr().out
+
+@pytest.mark.parametrize('image', ['a.png', Path('a.png'), Image.new('RGB', (16,16))], ids=['name','file','image'])
+def test_what_they_do_not_read(quiet, tmp_path, image):
+    "Files and images, of which their data sets make tensors in a way that nobody knows"
+    learn = learner(quiet, tmp_path)
+    for use in learn.embed,learn.dls.test_dl(['a.png']).new:
+        with pytest.raises(ValueError, match=f'this is a {type(image).__name__}.*folder_dl'): first(use([image]))
+    with pytest.raises(ValueError, match='folder_dl'): learn.predict(image)
+    files = data.DataLoader([(image,0)]*8, batch_size=4, collate_fn=lambda items: (torch.rand(len(items),3,16,16),))
+    quiet(clae_learner(DataLoaders(files, files), resnet8)).fit(1) # its own function reads them
 
 def test_classes_are_written_below(quiet, tmp_path):
     learn = learner(quiet, tmp_path)

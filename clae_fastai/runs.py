@@ -30,7 +30,7 @@ from .measure.evaluate import *
 from .measure.monitors import *
 from .measure.report import *
 from .paper.recipes import *
-from .paper.experiments import figure, table
+from .paper.experiments import figure, read_summary, table
 
 # %% ../nbs/26_runs.ipynb #12c6d113
 def _numbered(name): return (Path('runs', f'{name}-{i}') for i in itertools.count(1))
@@ -190,7 +190,8 @@ class RunLog(Callback):
 
     def before_fit(self):
         self.columns,self.rows,self.seconds,self.steps = list(self.recorder.metric_names),[],0.,[]
-        self.write(self.columns)
+        if not self.file.exists(): self.write() # it may hold what a resumed run goes on with
+        self.say(self.columns)
 
     def after_batch(self):
         "Once, how long it will take, from ten batches after the first"
@@ -205,20 +206,24 @@ class RunLog(Callback):
     def after_epoch(self):
         self.rows.append([*self.recorder.log])
         self.seconds += time.monotonic() - self.start
-        self.write(self.rows[-1])
+        self.write()
+        self.say(self.rows[-1])
 
     def after_fit(self): self.write() # of a run that was interrupted after its last epoch
 
-    def write(self,
-        new:list=() # Cells of a line to be shown
-    ):
+    def write(self):
         "Write all that there is"
         if this_rank(): return
         table = pd.DataFrame(self.rows, columns=self.columns)
         with self.side.writing(self.file): write_text(self.file, table.to_csv(index=False))
+
+    def say(self,
+        row:list # Cells of a line
+    ):
+        "Show it"
+        if this_rank() or not self.show: return
         widths = [max(len(o), 7) for o in self.columns]
-        cells = [f'{o:>{n}.4f}' if isinstance(o, float) else f'{o!s:>{n}}' for o,n in zip(new, widths)]
-        if self.show and cells: print(*cells, flush=True)
+        print(*(f'{o:>{n}.4f}' if isinstance(o, float) else f'{o!s:>{n}}' for o,n in zip(row, widths)), flush=True)
 
 # %% ../nbs/26_runs.ipynb #2f0d7035
 def _value_range(learn): return learn.encoder_info.get('value_range')
@@ -302,7 +307,11 @@ def _logging(log, folder, side):
     else:
         import wandb
         from fastai.callback.wandb import WandbCallback
-        with wandb.init(project='clae_fastai', name=folder.name, dir=folder): yield [WandbCallback()]
+        try: log = wandb.init(project='clae_fastai', name=folder.name, dir=folder)
+        except Exception as e: # of its own, of many kinds
+            raise ValueError(f"Weights & Biases cannot log ({e}): wandb login, or WANDB_MODE=offline before this, "
+                f"and clae_train --resume {folder.name}; or leave out --log in a new run.") from None
+        with log: yield [WandbCallback()]
 
 # %% ../nbs/26_runs.ipynb #87b25e1a
 def _images(dls): return fingerprint([dl.dataset for dl in dls.loaders], dls.path)
@@ -326,9 +335,9 @@ class _FewBatches(Callback):
     def seconds(self): return (self.times[-1] - self.times[0])/(self.n-1)
 
 class _Run:
-    "A training by `options`; in `folder`, if it was begun there"
-    def __init__(self, options, folder=None, moved=False):
-        self.folder,self.moved = folder,moved # are the images elsewhere now?
+    "A training by `options`; in `folder`, if it was begun there; perhaps a trial of a table or a figure"
+    def __init__(self, options, folder=None, moved=False, trial=False):
+        self.folder,self.moved,self.trial = folder,moved,trial # moved: are the images elsewhere now?
         self.settings,self.recipe = _fill_in(options)
         self.side = SideOutput()
 
@@ -349,6 +358,11 @@ class _Run:
             _some('arch method eps alpha attack every temperature head n_out views'))
         return clae_learner(dls, **own,
             **_some('pretrained weights precision channels_last deterministic attack_bn on_nonfinite'))
+
+    @property
+    def remedy(self):
+        "What does the rest of a run that was interrupted"
+        return "start the same command again" if self.trial else f"go on with clae_train --resume {self.folder.name}"
 
     @property
     def data(self):
@@ -399,14 +413,16 @@ class _Run:
     def begin(self, learn):
         "Write down what the run is, or see that it still is that"
         clear_half_files(self.folder)
-        file,images = self.folder/'settings.json',_images(learn.dls)
-        before = json.loads(file.read_bytes()).get('images') if file.exists() else None
+        file,images,parent = self.folder/'settings.json',_images(learn.dls),self.settings['extends']
+        trained = self.folder if file.exists() else parent and Path(parent)
+        before = json.loads((trained/'settings.json').read_bytes()).get('images') if trained else None
         if before and (differ := other_images(before, images, self.moved)):
-            raise ValueError(
-                f"The images of {self.data} are not those that {self.folder} was trained on ({differ}): "
-                "bring those back, or begin a new run. "
-                "If the same files were only copied or moved, say where they are: --resume NAME --path FOLDER.")
-        _write_json(file, dict(options=self.settings, images=images, versions=_versions))
+            option,new = (("--resume", "begin a new run") if trained == self.folder else
+                ("--extend", f"begin a new run with that encoder, --weights {trained/'encoder.safetensors'}"))
+            raise ValueError(f"The images of {self.data} are not those that {trained} was trained on ({differ}): "
+                f"bring those back, or {new}. If the same files were only copied or moved, say where they are: "
+                f"{option} {trained.name} --path FOLDER.")
+        _write_json(file, dict(options=self.settings, images=images, versions=_versions, trial=self.trial))
 
     def describe(self, learn):
         "One line about what is trained on what"
@@ -456,13 +472,12 @@ class _Run:
                 if self.recipe: self.recipe.fit(learn, cbs=cbs+logs)
                 else: learn.fit_one_cycle(self.settings['epochs'], self.settings['lr'], cbs=cbs+logs)
         except (RuntimeError, EOFError, ConnectionError) as e: # the last two: while a batch was handed over
-            go_on = f"go on with --resume {self.folder.name}."
             if is_lost_process(e):
                 raise ValueError("Another process of this training has ended: what it said stands above, "
-                    f"and nothing where it was killed. Then {go_on}") from e
+                    f"and nothing where it was killed. Then {self.remedy}.") from e
             if isinstance(e, RuntimeError) and 'DataLoader worker' not in str(e): raise
             raise ValueError(f"A process that loads images died, perhaps for want of memory ({e!r}). "
-                f"Free some, and {go_on}") from e
+                f"Free some, and {self.remedy}.") from e
 
     def draw(self, name, draw):
         "Write a picture"
@@ -511,9 +526,9 @@ class _Run:
                 elsewhere = (" Meanwhile it is "
                     f"{learn.export_encoder(Path(tempfile.mkdtemp(prefix='clae-'))/file.name)}.")
             raise OSError(f"The encoder is trained, and could not be written to {file} ({e}).{elsewhere} "
-                f"Make room, then clae_train --resume {self.folder.name} does what is left.") from e
+                f"Make room, then {self.remedy}, which does what is left.") from e
 
-_of_extension = 'epochs lr name workers every_batches log'.split()
+_of_extension = 'epochs lr name path workers every_batches log'.split()
 
 def _extended(run, given):
     "Options of a run that begins where a finished one has ended"
@@ -521,7 +536,10 @@ def _extended(run, given):
     if not (parent/'summary.json').exists():
         raise ValueError(f"The run {run} is not finished: go on with --resume {run}.")
     _refuse('extend', given.keys() - _of_extension)
-    return read_options(parent, to_continue=True) | dict(name=None) | given | dict(extends=str(parent.resolve()))
+    options = read_options(parent, to_continue=True) | dict(name=None) | given | dict(extends=str(parent.resolve()))
+    last_checkpoint(parent/'checkpoints') # or say that there is none
+    _check_place(options, parent, f"--extend {run} --path FOLDER")
+    return options
 
 def _refuse(option, given):
     names = ', '.join('--' + k.replace('_','-') for k in sorted(given))
@@ -546,14 +564,20 @@ def train(
     if is_weight_file(given.get('weights')): given['weights'] = os.path.realpath(os.path.expanduser(given['weights']))
     with redirect_stdout(io.StringIO() if launched()[0] else sys.stdout): # of several processes the first one prints
         if resume is None:
-            run = _Run(_not_given | given if extend is None else _extended(extend, given))
+            options = _not_given | given if extend is None else _extended(extend, given)
+            run = _Run(options, moved='path' in given)
             return run.dry_run() if dry_run else run.start()
         _refuse('resume', given.keys() - {'path'} | ({'extend'} if extend else set()))
         folder = _find('settings.json', resume, 'run').parent
         if not (folder/'summary.json').exists():
             options = read_options(folder, to_continue=True) | given
+            if json.loads((folder/'settings.json').read_bytes()).get('trial'):
+                raise ValueError(f"{folder} is a trial of a table or a figure, which needs more than a run: "
+                    "start that clae_table or clae_figure again, and it goes on.")
             _check_place(options, folder, f"--resume {folder.name} --path FOLDER")
-            return _Run(options, folder, moved='path' in given).start()
+            run = _Run(options, folder, moved='path' in given)
+            return run.dry_run() if dry_run else run.start()
+        _read_summary(folder) # or say what is wrong with it
         print(f"The run {resume} is finished; nothing is left to do. "
               f"To train it longer: clae_train --extend {resume} --epochs N.")
 
@@ -579,8 +603,7 @@ def _check_own_data(dls, folder, purpose='to evaluate it on', same=True):
     "Are these the images of the run in `folder`, if they must be the `same`, and are those that are held out?"
     content = json.loads((folder/'settings.json').read_bytes())
     version,images = content['versions']['clae_fastai'],content.get('images')
-    if (same and images and content['options'].get('limit') is None
-            and (differ := other_images(images, _images(dls), moved=True))):
+    if same and images and (differ := other_images(images, _images(dls), moved=True)):
         raise ValueError(f"The images in {dls.path} are not those that {folder} was trained on ({differ}): "
             f"bring those back, or say what {purpose}, with --path FOLDER.")
     if getattr(dls, 'held_out', 0) and version.startswith('0.1.'):
@@ -589,6 +612,10 @@ def _check_own_data(dls, folder, purpose='to evaluate it on', same=True):
             "so that this version would test on images that the run was trained on: "
             f"say what {purpose}, with --path FOLDER.")
 
+def _trained_on(name, limit, **own):
+    "The images of a run, those that `limit` has left of them"
+    with redirect_stdout(io.StringIO()): return get_dls(name, limit=limit, **own)
+
 def _changes(file, path):
     """What is new of the images that the run of an encoder file was trained on, '' if they are the same, here or
     elsewhere; None where the images in `path` are others"""
@@ -596,11 +623,11 @@ def _changes(file, path):
     except (OSError, ValueError): return None
     if options['data'] != 'folder': return None
     same_place = os.path.realpath(options['path']) == os.path.realpath(os.path.expanduser(path))
-    if options['limit']: return '' if same_place else None # what was left out is not known
+    if not content.get('images'): return '' if same_place else None # of 0.1.0: nobody knows
     try:
         name,own = _own_data(file, path)
-        with redirect_stdout(io.StringIO()): now = _images(get_dls(name, **own))
-        differ = other_images(content.get('images') or {}, now, moved=True)
+        now = _images(_trained_on(name, options['limit'], **own))
+        differ = other_images(content['images'], now, moved=True)
     except (OSError, ValueError) as e: differ = str(e)
     return differ if same_place or not differ else None
 
@@ -635,8 +662,10 @@ def evaluate_run(
         skip_bad=skip_bad or None)
     own,dataset = _given(bs=bs, num_workers=workers, **own) | _given(**given),data
     if 'seed' in own: # `evaluate` has one of its own
-        dataset,own = get_dls(data, drop_last=False, **own),{}
-        _check_own_data(dataset, file.parent, same=path is None) # of some more or fewer the same are held out
+        dataset,limit = get_dls(data, drop_last=False, **own),read_options(file.parent)['limit']
+        seen = _trained_on(data, limit, **own) if limit and path is None else dataset
+        _check_own_data(seen, file.parent, same=path is None) # of some more or fewer the same are held out
+        own = {}
     res = replace(evaluate(file, dataset, **kwargs, **own), dataset=data)
     print(res, flush=True) # whatever becomes of the file
     new = _write_new(file.parent/f'eval-{data}-{res.protocol}.json', _to_json({**res.to_dict(), 'versions': _versions}))
@@ -646,14 +675,17 @@ def _check_writable(folder):
     "Before there is work that would be lost"
     if not os.access(folder, os.W_OK): raise PermissionError(f"There is no right to write to {folder}.")
 
-def _check_new(out):
-    "A file to write. Raises `FileNotFoundError` or `FileExistsError` where it cannot be"
+@contextmanager
+def _new_output(out):
+    "Yields the file to write, which nobody else writes meanwhile. `FileNotFoundError`, `FileExistsError` for another"
+    out = Path(out).expanduser()
     if not out.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {out.parent} to write {out.name} to.")
     _check_writable(out.parent)
-    if os.path.lexists(out):
-        raise FileExistsError(f"{out} exists, and nothing is overwritten: give another name with --out.")
-    return out
+    with one_at_a_time(out.parent, out.name, wait=False):
+        if os.path.lexists(out):
+            raise FileExistsError(f"{out} exists, and nothing is overwritten: give another name with --out.")
+        yield out
 
 def _as_in_training(file, path, **given):
     "All images of a folder, read as those that an encoder was trained on, but for what is `given`"
@@ -678,13 +710,12 @@ def embed_run(
     "Write the features of all images of a folder, a row an image"
     _check_limits(dict(bs=bs, workers=workers, max_pixels=max_pixels))
     if path is None: raise ValueError("Say whose features shall be written: those of the images in --path FOLDER.")
-    out = Path(out)
-    look_up(out.suffix.lower(), feature_files, 'ending', 'give a name with one of them, --out')
-    _check_new(out)
-    file = _encoder_file(run)
-    path = check_folder(path)
-    dl = _as_in_training(file, path, bs=bs, num_workers=workers, max_pixels=max_pixels, skip_bad=skip_bad, **reading)
-    width = write_features(file, dl, out, path)
+    look_up(Path(out).suffix.lower(), feature_files, 'ending', 'give a name with one of them, --out')
+    with _new_output(out) as out:
+        file,path = _encoder_file(run),check_folder(path)
+        given = dict(bs=bs, num_workers=workers, max_pixels=max_pixels, skip_bad=skip_bad)
+        dl = _as_in_training(file, path, **given, **reading)
+        width = write_features(file, dl, out, path)
     say(f"Wrote the features of {len(dl.files)} images, {width} numbers each, to {out}.")
 
 def export_run(
@@ -698,22 +729,15 @@ def export_run(
         dict(safetensors=shutil.copyfile, onnx=partial(export_onnx, with_preprocessing=with_preprocessing)), 'format')
     if with_preprocessing and format != 'onnx':
         raise ValueError("Only ONNX can hold the preprocessing: add --format onnx.")
-    out = _check_new(Path(ifnone(out, f'encoder.{format}')))
-    with new_file(out) as tmp: write(_encoder_file(run), tmp)
+    with _new_output(ifnone(out, f'encoder.{format}')) as out, new_file(out) as tmp: write(_encoder_file(run), tmp)
     print(f"Wrote {out}.")
 
 # %% ../nbs/26_runs.ipynb #92a3fd1d
 def _read_summary(folder):
     "What a finished run found"
-    file = folder/'summary.json'
-    if not file.is_file():
-        raise ValueError(f"The run {folder} is not finished: first go on with it, clae_train --resume {folder.name}.")
-    try:
-        summary = json.loads(file.read_bytes())
-        for k in ('settings','versions','metrics'): dict(summary[k])
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{file} is damaged ({e!r}): there is nothing to report.") from None
-    return summary
+    go_on = f"clae_train --resume {folder.name}"
+    if (folder/'summary.json').is_file(): return read_summary(folder, go_on)
+    raise ValueError(f"The run {folder} is not finished: first go on with it, {go_on}.")
 
 def _unless_damaged(file, read):
     "What `read` makes of a file; None where it is not there, or not whole, which is said"
@@ -790,7 +814,7 @@ def trial(
     options,targets = _trial_options(options, folder)
     if (folder/'settings.json').exists(): # or say that it cannot
         options = dict(read_options(folder, True), path=options['path'])
-    run = _Run(options, folder)
+    run = _Run(options, folder, trial=True)
     def _accuracies(learn):
         e = evaluate(learn, learn.dls)
         metrics = dict(accuracy=dict(knn=e.knn, lr=e.result))
@@ -815,10 +839,11 @@ def trial_images(
         return _images(get_dls(s['data'], num_workers=0, **own))
 
 def trained(
-    folder:Path # Of a finished run
+    folder:Path, # Of a finished run
+    path:str=None # Folder of its images, where they are elsewhere now
 ) -> Learner: # With the weights of its last checkpoint
     "The learner that a run trained"
-    learn = _Run(read_options(folder, to_continue=True)).learner()
+    learn = _Run(read_options(folder, to_continue=True) | _given(path=path)).learner()
     load_state(learn.model, last_checkpoint(folder/'checkpoints')[1]['model'])
     return learn
 

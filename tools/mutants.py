@@ -241,7 +241,7 @@ mutant('measure.monitors', 'asked', 'a loss is asked about equal embeddings itse
         "loss = getattr(self.loss_func, 'pair', self.loss_func)"))
 mutant('measure.monitors', 'forgotten', 'a resumed training does not know how it began',
        'measure/test_verdict.py::test_resumed',
-       ("checkpoint_attrs = ('batches','curve','last','shape')", "checkpoint_attrs = ('batches','last','shape')"))
+       ("('batches','curve','last','shape')", "('batches','last','shape')"))
 mutant('measure.monitors', 'too-soon', 'a training that still falls is called finished',
        'measure/test_verdict.py::test_states',
        ('if late > .2*fall:', 'if late > 2*fall:'))

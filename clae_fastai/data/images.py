@@ -142,6 +142,7 @@ class MemoryImages(ImageSet):
         if images.dtype != torch.uint8 or images.ndim != 4 or min(shape[1:3]) > 4 >= shape[3]:
             raise ValueError(f"Images in memory are uint8 (N,C,H,W), 0 to 255, and these are {images.dtype} {shape}: "
                 "those in [0,1] want (255*images).round().byte(), and channels that come last images.permute(0,3,1,2).")
+        labels = None if labels is None else labels.to(images.device)
         super().__init__(images, labels, vocab, ifnone(reader, ImageReader(shape[1])))
         if files is not None and len(files) != len(images):
             raise ValueError(f"There are {len(images)} images, {len(files)} files.")
@@ -178,7 +179,8 @@ class MemoryImages(ImageSet):
     def batch(self, idxs, seed=None, device=None):
         there = self if device is None else self.on(device)
         b = there[send(torch.tensor(idxs), there.images.device)]
-        return tuple(o.pin_memory() for o in b) if there is self and getattr(device, 'type', '') == 'cuda' else b
+        pin = there.images.device.type == 'cpu' and getattr(device, 'type', '') == 'cuda'
+        return tuple(o.pin_memory() for o in b) if pin else b
 
     def take(self, idxs):
         labels,files = (None if o is None else o[idxs] for o in (self.labels,self.files))

@@ -75,6 +75,8 @@ def _lost_by_pillow(im):
 _turns = {i: getattr(Image.Transpose, name) for i,name in enumerate(
     'FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90'.split(), 2)}
 
+_orientation = 'exif','xmp','XML:com.adobe.xmp','Raw profile type exif' # where Pillow looks for it
+
 def exif_orientation(
     im:Image.Image # As opened
 ) -> int: # 1: upright
@@ -89,7 +91,9 @@ def _upright(im):
     unsigned = (im.format == 'TIFF' and im.mode == 'I' and im.tag_v2.get(BITSPERSAMPLE) == (32,)
         and im.tag_v2.get(SAMPLEFORMAT, (1,)) == (1,))
     im.load()
-    if (turn := exif_orientation(im)) in _turns: im = im.transpose(_turns[turn])
+    if (turn := exif_orientation(im)) in _turns:
+        im = im.transpose(_turns[turn])
+        im.info = {k: v for k,v in im.info.items() if k not in _orientation} # or it would be turned again
     if im.mode[0] not in 'IF': return im
     return np.asarray(im).view(np.uint32) if unsigned else np.asarray(im)
 
@@ -352,13 +356,18 @@ def map_files(
 @contextmanager
 def one_at_a_time(
     root:str|Path, # Folder that they share
-    what:str='' # What it is about, where they share it with others
+    what:str='', # What it is about, where they share it with others
+    wait:bool=True # If not: raises `ValueError` where another is at work
 ):
     "Of several processes on this machine the first works, and leaves what it has done to the others, which wait"
     if not os.access(root, os.W_OK): yield # nothing could be left
     else:
         name = hashlib.blake2b(f'{Path(root).resolve()}/{what}'.encode(errors='replace'), digest_size=8).hexdigest()
-        with filelock.FileLock(Path(tempfile.gettempdir())/f'clae-{name}.lock', mode=0o666): yield
+        lock = filelock.FileLock(Path(tempfile.gettempdir())/f'clae-{name}.lock', mode=0o666)
+        try: lock.acquire(timeout=-1 if wait else 0)
+        except filelock.Timeout: raise ValueError(f"Another process is at work on {Path(root)/what}.") from None
+        try: yield
+        finally: lock.release()
 
 def _list_all(files, root):
     "A file that lists `files`: in `root`, or in the system's folder for such"

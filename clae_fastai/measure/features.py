@@ -71,7 +71,7 @@ class _Rows:
 
 def _in_order(dl):
     "All images of a loader, one after the other; one of PyTorch's with a sampler of its own stays as it is"
-    if isinstance(dl, TfmdDL): return dl.new(shuffle=False, drop_last=False)
+    if isinstance(dl, DataLoader): return dl.new(shuffle=False, drop_last=False) # fastai's
     if not (isinstance(dl, torch.utils.data.DataLoader) and is_plain_loader(dl)): return dl
     return torch.utils.data.DataLoader(dl.dataset, dl.batch_size, num_workers=dl.num_workers, collate_fn=dl.collate_fn,
         pin_memory=dl.pin_memory, timeout=dl.timeout)
@@ -83,24 +83,28 @@ def _integers(y):
             "give each class its index (fastai's CategoryBlock does).")
     return y.long() if y.dtype == torch.bool else y
 
+def _n_inputs(dl): return getattr(getattr(dl, 'dataset', None), 'n_inp', 1) # which stand before labels
+
 def _each_batch(model, dl, which, use):
     "`use(h, z, labels)` of batch after batch, each None where it is not asked for, or not there"
     check_choice('which', which, ('h','z','both'))
     net,info,pixels,normalize = _prepare(model, dl)
     if which != 'h' and net.head is None:
         raise ValueError("An encoder has no head to make embeddings z: use which='h', or the `Learner`.")
-    device = getattr(first(net.parameters()), 'device', 'cpu')
+    p = ifnone(first(net.parameters()), torch.empty(0))
+    dtype = p.dtype if p.is_floating_point() else torch.float32
     checked = normalize is noop
     with no_random(reproducible=False), torch.no_grad(), training_mode(net, False):
         dl = _in_order(dl)
         with getattr(getattr(dl, 'dataset', None), 'set_split_idx', nullcontext)(1): # no augmentation
-            for x,*y in _with_progress(dl, model):
-                check_channels(x.shape[1], info)
-                x = pixels(send(x, device).as_subclass(Tensor))
+            for b in _with_progress(dl, model):
+                x,y = b[0],b[_n_inputs(dl):]
+                check_channels(x.shape[-3], info)
+                x = pixels(send(x, p.device).as_subclass(Tensor))
                 if not checked: check_pixels(x)
                 checked = True # the first batch
-                h = net.features(normalize(x))
-                labels = send(_integers(y[0]), device).as_subclass(Tensor) if y else None
+                h = net.features(normalize(x).to(dtype))
+                labels = send(_integers(y[0]), p.device).as_subclass(Tensor) if y else None
                 use(None if which == 'z' else h, None if which == 'h' else net.project(h), labels)
 
 def extract_features(
@@ -130,7 +134,9 @@ def embed(self:Learner,
     "What the encoder sees in images: `features,files = learn.embed('photos')`"
     if isinstance(files, (str,Path)):
         folder = check_folder(files)
-        files = find_images(folder, getattr(getattr(self.dls, 'reader', None), 'read', None))[0]
+        reader = getattr(self.dls, 'reader', None)
+        files = find_images(folder, reader and reader.read)[0]
+        if files and reader and reader.read: files = check_images(files, folder, reader)[0] # it says which are images
         if not files: raise FileNotFoundError(f"There is no image in {folder}.")
         files = files.sorted(lambda f: f.relative_to(folder).as_posix())
     with no_random(reproducible=False): dl = self.dls.test_dl(files)
@@ -220,7 +226,8 @@ def check_classes(
     *dls # Loaders with labels
 ):
     "Raises `ValueError` where the same number means other classes"
-    own = [v for dl in dls if (v := getattr(dl, 'vocab', None))]
+    def _classes(dl): return getattr(dl, 'vocab', None) or nested_attr(dl, 'dataset.classes') # torchvision's
+    own = [v for dl in dls if (v := _classes(dl))]
     for v in own[1:]:
         if any(a != b for a,b in zip(own[0], v)):
             raise ValueError(f"The same number means another class in each: {', '.join(map(str, own[0][:10]))} "
@@ -233,7 +240,7 @@ def has_labels(
     "Are there labels?"
     with no_random(reproducible=False):
         if isinstance(dl.dataset, torch.utils.data.IterableDataset): return len(first(dl) or ()) > 1
-        return len(dl.dataset) > 0 and len(dl.dataset[0]) > 1
+        return len(dl.dataset) > 0 and len(dl.dataset[0]) > _n_inputs(dl)
 
 _chunk = 2**25 # similarities at a time: 128 MiB in float32
 
@@ -299,7 +306,7 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
         y # Labels (N,)
     ):
         "Keep the bank"
-        self.classes_,y = np.unique(np.asarray(y), return_inverse=True)
+        self.classes_,y = np.unique(y.cpu() if isinstance(y, Tensor) else np.asarray(y), return_inverse=True)
         self.features_,self.labels_ = self._tensor(X),torch.as_tensor(y)
         return self
 

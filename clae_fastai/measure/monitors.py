@@ -38,6 +38,7 @@ class KNNCallback(_Columns):
 
     def before_fit(self):
         super().before_fit()
+        if self.learn.lock.locked(): return # in `validate` and `get_preds`
         dls = ifnone(self.train_dl, self.dls.train),ifnone(self.valid_dl, self.dls.valid)
         self.loaders = [local_dl(dl) for dl in dls] # each process looks at all images
         if not all(map(has_labels, self.loaders)):
@@ -53,6 +54,8 @@ class KNNCallback(_Columns):
         if (self.epoch+1) % self.every or hasattr(self.learn, 'lr_finder'): return
         train,test = (extract_features(self.learn, dl, self.which, device=None) for dl in self.loaders)
         self.row = [knn_accuracy(train, test, min(self.neighbours, len(train[0])), self.temperature)]
+
+    def __getstate__(self): return {k: v for k,v in super().__getstate__().items() if k != 'loaders'} # all images
 
 # %% ../../nbs/21_measure.monitors.ipynb #fb1c8949
 def effective_rank(
@@ -118,9 +121,10 @@ class CollapseMonitor(_Columns):
     """Adds what tells a healthy training from a collapsed one to the training table,
     and prints a `Verdict` after the fit"""
     names,run_valid = ('collapse_level','z_std','alignment','uniformity','own_view','rankme'),False
-    checkpoint_attrs = ('batches','curve','last','shape')
+    checkpoint_attrs,curve = ('batches','curve','last','shape'),()
     def before_fit(self):
         super().before_fit()
+        if self.learn.lock.locked(): return # in `validate` and `get_preds`
         self.batches,self.curve,self.last,self.level,self.shape,self.held_out = None,[],{},None,None,None
         self.n_held_out = getattr(local_dl(self.dls.valid), 'n', None) or 0 # unknown of iterable sets
 
@@ -136,10 +140,11 @@ class CollapseMonitor(_Columns):
             self.batches = z_q.new_full((self.n_iter, len(self.names)), math.nan)
         if self.iter >= self.n_iter: return # a loader whose length is not what it says
         alignment = (z_q - z_p).square().sum(1).mean()
-        uniformity = F.pdist(z_q).square().mul(-2).exp().mean().log()
+        near = (4*(z_q @ z_q.T) - 4).exp() # (B,B), exp(-2*squared distance)
+        uniformity = ((near.sum() - near.trace())/(len(z_q)*(len(z_q) - 1))).log()
         sim = z_q @ z_p.T # (B,B)
         own_view = (sim.diagonal() > sim.clone().fill_diagonal_(-torch.inf).amax(1)).float().mean()
-        loss = ifnone(getattr(self.loss_func, 'loss_aug', None), self.loss_grad.detach())
+        loss = ifnone(getattr(self.loss_func, 'loss_aug', None), self.loss.detach())
         self.batches[self.iter] = torch.stack([loss, self.level, z_q.std(0).mean(), alignment, uniformity, own_view])
 
     def at_collapse(self,
@@ -186,4 +191,5 @@ class CollapseMonitor(_Columns):
         return Verdict(state, sentence, {k: o for k,o in numbers.items() if 'nan' not in o['scale']})
 
     def after_fit(self):
-        if self.curve and not this_rank() and not hasattr(self.learn, 'lr_finder'): print(f'\n{self.verdict}')
+        quiet = this_rank() or self.learn.lock.locked() or hasattr(self.learn, 'lr_finder')
+        if self.curve and not quiet: print(f'\n{self.verdict}')

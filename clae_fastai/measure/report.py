@@ -147,7 +147,8 @@ def _small_pixels(images):
 def near_duplicates(
     features:Tensor, # (N,F), N of 2 or more
     images:Tensor, # (N,C,H,W), uint8 or from 0 to 1; small ones will do
-    most:int=24 # How many pairs are returned
+    most:int=24, # How many pairs are returned
+    see:Callable=noop # `see(i, j)` is called with all pairs, tensors (n,), some at a time
 ) -> tuple: # `[(i, j, cosine)]`, the most similar first; how many pairs there are; of how many images; the least cosine
     """Pairs of images that are the same but for how they were saved:
     their features are much alike, and so are their pixels"""
@@ -165,6 +166,7 @@ def near_duplicates(
         near = (cosines >= level) & (apart <= _most_different**2*(contrast[a,None] + contrast[b])/2 + bias)
         i,j = near.triu(1).nonzero().T
         total += len(i)
+        see(i+at, j+at)
         paired[i+at] = paired[j+at] = True
         cosines = cosines[i,j]
         best = cosines.topk(min(most, len(cosines)))[1]
@@ -323,14 +325,20 @@ def _map_part(seen):
         n=f'All {n:,} images,' if n == len(idxs) else f'{len(idxs):,} of them, evenly chosen,')
 
 def _duplicates_part(seen, picture):
-    pairs,n,n_images,level = near_duplicates(seen.features, seen.small)
+    across = set()
+    def _see(i, j):
+        "Are there pairs across parts, or across classes?"
+        for name in ('parts','labels'):
+            own = getattr(seen, name)
+            if own is not None and len(own) and (np.take(own, i) != np.take(own, j)).any(): across.add(name)
+    pairs,n,n_images,level = near_duplicates(seen.features, seen.small, see=_see)
     if not n: sentence = "There are none among the images looked at."
     else:
         sentence = f"There {'is 1 pair' if n == 1 else f'are {n:,} pairs'}, of {n_images:,} images."
         if n > len(pairs): sentence += f" These are the {len(pairs)} most similar ones."
-        if seen.parts and any(seen.parts[i] != seen.parts[j] for i,j,_ in pairs):
+        if 'parts' in across:
             sentence += " Where one is held out and the other was trained on, accuracies are too good."
-        if seen.labels is not None and any(seen.labels[i] != seen.labels[j] for i,j,_ in pairs):
+        if 'labels' in across:
             sentence += " Red: of two classes, so one of the labels is wrong, or both classes hold such images."
     meaning = (f"Pairs whose features have a cosine of {level:.4f} or more, and whose pixels, made small, "
         "hardly differ: copies, also ones that were scaled or saved again. "

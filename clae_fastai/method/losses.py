@@ -136,7 +136,7 @@ class CLAELoss(nn.Module):
         if isinstance(z, Tensor): return z.new_zeros(len(z) if self.reduction == 'none' else ())
         z_q,z_p,*z_adv = z
         loss = self.pair(z_q, z_p)
-        self.loss_aug,self.loss_adv = loss.detach(),None
+        self.loss_aug,self.loss_adv = loss.detach().clone(),None # `loss` may be scaled in place
         if not z_adv: return loss
         loss_adv = self.pair(z_q, *z_adv)
         self.loss_adv = loss_adv.detach()

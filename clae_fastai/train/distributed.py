@@ -9,6 +9,7 @@ __all__ = ['launched', 'local_dl', 'n_batches', 'set_rank_device', 'processes', 
 from fastai.basics import *
 from fastai.callback.progress import ProgressCallback
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 import pickle
 from torch import distributed as dist
@@ -85,6 +86,12 @@ class _RankTrainer(DistributedTrainer):
         self.own_loaders = self.learn.dls.loaders
         modules = self.learn.model.named_modules(remove_duplicate=False)
         self.own_norms = {name: m for name,m in modules if isinstance(m, _BatchNorm)}
+        more = {type(m).__name__ for m in self.own_norms.values()
+            if type(m).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)}
+        if self.sync_bn and more:
+            self.sync_bn = False
+            print(f"{', '.join(sorted(more))} does more than normalise, which PyTorch's SyncBatchNorm would leave out: "
+                "each process normalises by its own images.")
         super().before_fit()
 
     def after_fit(self):
@@ -124,7 +131,7 @@ def _process_group(device_type):
         yield
         return
     if not find_spec('accelerate'):
-        raise ImportError("Training on several processes needs accelerate: pip install accelerate")
+        raise ValueError("Training on several processes needs accelerate: pip install accelerate")
     store,rank,n = next(dist.rendezvous('env://'))
     store = dist.PrefixStore(f'clae_fastai/{next(_group_numbers)}', store) # the launcher's outlives a group
     dist.init_process_group('nccl' if device_type == 'cuda' else 'gloo', store=store, rank=rank, world_size=n)
@@ -171,8 +178,10 @@ def distributed(self:Learner,
     with _process_group(device_type):
         if getattr(getattr(self, 'clae', None), 'every', 1) > 1:
             # in most steps the adversarial batch norms take no part
-            handlers = [DistributedDataParallelKwargs(find_unused_parameters=True), *options.get('kwargs_handlers', [])]
-            options = merge(options, dict(kwargs_handlers=handlers))
+            given = L(options.get('kwargs_handlers'))
+            ddp = ifnone(first(given, risinstance(DistributedDataParallelKwargs)), DistributedDataParallelKwargs())
+            ours = replace(ddp, find_unused_parameters=True)
+            options = merge(options, dict(kwargs_handlers=[ours, *given.filter(lambda o: o is not ddp)]))
         trainer = _RankTrainer(**options)
         if own: set_seed((torch.initial_seed() + own) % 2**32) # random numbers of its own
         with self.removed_cbs(progress), self.added_cbs(trainer):

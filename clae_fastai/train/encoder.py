@@ -93,7 +93,9 @@ def load_encoder(
     state,info = read_encoder(file)
     room = 2*sum(o.numel() for o in state.values()) + _classifier if arch is None else math.inf
     arch = ifnone(arch, info['arch'])
-    if arch == '': raise ValueError(f"{file} does not name its architecture: pass `arch`, its function or module.")
+    if arch == '':
+        raise ValueError(f"{file} does not name its architecture: "
+            "give load_encoder(file, arch), with its function or module, in place of the file.")
     try:
         with _NoLarger(room): encoder = create_encoder(arch, info['stem'], info['channels'])
     except ValueError as e: raise ValueError(f"{file} cannot be loaded. {e}") from None
@@ -109,19 +111,21 @@ def encoder_header(
 ) -> dict: # As of `read_encoder`; {} where there is none
     "What is known of an encoder"
     info = getattr(model, 'encoder_info', None) or getattr(model, 'info', None)
-    return info if isinstance(info, dict) else {}
+    if not isinstance(info, dict): return {}
+    if not hasattr(model, 'clae'): return info
+    stats = getattr(model.clae.views, 'stats', None) # of the views that it has now
+    known = {k: v for k,v in info.items() if k not in ('mean','std')}
+    return known if stats is None else dict(known, mean=stats[0].tolist(), std=stats[1].tolist())
 
 def stock_encoder(
-    source:Learner|str|Path # A `clae_learner`, whose encoder is copied, or an encoder file
+    source:Learner|nn.Module|str|Path # A `clae_learner` or an encoder, which is copied, or an encoder file
 ) -> tuple: # The encoder, on the CPU in evaluation mode, and its header (`read_encoder`)
     "The encoder of a learner or a file. Raises `ValueError` for other learners"
-    if not isinstance(source, Learner):
-        encoder = load_encoder(source)
-        return encoder,encoder.info
-    if not hasattr(source, 'encoder_info'):
+    if isinstance(source, (str,Path)): source = load_encoder(source)
+    if isinstance(source, Learner) and not hasattr(source, 'encoder_info'):
         raise ValueError("This Learner has no encoder to take: make it with clae_learner.")
-    encoder = without_compile(deepcopy(plain_model(source.model).encoder))
-    return strip_dual_bn(encoder).cpu().eval(),source.encoder_info
+    encoder = plain_model(source.model).encoder if isinstance(source, Learner) else source
+    return strip_dual_bn(without_compile(deepcopy(encoder))).cpu().eval(),encoder_header(source)
 
 def check_channels(
     n_in:int, # Channels of the images
@@ -164,7 +168,7 @@ def _export_any_size(model, images, sides):
     raise ValueError("PyTorch cannot write this architecture as ONNX.")
 
 def export_onnx(
-    encoder:Learner|str|Path, # A `clae_learner`, or an encoder file
+    encoder:Learner|nn.Module|str|Path, # A `clae_learner`, what `load_encoder` gives, or an encoder file
     file:str|Path='encoder.onnx', # To be written
     with_preprocessing:bool=False # Take images as they are, uint8 (B,H,W,C)?
 ) -> Path:
@@ -172,6 +176,7 @@ def export_onnx(
     if not (find_spec('onnx') and find_spec('onnxscript')):
         raise ValueError("ONNX needs two more packages: pip install 'clae_fastai[onnx]'.")
     encoder,info = stock_encoder(encoder)
+    if 'size' not in info: raise ValueError("ONNX wants to know the size of images: take an encoder of load_encoder.")
     model,(h,w),c = ContrastiveModel(encoder, nn.Identity(), normalize=False),info['size'],info['channels']
     images,sides = torch.zeros(2, c, h, w),{2: 'H', 3: 'W'}
     if with_preprocessing:

@@ -53,8 +53,9 @@ def _pixel_dls(dls):
     res = copy(dls)
     res.loaders = [_pixels(dl) for dl in dls.loaders]
     # fastai's fit wants a validation set, which may be empty
-    if len(res.loaders) == 1 and isinstance(res.train, TfmdDL):
-        res.loaders.append(res.train.new(getattr(dls.train_ds, 'new_empty', list)(), shuffle=False, drop_last=False))
+    if len(res.loaders) == 1:
+        res.loaders.append(res.train.new(getattr(dls.train_ds, 'new_empty', list)(), shuffle=False, drop_last=False)
+            if isinstance(res.train, TfmdDL) else TfmdDL([], bs=1, device=device_of(dls)))
     return res,image_stats(noop, dls)
 
 def _cropping_dls(dls, views, size):
@@ -131,7 +132,7 @@ def _fastai_dls(dls):
         return DataLoaders(*map(_fastai_dl, dls.loaders), path=dls.path, device=device)
     print("PyTorch's loader has an __iter__, a sampler or a worker_init_fn of its own, and is used as it is: "
           "training and features work; for get_preds, summary, show_batch, export and encoder_learner "
-          "give fastai's DataLoader(dataset, bs=64, shuffle=True).")
+          "give a plain DataLoader(dataset, batch_size=64, shuffle=True).")
     return dls
 
 # %% ../../nbs/17_train.learner.ipynb #8a324460
@@ -184,7 +185,7 @@ def _own_views(views, stats, images):
     _check_instance('views', views)
     if item_tfms(views) is not None: views = TwoViews(views)
     n_in,own = images.shape[1],getattr(views, 'stats', None)
-    if stats is not None and own is not None and not all(torch.allclose(s, o) for s,o in zip(stats, own)):
+    if stats is not None and own is not None and not all(torch.allclose(s.cpu(), o.cpu()) for s,o in zip(stats, own)):
         raise ValueError("The DataLoaders have a Normalize, and the views normalise otherwise: "
             "take one of the two out.")
     if isinstance(views, TwoViews):
@@ -433,7 +434,8 @@ class NormalizeImages(Callback):
 
     def before_batch(self):
         x,*others = self.learn.xb
-        self.learn.xb = self.views.normalize(undo_normalize(x, self.dl, self.views)),*others
+        dl = self.dl if hasattr(self.dl, 'dataset') else self.dls.valid # of a list of its batches
+        self.learn.xb = self.views.normalize(undo_normalize(x, dl, self.views)),*others
 
 def _normalized_dls(dls, x, info):
     """`dls`, or a shallow copy that normalises as in the encoder's training, so that `learn.model` takes its batches;
@@ -444,15 +446,19 @@ def _normalized_dls(dls, x, info):
             print(f"The DataLoaders' Normalize is kept, (mean, std) {[o.tolist() for o in own]}; "
                   f"the encoder was trained with {stats}.")
         return dls,own
-    if stats is None or not isinstance(x, TensorImageBase): return dls,stats # `Normalize` passes over other tensors
+    if stats is None: return dls,None
+    pixels = undo_normalize(x, dls.train, TwoViews(noop, stats)).as_subclass(Tensor)
+    check_pixels(pixels)
+    if x.dtype == torch.uint8 or not isinstance(x, TensorImageBase): return dls,stats # `Normalize` takes no others
     normalize,res = Normalize.from_stats(*stats, cuda=False),copy(dls)
-    res.loaders = [_new(dl, after_batch=Pipeline([*dl.after_batch.fs, normalize])) for dl in dls.loaders]
+    res.loaders = [_new(dl, after_batch=Pipeline([*dl.after_batch.fs, normalize])) if isinstance(dl, TfmdDL) else dl
+        for dl in dls.loaders]
     return res.to(dls.device),stats
 
 @delegates(Learner.__init__, but='model')
 def encoder_learner(
     dls:DataLoaders, # Labelled images; never changed
-    encoder:Learner|str|Path, # A `clae_learner`, whose encoder is copied, or an encoder file
+    encoder:Learner|nn.Module|str|Path, # A `clae_learner` or an encoder, which is copied, or an encoder file
     n_out:int=None, # The number of classes by default
     lin_ftrs:list=None, # Hidden layers of the head, `[512]` by default; `[]` for a linear one
     ps:float=.5, # Dropout of the head

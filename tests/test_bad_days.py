@@ -18,7 +18,8 @@ import torch
 from fastai.vision.all import Callback, working_directory
 from PIL import Image
 
-from clae_fastai.cli import clae_table, clae_train
+from clae_fastai import runs
+from clae_fastai.cli import clae_embed, clae_table, clae_train
 from clae_fastai.core import new_file, this_rank, write_text
 from clae_fastai.data.catalogue import get_dls
 from clae_fastai.method.models import resnet8
@@ -126,6 +127,33 @@ def test_touched_files(cli, begun):
         assert r.returncode == 2 and '(their times)' in r.stderr, r.stderr
         assert cli('clae_train', '--resume', 'run', '--path', photos).returncode == 0
     assert same(weights(cli.cwd/'runs'/'run'), whole)
+
+def test_a_refused_resume_changes_nothing(cli, begun, command):
+    "Not the table of its epochs either; nor does a dry run"
+    photos,whole = begun
+    run = cli.cwd/'runs'/'run'
+    assert len(pd.read_csv(run/'history.csv')) == 2
+    def files(): return {f: f.read_bytes() for f in run.rglob('*') if f.is_file()}
+    before = files()
+    r = cli('clae_train', '--resume', 'run', '--dry-run')
+    assert r.returncode == 0 and 'A step takes' in r.stdout and files() == before, r.stderr
+    for f in checkpoints(run/'checkpoints'): f.rename(f.with_suffix('.kept'))
+    for f in run.glob('checkpoints/*.kept'): f.with_suffix('.safetensors').write_bytes(f.read_bytes()[:100])
+    r = cli('clae_train', '--resume', 'run')
+    assert r.returncode == 2 and 'is whole' in r.stderr and len(pd.read_csv(run/'history.csv')) == 2, r.stderr
+    for f in run.glob('checkpoints/*.kept'): f.rename(f.with_suffix('.safetensors'))
+    assert cli('clae_train', '--resume', 'run').returncode == 0
+    assert same(weights(run), whole) and len(pd.read_csv(run/'history.csv')) == 3
+
+@pytest.mark.parametrize('text', ['', '{}', '{"metrics": 1}'])
+def test_a_damaged_summary(cli, command, text):
+    "It is named, with the way out"
+    assert cli('clae_train', '--limit', 64, '--bs', 32, '--epochs', 1, '--name', 'a').returncode == 0
+    file = cli.cwd/'runs'/'a'/'summary.json'
+    file.write_text(text)
+    assert 'summary.json is damaged' in (err := command(clae_train, '--resume', 'a')) and 'delete it' in err
+    file.unlink()
+    assert cli('clae_train', '--resume', 'a').returncode == 0 and json.loads(file.read_text())['metrics']['knn']
 
 def replace_one(photos, f): shutil.copy(photos/'b'/'03.png', f)
 def rename_one(photos, f): f.rename(f.with_name('55.png'))
@@ -555,3 +583,20 @@ def test_leftovers_in_python(monkeypatch, quiet, tmp_path):
 def test_half_of_a_launcher(command, monkeypatch, left):
     for k,v in left.items(): monkeypatch.setenv(k, v)
     assert 'unset WORLD_SIZE' in command(clae_train, '--limit', 64, '--epochs', 1)
+
+def test_two_that_write_one_file(cli, command, monkeypatch):
+    "The second hears of the first before it works; what somebody else has put there meanwhile is no longer replaced"
+    draw_images(cli.cwd/'photos')
+    assert cli('clae_train', '--path', 'photos', *quick, '--size', 16, '--name', 'a').returncode == 0
+    args,said = ('a','--path','photos'),[]
+    write = runs.write_features
+    def _write(*args, **kwargs):
+        said.append(command(clae_embed, *args_again))
+        return write(*args, **kwargs)
+    args_again = args
+    with monkeypatch.context() as m:
+        m.setattr(runs, 'write_features', _write)
+        assert cli('clae_embed', *args).returncode == 0
+    assert 'Another process is at work on' in said[0] and 'features.csv' in said[0]
+    assert 'nothing is overwritten' in command(clae_embed, *args)
+    assert not list(cli.cwd.glob('.*'))

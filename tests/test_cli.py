@@ -294,6 +294,29 @@ def test_eval_on_images_that_have_changed(cli, digits_dir):
     (cli.cwd/'mine'/'settings.json').write_text('{"editor": 1}')
     assert cli('clae_eval', 'mine/encoder.safetensors', *args).returncode == 0
 
+@pytest.mark.parametrize('change', ['another','one more'])
+def test_other_images_of_a_run_with_a_limit(cli, digits_dir, change):
+    photos = shutil.copytree(digits_dir/'grey', cli.cwd/'photos')
+    args = '--path', photos, '--workers', 0, '--limit', 64, '--arch', 'resnet8', '--epochs', 1, '--bs', 32
+    assert cli('clae_train', *args, '--name', 'a').returncode == 0
+    same = cli('clae_eval', 'a', '--workers', 0), cli('clae_report', 'a', '--workers', 0)
+    assert [o.returncode for o in same] == [0,0], same
+    assert 'not quite' not in cli('clae_eval', 'a', '--path', photos, '--workers', 0).stdout
+    one,other = sorted((photos/'0').iterdir())[:2]
+    if change == 'another': shutil.rmtree(photos/'0'); shutil.copytree(photos/'1', photos/'0')
+    else: shutil.copy(one, photos/'0'/'more.png')
+    for r in (cli('clae_eval', 'a', '--workers', 0), cli('clae_report', 'a', '--workers', 0)):
+        assert r.returncode == 2 and 'not those that' in r.stderr, r.stderr
+    assert 'not quite those' in cli('clae_eval', 'a', '--path', photos, '--workers', 0).stdout
+
+def test_eval_reads_as_many_channels_as_the_run(cli, digits_dir):
+    args = '--workers', 0, '--arch', 'resnet8', '--epochs', 1, '--bs', 32
+    assert cli('clae_train', '--path', digits_dir/'rgb', '--channels', 1, *args, '--name', 'a').returncode == 0
+    others = shutil.copytree(digits_dir/'rgb', cli.cwd/'others')
+    next((others/'3').iterdir()).unlink()
+    r = cli('clae_eval', 'a', '--path', others, '--workers', 0)
+    assert r.returncode == 0, r.stderr
+
 def test_eval_is_on_the_data_of_the_run(cli, digits_dir, monkeypatch):
     "And on the images that it held out"
     r = cli('clae_train', '--path', digits_dir/'grey', '--name', 'mine', '--views', 'digits', '--arch', 'resnet8',

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,6 +121,15 @@ def test_a_backend_that_is_not_there(tmp_path):
     code = "from clae_fastai.cli import *; clae_train.main('--epochs 1 --limit 64 --bs 32 --name x'.split())"
     r = run(tmp_path, code, MPLBACKEND='nonsense')
     assert r.returncode == 0 and (tmp_path/'runs'/'x'/'views.png').is_file(), r.stderr.decode()
+
+@pytest.mark.skipif(os.name != 'posix', reason='a shell of POSIX')
+@pytest.mark.parametrize('closed', ['>&-','2>&-','>&- 2>&-'])
+def test_streams_that_are_not_there(tmp_path, closed):
+    exe = Path(sys.executable).with_name('clae_train')
+    args = '--epochs 1 --limit 64 --bs 32 --name x'
+    p = subprocess.run(['sh','-c',f'exec {exe} {args} {closed}'], cwd=tmp_path, capture_output=True, timeout=300)
+    assert p.returncode == 0 and b'Traceback' not in p.stderr, p.stderr
+    assert (tmp_path/'runs'/'x'/'summary.json').is_file()
 
 def test_help_imports_nothing(tmp_path):
     code = ("import sys; from clae_fastai.cli import clae_train\n"

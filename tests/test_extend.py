@@ -1,5 +1,6 @@
 "A finished run is trained longer, in a new run that names its parent."
 import json
+import shutil
 
 import torch
 
@@ -52,3 +53,20 @@ def test_what_is_untrained(cli):
     (cli.cwd/'runs'/'b'/'summary.json').unlink()
     assert cli('clae_train', '--resume', 'b').returncode == 0
     assert untrained('b') == untrained('a')
+
+def test_images_of_the_parent(cli, digits_dir):
+    "Others are refused, moved ones are found where one says, and a run without checkpoints leaves no folder"
+    photos = shutil.copytree(digits_dir/'grey', cli.cwd/'photos')
+    args = '--arch', 'resnet8', '--epochs', 1, '--bs', 32, '--workers', 0
+    assert cli('clae_train', '--path', photos, *args, '--name', 'a').returncode == 0
+    photos.rename(cli.cwd/'moved')
+    r = cli('clae_train', '--extend', 'a', '--epochs', 1)
+    assert r.returncode == 2 and 'which is not there' in r.stderr and '--extend a --path' in r.stderr, r.stderr
+    r = cli('clae_train', '--extend', 'a', '--path', 'moved', '--epochs', 1, '--name', 'b')
+    assert r.returncode == 0, r.stderr
+    shutil.copy(next((cli.cwd/'moved'/'0').iterdir()), cli.cwd/'moved'/'0'/'more.png')
+    r = cli('clae_train', '--extend', 'b', '--epochs', 1, '--name', 'c')
+    assert r.returncode == 2 and 'their number' in r.stderr and '--weights' in r.stderr, r.stderr
+    shutil.rmtree(cli.cwd/'runs'/'b'/'checkpoints')
+    r = cli('clae_train', '--extend', 'b', '--epochs', 1, '--name', 'd')
+    assert r.returncode == 2 and 'no checkpoint' in r.stderr and not (cli.cwd/'runs'/'d').exists(), r.stderr

@@ -33,6 +33,19 @@ def test_wandb(cli, monkeypatch):
     assert r.returncode == 0 and 'WandbCallback' not in r.stdout, r.stderr
     assert list((cli.cwd/'runs'/'a'/'wandb').glob('offline-run-*/*.wandb'))
 
+def test_wandb_that_cannot_log(cli, monkeypatch):
+    "Nobody is logged in, or there is no network: the run goes on once there is"
+    wandb = pytest.importorskip('wandb')
+    def _fails(**kwargs): raise wandb.errors.UsageError('No API key configured')
+    options = '--limit', 64, '--bs', 32, '--epochs', 1, '--log', 'wandb', '--name', 'a'
+    with monkeypatch.context() as m:
+        m.setattr(wandb, 'init', _fails)
+        r = cli('clae_train', *options)
+    assert r.returncode == 2 and r.stderr.count('\n') == 1 and 'WANDB_MODE=offline' in r.stderr, r.stderr
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    assert cli('clae_train', '--resume', 'a').returncode == 0
+
 @pytest.mark.parametrize('package', ['tensorboard','wandb'])
 def test_a_package_that_is_not_there(package, command, monkeypatch):
     from clae_fastai import runs

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from clae_fastai import __version__, cli as commands
+from clae_fastai import __version__, cli as commands, runs as runs_module
 from clae_fastai.cli import clae_eval, clae_export, clae_train
 from clae_fastai.data.catalogue import catalogue
 from clae_fastai.method.attacks import attacks
@@ -154,3 +154,15 @@ def test_a_trial_and_its_learner(tmp_path):
     weights = safetensors.torch.load_file(folder/'encoder.safetensors')
     net = learn.export_encoder(tmp_path/'e.safetensors')
     assert all(torch.equal(v, weights[k]) for k,v in safetensors.torch.load_file(net).items())
+
+def test_a_trial_is_no_run(cli, command, monkeypatch):
+    "It needs more than `--resume` does: the table's own command goes on with it"
+    folder = cli.cwd/'results'/'runs'/'trial'
+    folder.mkdir(parents=True)
+    options = dict(data='digits', method='plain', limit=64, bs=32, epochs=1, seed=0)
+    with monkeypatch.context() as m:
+        m.setattr(runs_module._Run, 'fit', lambda self, learn: exec('raise KeyboardInterrupt'))
+        with pytest.raises(KeyboardInterrupt): trial(options, folder)
+    assert 'start that clae_table' in command(clae_train, '--resume', folder)
+    trial(options, folder)
+    assert json.loads((folder/'summary.json').read_text())['metrics']['accuracy']

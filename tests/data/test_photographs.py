@@ -11,8 +11,8 @@ import pytest
 import scipy.stats
 import torch
 from fastai.vision.all import (
-    Callback, DataBlock, ImageBlock, Resize, accuracy, get_image_files, load_learner, resnet18, set_seed,
-    vision_learner)
+    Callback, DataBlock, ImageBlock, IndexSplitter, IntToFloatTensor, Resize, TransformBlock, accuracy,
+    get_image_files, load_learner, resnet18, set_seed, vision_learner)
 from PIL import Image, JpegImagePlugin
 from torchvision.transforms import RandomResizedCrop
 
@@ -306,3 +306,19 @@ def test_memory_of_three_thousand_photographs(tmp_path):
     ours = peak_memory(Path(sys.executable).with_name('clae_train'), '--path', 'photos', *train, cwd=tmp_path)
     print(f'{ours:.0f} MiB, and {base:.0f} on random tensors')
     assert ours < base + 300
+
+@pytest.mark.parametrize('suffix', ['jpg','png','webp'])
+@pytest.mark.parametrize('turn', range(1, 9))
+def test_turned_once(tmp_path, turn, suffix):
+    "Whatever a reader gives can be read again, by itself or by transforms that read"
+    im,exif = Image.new('RGB', (96,64), 'white'),Image.Exif()
+    im.paste('red', (0,0,96,16))
+    exif[0x112] = turn
+    for i in range(4): im.save(tmp_path/f'{i}.{suffix}', exif=exif)
+    reader = ImageReader()
+    once = reader(tmp_path/f'0.{suffix}')
+    assert np.array_equal(np.array(reader(once)), np.array(once)) and reader(once).size == once.size
+    block = DataBlock([TransformBlock(type_tfms=reader, batch_tfms=IntToFloatTensor)], get_items=get_image_files,
+        splitter=IndexSplitter([0]), item_tfms=TwoCrops(once.size[::-1]))
+    x, = block.dataloaders(tmp_path, bs=1, num_workers=0, device='cpu').valid.one_batch()
+    assert np.abs(255*x[0].permute(1,2,0).numpy() - np.array(once)).max() <= 1

@@ -231,3 +231,12 @@ def test_memory(tmp_path, kind):
     print(f'{kind}: {before:.0f} MB with all imports, {after:.0f} MB at the most')
     assert after - before < 500
     assert len(read(tmp_path/f'f.{kind}')) == 20_000
+
+def test_files_that_are_no_images(tmp_path):
+    "As the function that reads them says"
+    def read(file): return np.load(file) if file.suffix == '.npy' else None
+    for i in range(8): np.save(tmp_path/f'{i}.npy', noise((16,16,5))(i))
+    (tmp_path/'about.txt').write_text('x')
+    learn = clae_learner(folder_dls(tmp_path, bs=2, read=read, num_workers=0), resnet8)
+    h,files = learn.embed(tmp_path)
+    assert len(h) == len(files) == 8 and {f.suffix for f in files} == {'.npy'}

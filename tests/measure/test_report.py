@@ -245,6 +245,22 @@ def test_pairs_are_counted_and_few_are_shown():
     assert ('There are 40 pairs, of 80 images. These are the 24 most similar ones.' in text and
             text.count('class="pair"') == 24)
 
+def test_what_stands_below_counts_all_pairs(monkeypatch):
+    "Also those that are less alike than the 24 that are shown"
+    g = torch.Generator().manual_seed(0)
+    x = (torch.rand(31, 3, 8, 8, generator=g)*255).byte()
+    again = (x[30:].int() + torch.randint(-2, 3, x[30:].shape, generator=g)).clamp(0, 255).byte()
+    def loader(x, y): return memory_dls(o := MemoryImages(x, y, ['a','b']), o, bs=16).valid
+    def page(last):
+        loaders = {'training': loader(torch.cat([x[:30]]*2 + [x[30:]]), torch.zeros(61).long()),
+            'held-out': loader(again if last else x[:1]*0, torch.ones(1).long())}
+        return report_page('x', bare, look_at(create_encoder('resnet8', 'cifar', 3), loaders))
+    torch.manual_seed(0)
+    with_it,without = page(True),page(False)
+    said = 'accuracies are too good','Red: of two classes'
+    assert 'There are 31 pairs' in with_it and all(o in with_it for o in said)
+    assert 'There are 30 pairs' in without and not any(o in without for o in said)
+
 # Bounds
 
 def test_many_images(places, cli, monkeypatch):

@@ -191,6 +191,29 @@ def test_a_row_is_enough_on_another_machine(tmp_path):
     md = table('temperature', 'smoke', out=tmp_path/'b', run=fake).read_text()
     assert 'not run' not in md and not (tmp_path/'b'/'runs').exists()
 
+@pytest.mark.parametrize('text', ['', 'a,b\n1,2\n'])
+def test_damaged_rows_are_named(tmp_path, text):
+    (tmp_path/'trials.csv').write_text(text)
+    with pytest.raises(ValueError, match='trials.csv is damaged'): table('temperature', 'smoke', out=tmp_path, run=fake)
+    assert (tmp_path/'trials.csv').read_text() == text
+
+def test_a_damaged_summary_is_named(tmp_path):
+    table('temperature', 'smoke', out=tmp_path, run=fake)
+    file = next(tmp_path.glob('runs/*/summary.json'))
+    file.write_text('')
+    with pytest.raises(ValueError, match=f'{file.parent.name}.*damaged.*delete it'):
+        table('temperature', 'smoke', out=tmp_path, run=fake)
+    file.unlink()
+    (tmp_path/'trials.csv').unlink()
+    assert 'not run' not in table('temperature', 'smoke', out=tmp_path, run=fake).read_text()
+
+def test_a_row_that_is_there_twice(tmp_path):
+    a = table('temperature', 'smoke', out=tmp_path, run=fake).read_text()
+    rows = (tmp_path/'trials.csv').read_text()
+    (tmp_path/'trials.csv').write_text(rows + rows.partition('\n')[2])
+    shutil.rmtree(tmp_path/'runs')
+    assert table('temperature', 'smoke', out=tmp_path, run=fake).read_text() == a
+
 def test_nothing_is_run_and_all_cells_say_so(tmp_path):
     md = table('1', 'paper', data=['cifar10','tinyimagenet'], out=tmp_path).read_text()
     wide = md.split('| data |')[0]

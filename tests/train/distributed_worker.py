@@ -15,6 +15,8 @@ from unittest.mock import patch
 import torch
 from torch import distributed as dist, nn
 
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
 from clae_fastai import cli
 from clae_fastai.all import (FFGSM, FGSM, PGD, Callback, Checkpoint, CLAECallback, CLAELoss, CollapseMonitor,
     ContrastiveModel, DataBlock, DataLoader, DataLoaders, ImageBlock, IndexSplitter, KNNCallback, Learner, NTXentLoss,
@@ -185,7 +187,19 @@ def sync_bn(out):
         sync = [isinstance(m, nn.SyncBatchNorm) for d in duals for m in (d.clean, d.adv)]
     after = restored()
     with learn.distributed(sync_bn=True): refused = failure(learn.fit, 1)
-    save(out, 'sync', sync=sync, n=len(duals), restored=[after, restored()], refused=refused)
+    encoder = nn.Sequential(nn.Conv2d(1, 8, 3), RectifiedNorm(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    more = clae_learner(get_dls('digits', bs=16, limit=149), encoder, views='digits', every=2)
+    kinds = [type(m) for m in more.model.modules()]
+    handlers = [DistributedDataParallelKwargs(bucket_cap_mb=50), InitProcessGroupKwargs()]
+    with more.no_bar(), more.no_logging(), more.distributed(sync_bn=True, kwargs_handlers=handlers):
+        more.fit(1, 1e-3)
+        more.distributed_trainer.before_fit()
+        kept = kinds == [type(m) for m in more.model.module.modules()]
+    save(out, 'sync', sync=sync, n=len(duals), restored=[after, restored()], refused=refused, kept=kept)
+
+class RectifiedNorm(nn.BatchNorm2d):
+    "As timm's, which a SyncBatchNorm in its place would not rectify"
+    def forward(self, x): return super().forward(x).relu()
 
 def nested_and_failed(out):
     "A validation inside a fit, and fits that fail"

@@ -151,7 +151,7 @@ def test_batch_norms_and_failures(two):
     "SyncBatchNorms go when the context ends, also when they could not be used; a fit that fails leaves nothing behind"
     for o in two('sync'):
         assert o['n'] > 0 and len(o['sync']) == 2*o['n'] and all(o['sync'])
-        assert 'SyncBatchNorm' in o['refused'] and o['restored'] == [True,True]
+        assert 'SyncBatchNorm' in o['refused'] and o['restored'] == [True,True] and o['kept']
     a,b = two('fail')
     assert same(a['state'], b['state'])
     for o in (a,b):
@@ -191,7 +191,7 @@ def test_without_accelerate():
         os.environ.update(WORLD_SIZE='2', RANK='1', LOCAL_RANK='1', MASTER_ADDR='localhost', MASTER_PORT='29500')
         try:
             with learn.distributed(): pass
-        except ImportError as e: print(e)
+        except ValueError as e: print(e)
     '''
     env = {k: v for k,v in os.environ.items() if k not in ('WORLD_SIZE','RANK')}
     p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=300, env=env)

@@ -1,20 +1,25 @@
 "What used to go wrong without a word, in the hands of people who know fastai and PyTorch."
+import pickle
 from functools import partial
 
 import kornia.augmentation as K
 import pytest
 import torch
 from fastai.callback.data import PartialDL, WeightedDL
-from fastai.vision.all import (Callback, DataLoaders, ImageDataLoaders, Normalize, PILImage, SaveModelCallback,
-    TensorCategory, TensorImage, TfmdDL, get_image_files, imagenet_stats, no_random, set_seed)
+from fastai.vision.all import (
+    Callback, DataLoader, DataLoaders, GradientAccumulation, ImageDataLoaders, Normalize, PILImage,
+    SaveModelCallback, TensorCategory, TensorImage, TfmdDL, get_image_files, imagenet_stats, no_random, set_seed)
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader as TorchLoader, TensorDataset
+from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from clae_fastai.all import (FGSM, PGD, CLAELoss, KNNCallback, NTXentLoss, TwoViews, clae_learner, dual_bns,
-    encoder_learner, evaluate, extract_features, get_dls, linear_probe, load_encoder, resnet8, strip_dual_bn)
+from clae_fastai.all import (
+    FGSM, PGD, CLAELoss, CollapseMonitor, KNNCallback, NTXentLoss, TwoViews, clae_learner, dual_bns,
+    encoder_learner, evaluate, export_onnx, extract_features, get_dls, has_labels, linear_probe, load_encoder,
+    resnet8, strip_dual_bn)
 from clae_fastai.cli import command
 
 class Images:
@@ -263,3 +268,137 @@ def test_a_folder_at_home(tmp_path, monkeypatch):
         (tmp_path/'pictures'/k).mkdir(parents=True)
         for i in range(10): Image.new('RGB', (16,16), (100*'ab'.index(k), i, i)).save(tmp_path/'pictures'/k/f'{i}.png')
     assert evaluate(nn.Flatten(), '~/pictures', k=1, num_workers=0).n_test == 4
+
+def test_predictions_of_batches(tmp_path, quiet):
+    "Of a list of them, as `show_results` asks: normalised once"
+    dls = make_dls()
+    tuned = quiet(encoder_learner(dls, clae_learner(dls, resnet8), n_out=3))
+    b = tuned.dls.valid.one_batch()
+    torch.testing.assert_close(tuned.get_preds(dl=[b])[0], tuned.get_preds()[0][:len(b[0])])
+
+def test_pixels_of_a_classifier(tmp_path, quiet):
+    "What is normalised already is refused, and 8 bits are pixels, as in the training without labels"
+    file = clae_learner(make_dls(), resnet8).export_encoder(tmp_path/'e.safetensors')
+    x,y = Images().x,Images().y
+    loader = TorchLoader(TensorDataset((x-.5)/.5, y), batch_size=16)
+    with pytest.raises(ValueError, match=r'pixels in \[0,1\]'):
+        encoder_learner(DataLoaders(loader, loader), file, n_out=3)
+    class Bytes(Images):
+        def __getitem__(self, i): return TensorImage((255*self.x[i]).round().byte()),int(self.y[i])
+    class Floats(Images):
+        def __getitem__(self, i): return TensorImage((255*self.x[i]).round()/255),int(self.y[i])
+    preds = []
+    for data in (Bytes(),Floats()):
+        set_seed(0)
+        dls = DataLoaders(TfmdDL(data, bs=16), TfmdDL(data, bs=16))
+        preds.append(quiet(encoder_learner(dls, file, n_out=3)).get_preds()[0])
+    torch.testing.assert_close(*preds)
+
+def test_fastais_plain_loader(quiet):
+    "All images in their order, whatever it shuffles and leaves out; training goes on as if nobody had looked"
+    x = Images().x
+    def loader(**kwargs): return DataLoader([(o,i) for i,o in enumerate(x)], bs=16, device='cpu', **kwargs)
+    for dls in (DataLoaders(loader(shuffle=True, drop_last=True), loader()), DataLoaders(loader(shuffle=True))):
+        learn = quiet(clae_learner(dls, resnet8))
+        before = learn.dls.train.rng.getstate()
+        assert extract_features(learn, learn.dls.train)[1].tolist() == [*range(len(x))]
+        assert learn.dls.train.rng.getstate() == before
+        learn.fit(1)
+    dls = DataLoaders(loader(shuffle=True), loader())
+    quiet(encoder_learner(dls, learn, n_out=48)).fit(1)
+
+def test_classes_of_torchvisions_folders(tmp_path):
+    for part,classes in (('bank','abc'),('queries','bc')):
+        for k in classes:
+            (tmp_path/part/k).mkdir(parents=True)
+            for i in range(4): Image.new('RGB', (16,16), (60*'abc'.index(k), 9*i, 0)).save(tmp_path/part/k/f'{i}.png')
+    a,b = (TorchLoader(ImageFolder(tmp_path/o, v2.PILToTensor()), batch_size=4) for o in ('bank','queries'))
+    with pytest.raises(ValueError, match='b, c in another'): evaluate(nn.Flatten(), DataLoaders(a, b), k=1)
+
+def test_labels_stand_behind_all_inputs(quiet):
+    class Two(Images):
+        "With the number of its hospital"
+        n_inp = 2
+        def __getitem__(self, i): return TensorImage(self.x[i]),int(i % 2),int(self.y[i])
+    dls = DataLoaders(*[TfmdDL(Two(), bs=16)]*2)
+    assert extract_features(clae_learner(dls, resnet8), dls.valid)[1].tolist() == Images().y.tolist()
+    class Unlabelled(Two):
+        def __getitem__(self, i): return super().__getitem__(i)[:2]
+    assert has_labels(dls.valid) and not has_labels(TfmdDL(Unlabelled(), bs=16))
+
+def test_views_that_are_exchanged(tmp_path, quiet):
+    "The encoder is normalised as it was trained last"
+    learn = quiet(clae_learner(make_dls(), resnet8))
+    learn.clae.views = TwoViews.from_preset('simclr', 16, stats=[torch.tensor(o) for o in imagenet_stats])
+    learn.fit(1)
+    valid = make_dls().valid
+    want = extract_features(learn, valid)[0]
+    torch.testing.assert_close(extract_features(learn.export_encoder(tmp_path/'e.safetensors'), valid)[0], want)
+    torch.testing.assert_close(extract_features(encoder_learner(make_dls(), learn, n_out=3), valid)[0], want)
+
+def test_monitors_in_predictions(tmp_path, quiet):
+    "They neither ask for labels there, nor forget what they know, nor are images exported with them"
+    learn = quiet(clae_learner(make_dls(), resnet8, cbs=[KNNCallback(), CollapseMonitor()]))
+    learn.fit(1)
+    verdict = str(learn.collapse_monitor.verdict)
+    want = learn.get_preds(dl=TfmdDL(Images(), bs=16))[0]
+    assert str(learn.collapse_monitor.verdict) == verdict
+    assert not {'loaders'} & vars(pickle.loads(pickle.dumps(learn.knn))).keys()
+    learn.dls = DataLoaders(*[TfmdDL([(o,) for o in Images().x], bs=16)]*2) # has no labels
+    torch.testing.assert_close(learn.get_preds()[0], want)
+
+def test_two_crops_of_ones_own(quiet):
+    class Two(Images):
+        def __getitem__(self, i): return TensorImage(torch.stack([self.x[i], self.x[i].flip(-1)])),int(self.y[i])
+    dls = DataLoaders(*[TfmdDL(Two(), bs=16, drop_last=True)]*2)
+    learn = quiet(clae_learner(dls, resnet8, cbs=[KNNCallback(), CollapseMonitor()]))
+    learn.fit(1)
+    torch.testing.assert_close(extract_features(learn, dls.valid)[0], extract_features(learn, make_dls().valid)[0])
+
+class Own(nn.Sequential):
+    def __init__(self): super().__init__(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+def test_an_architecture_of_ones_own(tmp_path, quiet):
+    "Its file says what to give, and that is taken"
+    dls = make_dls()
+    learn = quiet(clae_learner(dls, Own()))
+    file = learn.export_encoder(tmp_path/'e.safetensors')
+    with pytest.raises(ValueError, match=r'load_encoder\(file, arch\)'): encoder_learner(dls, file)
+    encoder = load_encoder(file, Own())
+    tuned = quiet(encoder_learner(dls, encoder, n_out=3))
+    assert tuned.model[0].encoder is not encoder
+    torch.testing.assert_close(extract_features(tuned, dls.valid)[0], extract_features(learn, dls.valid)[0])
+    tuned.fit(1)
+    with pytest.raises(ValueError, match='size of images'): export_onnx(Own(), tmp_path/'e.onnx')
+
+@pytest.mark.parametrize('every', [1,4])
+def test_losses_of_gathered_gradients(every, quiet):
+    "The monitor's are those of the table, which nobody has scaled"
+    def losses(*cbs):
+        set_seed(0)
+        learn = quiet(clae_learner(make_dls(), resnet8, every=every))
+        learn.fit(1, 0., cbs=[monitor := CollapseMonitor(), *cbs])
+        return monitor.last['loss_aug'],dict(zip(learn.recorder.metric_names[1:],
+            learn.recorder.values[-1]))['loss_aug']
+    a,b = losses(GradientAccumulation(64)),losses()
+    assert a[0] == pytest.approx(a[1]) and a == pytest.approx(b)
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_encoders_of_other_precision(dtype, tmp_path):
+    dls = make_dls()
+    file = clae_learner(dls, resnet8).export_encoder(tmp_path/'e.safetensors')
+    h,want = (extract_features(o, dls.valid)[0] for o in (load_encoder(file).to(dtype), file))
+    assert h.dtype == dtype
+    torch.testing.assert_close(h.float(), want, rtol=.05, atol=.02)
+
+def test_random_numbers_of_an_apple_gpu(monkeypatch):
+    "Are left alone, too: `torch.manual_seed` sets them"
+    state = [torch.tensor(1)]
+    dls = make_dls().cpu()
+    learn = clae_learner(dls, resnet8)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.mps, 'get_rng_state', lambda: state[0])
+    monkeypatch.setattr(torch.mps, 'set_rng_state', lambda o: state.__setitem__(0, o))
+    monkeypatch.setattr(torch.mps, 'manual_seed', lambda o: state.__setitem__(0, torch.tensor(o)))
+    extract_features(learn, learn.dls.valid)
+    assert state[0] == 1

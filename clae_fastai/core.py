@@ -143,6 +143,12 @@ def make_folder(
             "and one is needed there: move it away, or choose another place.") from None
     return folder
 
+def _to_disk(path):
+    if os.name != 'posix': return
+    f = os.open(path, os.O_RDONLY)
+    try: os.fsync(f)
+    finally: os.close(f)
+
 def write_text(
     file:Path, # To be written; what is there stays whole until the new text is
     text:str # As UTF-8
@@ -207,12 +213,6 @@ def _digest(tensors, header):
         h.update(f'{k} {t.dtype} {tuple(t.shape)}'.encode())
         if t.numel(): h.update(t.reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
-
-def _to_disk(path):
-    if os.name != 'posix': return
-    f = os.open(path, os.O_RDONLY)
-    try: os.fsync(f)
-    finally: os.close(f)
 
 def check_tensors(
     tensors:dict # Name: tensor

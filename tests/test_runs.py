@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from clae_fastai import __version__, cli as commands, runs as runs_module
+from clae_fastai import __version__, cli as commands
 from clae_fastai.cli import clae_eval, clae_export, clae_train
 from clae_fastai.data.catalogue import catalogue
 from clae_fastai.method.attacks import attacks
@@ -18,6 +18,7 @@ from clae_fastai.method.views import view_presets
 from clae_fastai.paper.experiments import figure, grids, table
 from clae_fastai.paper.recipes import recipes
 from clae_fastai.runs import read_options, train_options, trained, trial
+from clae_fastai.train.checkpoint import Checkpoint
 from clae_fastai.train.learner import methods
 from clae_fastai.train.precision import precision_cbs
 
@@ -161,7 +162,7 @@ def test_a_trial_is_no_run(cli, command, monkeypatch):
     folder.mkdir(parents=True)
     options = dict(data='digits', method='plain', limit=64, bs=32, epochs=1, seed=0)
     with monkeypatch.context() as m:
-        m.setattr(runs_module._Run, 'fit', lambda self, learn: exec('raise KeyboardInterrupt'))
+        m.setattr(Checkpoint, 'after_epoch', lambda self: exec('raise KeyboardInterrupt'))
         with pytest.raises(KeyboardInterrupt): trial(options, folder)
     assert 'start that clae_table' in command(clae_train, '--resume', folder)
     trial(options, folder)

@@ -111,11 +111,7 @@ def encoder_header(
 ) -> dict: # As of `read_encoder`; {} where there is none
     "What is known of an encoder"
     info = getattr(model, 'encoder_info', None) or getattr(model, 'info', None)
-    if not isinstance(info, dict): return {}
-    if not hasattr(model, 'clae'): return info
-    stats = getattr(model.clae.views, 'stats', None) # of the views that it has now
-    known = {k: v for k,v in info.items() if k not in ('mean','std')}
-    return known if stats is None else dict(known, mean=stats[0].tolist(), std=stats[1].tolist())
+    return info if isinstance(info, dict) else {}
 
 def stock_encoder(
     source:Learner|nn.Module|str|Path # A `clae_learner` or an encoder, which is copied, or an encoder file
@@ -124,8 +120,11 @@ def stock_encoder(
     if isinstance(source, (str,Path)): source = load_encoder(source)
     if isinstance(source, Learner) and not hasattr(source, 'encoder_info'):
         raise ValueError("This Learner has no encoder to take: make it with clae_learner.")
-    encoder = plain_model(source.model).encoder if isinstance(source, Learner) else source
-    return strip_dual_bn(without_compile(deepcopy(encoder))).cpu().eval(),encoder_header(source)
+    encoder,info = plain_model(source.model).encoder if isinstance(source, Learner) else source,encoder_header(source)
+    if hasattr(source, 'clae'): # normalised by the views that it has now
+        info,stats = {k: v for k,v in info.items() if k not in ('mean','std')},getattr(source.clae.views, 'stats', None)
+        if stats is not None: info.update(mean=stats[0].tolist(), std=stats[1].tolist())
+    return strip_dual_bn(without_compile(deepcopy(encoder))).cpu().eval(),info
 
 def check_channels(
     n_in:int, # Channels of the images

@@ -89,8 +89,10 @@ def test_resumed(quiet, tmp_path):
 def test_a_sampler_of_ones_own_is_kept(own, quiet, tmp_path, capsys):
     learn = learner(quiet, tmp_path, **own)
     said = capsys.readouterr().out
-    assert said.count('\n') == 1 and 'used as it is' in said and "give fastai's DataLoader" in said
+    assert said.count('\n') == 1 and 'used as it is' in said and 'give a plain DataLoader' in said
     assert type(learn.dls.train) is data.DataLoader
     learn.fit(1)
     learn.show_views(2)
+    alone = DataLoaders(learn.dls.train, device='cpu') # without one to validate on
+    quiet(clae_learner(alone, resnet8)).fit(1)
     assert extract_features(learn, learn.dls.valid)[0].shape == (32,64)

@@ -270,6 +270,16 @@ def test_images_live_on_the_device(paper):
     assert sum(paper.bytes.values()) == 8*n_train and not paper.waits # the indices
     assert same_batches(epochs(DEVICE), epochs('cpu'))
 
+def test_images_that_are_there_already(paper):
+    "Their labels come to them"
+    there = [MemoryImages(o.images.to(DEVICE), o.labels, o.vocab) for o in (images(n_train), images(n_valid))]
+    dls = memory_dls(*there, bs=bs, device=DEVICE)
+    x,y = dls.valid.one_batch()
+    a,b = data('cpu').valid.one_batch()
+    assert torch.equal(x.cpu(), a) and torch.equal(y.cpu(), b)
+    learn = clae_learner(dls, resnet8)
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+
 def test_a_batch_of_training_brings_no_images(paper):
     "What crosses are the indices, and kornia's parameters: much less than an image for each"
     learn = watched(paper, views='digits')

@@ -411,10 +411,10 @@ class _Run:
         self.settings = json.loads(json.dumps(s)) # as it will be read
 
     def begin(self, learn):
-        "Write down what the run is, or see that it still is that"
+        "See that the images are those of before, if the run or its parent was begun, and write down what it is"
         clear_half_files(self.folder)
-        file,images,parent = self.folder/'settings.json',_images(learn.dls),self.settings['extends']
-        trained = self.folder if file.exists() else parent and Path(parent)
+        images,parent = _images(learn.dls),self.settings['extends']
+        trained = self.folder if (self.folder/'settings.json').exists() else parent and Path(parent)
         before = json.loads((trained/'settings.json').read_bytes()).get('images') if trained else None
         if before and (differ := other_images(before, images, self.moved)):
             option,new = (("--resume", "begin a new run") if trained == self.folder else
@@ -422,7 +422,11 @@ class _Run:
             raise ValueError(f"The images of {self.data} are not those that {trained} was trained on ({differ}): "
                 f"bring those back, or {new}. If the same files were only copied or moved, say where they are: "
                 f"{option} {trained.name} --path FOLDER.")
-        _write_json(file, dict(options=self.settings, images=images, versions=_versions, trial=self.trial))
+        self.write_settings(images)
+
+    def write_settings(self, images):
+        content = dict(options=self.settings, images=images, versions=_versions, trial=self.trial)
+        _write_json(self.folder/'settings.json', content)
 
     def describe(self, learn):
         "One line about what is trained on what"
@@ -519,7 +523,7 @@ class _Run:
         file,elsewhere = self.folder/'encoder.safetensors',''
         try:
             make_folder(self.folder)
-            if not (self.folder/'settings.json').exists(): self.begin(learn)
+            if not (self.folder/'settings.json').exists(): self.write_settings(_images(learn.dls))
             learn.export_encoder(file)
         except OSError as e:
             with contextlib.suppress(OSError):
@@ -614,7 +618,7 @@ def _check_own_data(dls, folder, purpose='to evaluate it on', same=True):
 
 def _trained_on(name, limit, **own):
     "The images of a run, those that `limit` has left of them"
-    with redirect_stdout(io.StringIO()): return get_dls(name, limit=limit, **own)
+    with redirect_stdout(io.StringIO()): return get_dls(name, limit=limit, drop_last=False, **own)
 
 def _changes(file, path):
     """What is new of the images that the run of an encoder file was trained on, '' if they are the same, here or
@@ -678,7 +682,7 @@ def _check_writable(folder):
 @contextmanager
 def _new_output(out):
     "Yields the file to write, which nobody else writes meanwhile. `FileNotFoundError`, `FileExistsError` for another"
-    out = Path(out).expanduser()
+    out = Path(os.path.expanduser(out))
     if not out.parent.is_dir():
         raise FileNotFoundError(f"There is no folder {out.parent} to write {out.name} to.")
     _check_writable(out.parent)

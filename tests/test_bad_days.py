@@ -585,7 +585,7 @@ def test_half_of_a_launcher(command, monkeypatch, left):
     assert 'unset WORLD_SIZE' in command(clae_train, '--limit', 64, '--epochs', 1)
 
 def test_two_that_write_one_file(cli, command, monkeypatch):
-    "The second hears of the first before it works; what somebody else has put there meanwhile is no longer replaced"
+    "The second hears of the first before it works"
     draw_images(cli.cwd/'photos')
     assert cli('clae_train', '--path', 'photos', *quick, '--size', 16, '--name', 'a').returncode == 0
     args,said = ('a','--path','photos'),[]

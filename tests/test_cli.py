@@ -297,7 +297,7 @@ def test_eval_on_images_that_have_changed(cli, digits_dir):
 @pytest.mark.parametrize('change', ['another','one more'])
 def test_other_images_of_a_run_with_a_limit(cli, digits_dir, change):
     photos = shutil.copytree(digits_dir/'grey', cli.cwd/'photos')
-    args = '--path', photos, '--workers', 0, '--limit', 64, '--arch', 'resnet8', '--epochs', 1, '--bs', 32
+    args = '--path', photos, '--workers', 0, '--limit', 40, '--arch', 'resnet8', '--epochs', 1, '--bs', 20
     assert cli('clae_train', *args, '--name', 'a').returncode == 0
     same = cli('clae_eval', 'a', '--workers', 0), cli('clae_report', 'a', '--workers', 0)
     assert [o.returncode for o in same] == [0,0], same

@@ -4,7 +4,7 @@ import shutil
 
 import torch
 
-from clae_fastai.all import load_checkpoint
+from clae_fastai.all import Checkpoint, load_checkpoint
 from clae_fastai.runs import trained
 
 def last(run): return load_checkpoint(sorted((run/'checkpoints').glob('*'))[-1])['model']
@@ -70,3 +70,15 @@ def test_images_of_the_parent(cli, digits_dir):
     shutil.rmtree(cli.cwd/'runs'/'b'/'checkpoints')
     r = cli('clae_train', '--extend', 'b', '--epochs', 1, '--name', 'd')
     assert r.returncode == 2 and 'no checkpoint' in r.stderr and not (cli.cwd/'runs'/'d').exists(), r.stderr
+
+def test_a_folder_that_has_gone(cli, monkeypatch):
+    "With the parent's: the encoder is written all the same"
+    args = '--limit', 64, '--bs', 32, '--epochs', 1
+    assert cli('clae_train', *args, '--name', 'a').returncode == 0
+    after = Checkpoint.after_epoch
+    def _move(self):
+        after(self)
+        (cli.cwd/'runs').rename(cli.cwd/'moved')
+    monkeypatch.setattr(Checkpoint, 'after_epoch', _move)
+    r = cli('clae_train', '--extend', 'a', '--epochs', 1, '--name', 'b')
+    assert r.returncode == 0 and (cli.cwd/'runs'/'b'/'encoder.safetensors').exists(), r.stderr

@@ -226,7 +226,9 @@ def check_classes(
     *dls # Loaders with labels
 ):
     "Raises `ValueError` where the same number means other classes"
-    def _classes(dl): return getattr(dl, 'vocab', None) or nested_attr(dl, 'dataset.classes') # torchvision's
+    def _classes(dl):
+        names = getattr(getattr(dl, 'dataset', None), 'classes', None) # torchvision's
+        return getattr(dl, 'vocab', None) or (names if isinstance(names, (list,tuple)) else None)
     own = [v for dl in dls if (v := _classes(dl))]
     for v in own[1:]:
         if any(a != b for a,b in zip(own[0], v)):

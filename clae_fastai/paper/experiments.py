@@ -143,7 +143,7 @@ def _data_set(data):
     name,gives,path = str(data).partition('=')
     if gives and not path: raise ValueError(f"{data} names no folder: give {data}FOLDER, or {name} alone.")
     names = [k for k in catalogue if k != 'folder']
-    folder = Path(path or name).expanduser().resolve()
+    folder = Path(os.path.expanduser(path or name)).resolve()
     if name and not path and name not in names and folder.is_dir():
         return folder.name,dict(data='folder', path=str(folder))
     look_up(name, names, 'data set', "you can give NAME=FOLDER, or a folder of images, too")
@@ -546,7 +546,7 @@ def _run_and_render(
     seeds = ifnone(seeds, 1 if scale == 'smoke' else 3)
     _check_count('workers', workers)
     _check_count('seeds', seeds)
-    out,cells = Path(out).expanduser(),grid.cells(scale, data)
+    out,cells = Path(os.path.expanduser(out)),grid.cells(scale, data)
     trials = [dict(o, seed=s) for s in range(seeds) for _,o in cells] # each cell's first before any's second
     trials = {out/'runs'/trial_name(o): o for o in trials}
     make_folder(out)

@@ -410,9 +410,9 @@ def last_checkpoint(
     raise ValueError(f"None of the {len(files)} checkpoints in {folder} is whole: start anew.")
 
 class _ResumeAlone(L):
-    "Callbacks of a learner; while a `Resume` is one of them, it alone is called"
+    "Callbacks of a learner, of which a `Resume` that passes over what is done is alone called"
     def sorted(self, *args, **kwargs):
-        return L([cb for cb in self if isinstance(cb, Resume)] or [*self]).sorted(*args, **kwargs)
+        return L([cb for cb in self if isinstance(cb, Resume) and cb.alone] or [*self]).sorted(*args, **kwargs)
 
 class Resume(Callback):
     """Go on from the newest checkpoint in `folder`, in the same call of `fit` that was interrupted, once.
@@ -429,9 +429,11 @@ class Resume(Callback):
     def before_fit(self):
         if self.alone: # an earlier fit was interrupted while it passed over what is done
             self._go_on()
+            for cb in self.learn.cbs.filter(risinstance(Checkpoint)): cb.fits = cb.fits[:-1] # it was none
             return self.learn('before_fit')
         self.resuming = not self.used and not self.learn.lock.locked() # as in `validate` and `get_preds`
         if not self.resuming: return
+        self.passing = False
         file,state = last_checkpoint(self.folder)
         self.of_run = _of_run(self.learn, self.settings, state['run_id'])
         earlier = state.get('earlier_fits', [])[self.n_passed:]
@@ -458,8 +460,8 @@ class Resume(Callback):
 
     def _pass(self):
         "This fit was done before the one that was interrupted, by the same callbacks"
-        self.n_passed,self.start = self.n_passed+1,self.n_epoch
-        alert(f"Fit {self.n_passed} was done before the one that {self.folder} goes on with, and is passed over.")
+        self.passing,self.start = True,self.n_epoch
+        alert(f"Fit {self.n_passed + 1} was done before the one that {self.folder} goes on with, and is passed over.")
         self._go_alone()
 
     def _other_run(self, file, state):
@@ -478,6 +480,7 @@ class Resume(Callback):
     def after_epoch(self):
         if not self.alone or self.epoch < self.start-1: return
         self._go_on()
+        self.n_passed += self.passing
         if bar := nested_attr(self.learn, 'progress.mbar'): bar.update(0) # it has not seen an epoch begin
         if self.state and not self.inside: self._restore()
 

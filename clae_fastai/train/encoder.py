@@ -123,7 +123,7 @@ def stock_encoder(
     encoder,info = plain_model(source.model).encoder if isinstance(source, Learner) else source,encoder_header(source)
     if hasattr(source, 'clae'): # normalised by the views that it has now
         info,stats = {k: v for k,v in info.items() if k not in ('mean','std')},getattr(source.clae.views, 'stats', None)
-        if stats is not None: info.update(mean=stats[0].tolist(), std=stats[1].tolist())
+        for name,o in zip(('mean','std'), stats or ()): info[name] = o.flatten().expand(info['channels']).tolist()
     return strip_dual_bn(without_compile(deepcopy(encoder))).cpu().eval(),info
 
 def check_channels(

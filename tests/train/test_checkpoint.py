@@ -303,7 +303,7 @@ def test_gathered_gradients(tmp_path, quiet, every_batches, at, every):
     with pytest.raises(Exception, match='stopped'): fit(Checkpoint(tmp_path, every_batches), Stops())
     assert same_weights(fit(), fit(Resume(tmp_path)))
 
-@pytest.mark.parametrize('given', ['to fit','to the learner'])
+@pytest.mark.parametrize('given', ['to fit','anew to fit','to the learner'])
 @pytest.mark.parametrize('every_batches', [None,2])
 def test_an_interrupt_while_it_passes_over(tmp_path, quiet, every_batches, given):
     "What is done passes again in the next fit, and the learner has its callbacks"
@@ -315,15 +315,17 @@ def test_an_interrupt_while_it_passes_over(tmp_path, quiet, every_batches, given
         return learn
     whole = fit(learner_of())
     with pytest.raises(Exception, match='stopped'): fit(learner_of(), Checkpoint(tmp_path, every_batches), Stop(7))
-    resume = Resume(tmp_path)
-    learn = learner_of(*[resume]*(given == 'to the learner'))
-    mine,others = [resume]*(given == 'to fit'),learn.cbs.attrgot('name')
+    both = resume,_ = Resume(tmp_path),Checkpoint(tmp_path, every_batches)
+    learn = learner_of(*(both if given == 'to the learner' else ()))
+    mine,others = () if given == 'to the learner' else both,learn.cbs.attrgot('name')
     resume.after_epoch = resume.before_batch = lambda: exec('raise KeyboardInterrupt')
     with pytest.raises(KeyboardInterrupt): fit(learn, *mine)
     del resume.after_epoch, resume.before_batch
     assert learn.cbs.attrgot('name') == others
     set_seed(0)
+    if given == 'anew to fit': mine = Resume(tmp_path),Checkpoint(tmp_path, every_batches)
     assert same_weights(whole, fit(learn, *mine))
+    assert not load_checkpoint(checkpoints(tmp_path)[-1])['earlier_fits']
 
 def linear_encoder(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 16))
 

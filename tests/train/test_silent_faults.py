@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from clae_fastai.all import (
     FGSM, PGD, CLAELoss, CollapseMonitor, KNNCallback, NTXentLoss, TwoViews, clae_learner, dual_bns,
     encoder_learner, evaluate, export_onnx, extract_features, get_dls, has_labels, linear_probe, load_encoder,
-    resnet8, strip_dual_bn)
+    read_encoder, resnet8, strip_dual_bn)
 from clae_fastai.cli import command
 
 class Images:
@@ -314,6 +314,9 @@ def test_classes_of_torchvisions_folders(tmp_path):
             for i in range(4): Image.new('RGB', (16,16), (60*'abc'.index(k), 9*i, 0)).save(tmp_path/part/k/f'{i}.png')
     a,b = (TorchLoader(ImageFolder(tmp_path/o, v2.PILToTensor()), batch_size=4) for o in ('bank','queries'))
     with pytest.raises(ValueError, match='b, c in another'): evaluate(nn.Flatten(), DataLoaders(a, b), k=1)
+    for classes in (3, torch.arange(3).numpy()): # other things of that name
+        a.dataset.classes = classes
+        assert evaluate(nn.Flatten(), DataLoaders(a, a), k=1).knn > .5
 
 def test_labels_stand_behind_all_inputs(quiet):
     class Two(Images):
@@ -335,6 +338,8 @@ def test_views_that_are_exchanged(tmp_path, quiet):
     want = extract_features(learn, valid)[0]
     torch.testing.assert_close(extract_features(learn.export_encoder(tmp_path/'e.safetensors'), valid)[0], want)
     torch.testing.assert_close(extract_features(encoder_learner(make_dls(), learn, n_out=3), valid)[0], want)
+    learn.clae.views = TwoViews(learn.clae.views.aug, (.4,.2)) # one number for all channels
+    assert read_encoder(learn.export_encoder(tmp_path/'f.safetensors'))[1]['mean'] == pytest.approx([.4]*3)
 
 def test_monitors_in_predictions(tmp_path, quiet):
     "They neither ask for labels there, nor forget what they know, nor are images exported with them"

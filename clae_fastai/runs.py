@@ -694,9 +694,7 @@ def _new_output(out):
 def _as_in_training(file, path, **given):
     "All images of a folder, read as those that an encoder was trained on, but for what is `given`"
     info = read_encoder(file)[1]
-    own = {k: info[k] for k in ('channels','value_range','background') if k in info}
-    if own['channels'] not in (1,3): own.pop('channels') # they are what they are
-    dl = folder_dl(path, tuple(info['size']), **own | _given(**given))
+    dl = folder_dl(path, tuple(info['size']), **read_as_trained(info) | _given(**given))
     check_channels(dl.reader.channels, info)
     check_value_range(dl, info)
     return dl

@@ -74,9 +74,7 @@ def _dataset_dls(dataset, info, kwargs):
         if kwargs: raise ValueError(f"{', '.join(kwargs)} would go to get_dls, but the data are DataLoaders.")
         return 'DataLoaders','top1',dataset
     own = dict(size=info.get('size') and tuple(info['size']), drop_last=False)
-    if dataset == 'folder': # how its images were read
-        own |= {k: info[k] for k in ('channels','value_range','background') if k in info}
-        if own.get('channels') not in (1,3): own.pop('channels', None) # they are what they are
+    if dataset == 'folder': own |= read_as_trained(info)
     with no_random(reproducible=False): dls = get_dls(dataset, **own | kwargs)
     return dataset,catalogue[dataset].metric,dls
 
